@@ -1,0 +1,141 @@
+"""Base models in memory: loaded by transformers from a folder that was checked first, frozen, at a precision."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from workers.base_folders import read_base_folder
+from workers.errors import BaseModelError
+from workers.memory import cpu_has_fast_bfloat16
+from workers.recipe import Precision
+
+COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "nf4": torch.bfloat16,
+    "int8": torch.bfloat16,
+}
+"""Type of activations, and of what stays unquantised, by the precision of the base. QLoRA computes in bfloat16
+(Dettmers et al. 2023, section 3)."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(
+    folder: Path,
+    precision: Precision,
+    device: torch.device | str,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    checked: bool = False,
+) -> LoadedBase:
+    """The base model of a folder, in eval mode, without any parameter that requires a gradient.
+
+    Nothing is fetched and no code of the folder is run. On a CPU without fast bfloat16, nf4 and int8 compute in
+    float32, which is faster there and loses nothing.
+
+    Args:
+        precision: how the weights are held: float32, bfloat16, nf4 (bitsandbytes, double quantisation) or int8.
+        compute_dtype: overrides the type of activations for nf4 and int8.
+        checked: the folder's files were checked in this process already; skips hashing them again.
+
+    Raises:
+        BaseModelError: the folder is unsafe or incomplete, transformers does not know the model, the weights do not
+            match its configuration or contain values that are not finite.
+    """
+    if not checked:
+        read_base_folder(folder)
+    device = torch.device(device)
+    if compute_dtype is None:
+        compute_dtype = COMPUTE_DTYPES[precision]
+        if precision in ("nf4", "int8") and device.type == "cpu" and not cpu_has_fast_bfloat16():
+            compute_dtype = torch.float32
+    # Its int8 kernel warns at every matrix product on a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype,
+            device_map={"": device},
+            quantization_config=_quantisation(precision, compute_dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BaseModelError(
+            f"transformers cannot load the base model: {_first_line(error)}",
+            next_step="Choose a causal language model of a family that transformers supports.",
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BaseModelError(
+            f"The weights lack {len(missing)} of the model's parameters, among them {missing[0]}.",
+            next_step="Copy the folder again; config.json and the weights do not belong together.",
+        )
+    if precision == "nf4":
+        _keep_autograd(model)
+    model.requires_grad_(False)
+    model.eval()
+    _check_finite(model)
+    return LoadedBase(model, tokenizer)
+
+
+def _keep_autograd(model: Any) -> None:
+    """Keeps bitsandbytes from packing 4-bit layers for inference on a CPU.
+
+    bitsandbytes 0.50.2: on a CPU with AVX512-BF16 the first forward in eval mode repacks each Linear4bit for a
+    kernel that has no autograd, and it stays repacked in train mode: gradients are then silently wrong.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantisation(precision: Precision, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if precision == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise BaseModelError(
+                f"The weights contain values that are not finite, in {name}.",
+                next_step="Copy the folder again, or choose another precision if the model was saved in float32.",
+            )
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,218 @@
+"""Rows of token ids, the order in which they are trained, and the tensors of a micro-batch.
+
+Letters of shapes: B rows of a micro-batch, T tokens of the longest, S tokens of all rows together, N loss-carrying
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.examples import Example, Problem
+from workers.rendering import Renderer
+
+
+class TokenRows:
+    """Rendered rows as flat arrays on disk: 5 bytes a token, mapped into memory.
+
+    Flat arrays with offsets, not an Arrow data set: any row is one slice, so a resumed run goes to its place at
+    once, and nothing is decoded on the way. The file has no name, so a killed trainer leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._ids_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the rows
+        self._trained_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._ids: Any = np.zeros(0, np.int32)
+        self._trained: Any = np.zeros(0, np.bool_)
+        self.starts: list[int] = [0]
+        self.lines: list[int] = []
+
+    @classmethod
+    def render(
+        cls, rows: Iterable[Example | Problem], renderer: Renderer, folder: Path
+    ) -> tuple[TokenRows, list[Problem], int]:
+        """The usable rows, why the others are not, and how many of the usable ones were cut.
+
+        Reads row by row; `folder` must exist and takes the nameless files. Raises OSError when its disk is full.
+        """
+        found = cls(folder)
+        problems: list[Problem] = []
+        num_cut = 0
+        for row in rows:
+            rendered = renderer.try_render(row) if isinstance(row, Example) else row
+            if isinstance(rendered, Problem):
+                if rendered.level == "error":
+                    problems.append(rendered)
+                continue
+            num_cut += rendered.num_cut > 0
+            assert isinstance(row, Example)
+            found._append(row.line, rendered.ids, rendered.trained)
+        found._close()
+        return found, problems, num_cut
+
+    def _append(self, line: int, ids: Sequence[int], trained: Sequence[bool]) -> None:
+        self._ids_file.write(np.asarray(ids, np.int32).tobytes())
+        self._trained_file.write(np.asarray(trained, np.bool_).tobytes())
+        self.starts.append(self.starts[-1] + len(ids))
+        self.lines.append(line)
+
+    def _close(self) -> None:
+        self._ids_file.flush()
+        self._trained_file.flush()
+        if self.starts[-1]:
+            self._ids = np.memmap(self._ids_file, np.int32, mode="r")
+            self._trained = np.memmap(self._trained_file, np.bool_, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of a row."""
+        return np.asarray(self._ids[self.starts[row] : self.starts[row + 1]])
+
+    def trained(self, row: int) -> np.ndarray:
+        """Which tokens of a row carry loss."""
+        return np.asarray(self._trained[self.starts[row] : self.starts[row + 1]])
+
+    def length(self, row: int) -> int:
+        """Tokens of a row."""
+        return self.starts[row + 1] - self.starts[row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows form which optimizer step: a pure function of the seed, so a resumed run needs no history.
+
+    The epochs' orders stand one behind the other in one stream; step s (from 0) takes its batch_size rows from it.
+    Only the last step may be smaller.
+    """
+
+    num_rows: int
+    batch_size: int
+    epochs: float
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = math.ceil(self._num_rows_seen / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def _num_rows_seen(self) -> int:
+        return max(1, math.ceil(round(self.epochs * self.num_rows, 6)))
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of the rows of a step, in their seeded order."""
+        first = step * self.batch_size
+        places = range(first, min(first + self.batch_size, self._num_rows_seen))
+        return [
+            int(_order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]) for place in places
+        ]
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return min(step * self.batch_size, self._num_rows_seen) / self.num_rows
+
+
+@lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def split_step(rows: Sequence[int], tokens: TokenRows, micro_batch_size: int) -> list[list[int]]:
+    """A step's rows in micro-batches, longest first: like lengths together, and a shortage of memory shows at once."""
+    by_length = sorted(rows, key=tokens.length, reverse=True)
+    return [by_length[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch.
+
+    `positions_N` are indices into the flattened tokens whose next token carries loss, `targets_N` are those next
+    tokens, `rows_N` say which row each belongs to. `position_ids` is None for padded rows, which count from 0 by
+    themselves. There is no attention mask: padding stands on the right, where a causal model never looks from a real
+    token, and packed rows are told apart by position ids that restart.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    positions_N: Tensor  # noqa: N815
+    targets_N: Tensor  # noqa: N815
+    rows_N: Tensor  # noqa: N815
+    lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return sum(self.lengths)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int(self.targets_N.shape[0])
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies to a GPU do not wait."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=None if self.position_ids is None else move(self.position_ids),
+            positions_N=move(self.positions_N),
+            targets_N=move(self.targets_N),
+            rows_N=move(self.rows_N),
+        )
+
+
+def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: int) -> Batch:
+    """The rows as one micro-batch: side by side with padding on the right, or all behind one another.
+
+    Packed, input_ids is (1, S) and position_ids restart with each row: transformers makes a mask from them in which
+    no row sees another (given no attention mask and use_cache=False). Padded, input_ids is (B, T).
+    """
+    lengths = tuple(tokens.length(row) for row in rows)
+    width = 0 if packing else max(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packing else np.arange(len(rows)) * width
+    ids = np.full(sum(lengths) if packing else len(rows) * width, pad_id, np.int64)
+    positions, targets, owners = [], [], []
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        own = tokens.ids(row)
+        ids[start : start + len(own)] = own
+        carrying = np.flatnonzero(tokens.trained(row)[1:])
+        positions.append(start + carrying)
+        targets.append(own[carrying + 1])
+        owners.append(np.full(len(carrying), index))
+    return Batch(
+        input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None] if packing else None,
+        positions_N=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        rows_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
+        lengths=lengths,
+    )
+
+
+def batches(
+    rows: Sequence[int], tokens: TokenRows, *, micro_batch_size: int, packing: bool, pad_id: int
+) -> Iterator[Batch]:
+    """The micro-batches of one step."""
+    for group in split_step(rows, tokens, micro_batch_size):
+        yield collate(group, tokens, packing=packing, pad_id=pad_id)

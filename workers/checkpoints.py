@@ -1,0 +1,269 @@
+"""Checkpoints that a run can be resumed from: complete or not there, verified before they are used.
+
+A checkpoint is a folder `checkpoints/<step>-<attempt>/` with safetensors and JSON files and a MANIFEST.json that
+lists each with its size and sha256. It is written aside, forced to disk and renamed. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from workers.errors import CheckpointError, ExplainedError
+
+MANIFEST = "MANIFEST.json"
+NUM_KEPT = 2
+_NAME = re.compile(r"(\d+)-(\d+)")
+
+
+class DiskFullError(ExplainedError):
+    """There is no room for a checkpoint or an adapter."""
+
+    code = "disk_full"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. `step` counts finished optimizer steps; the rest is summed over all of them.
+
+    `row` is the place in the seeded stream of rows at which the next step begins; `train_seconds` is time spent in
+    steps, over all attempts.
+    """
+
+    step: int
+    row: int
+    num_tokens: int
+    num_loss_tokens: int
+    micro_batch_size: int
+    train_seconds: float
+    first_loss: float | None
+    last_loss: float | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    folder: Path
+    position: Position
+
+
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name: all that training changes."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(
+    root: Path,
+    *,
+    attempt: int,
+    position: Position,
+    recipe_sha256: str,
+    versions: dict[str, str],
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+) -> Checkpoint:
+    """Writes a checkpoint under `root` and removes all but the newest two.
+
+    Raises:
+        DiskFullError: no room; what was begun is removed and the older checkpoints are untouched.
+    """
+    folder = root / f"{position.step}-{attempt}"
+    aside = root / f".tmp-{folder.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _write_files(aside, position, model, optimizer)
+        _write_manifest(aside, position, recipe_sha256, versions)
+        if folder.exists():  # this attempt came here before: resumed from an older one after damage
+            shutil.rmtree(folder)
+        aside.replace(folder)
+        _sync(root)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise disk_error(error, "the checkpoint") from error
+    except SafetensorError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # safetensors wraps the system's error in its own and keeps only the words.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), "the checkpoint") from error
+        raise
+    _remove_old(root, keep=folder)
+    return Checkpoint(folder, position)
+
+
+def find(
+    root: Path, *, recipe_sha256: str, tell: Callable[[str], None], keys_of: Callable[[], dict[str, torch.Size]]
+) -> Checkpoint | None:
+    """The newest checkpoint of any attempt that verifies and belongs to this recipe; None when there is none.
+
+    `tell` is given a sentence for each one that is passed over. `keys_of` names the parameters that the model needs.
+    """
+    candidates = sorted(
+        (
+            (int(found.group(1)), int(found.group(2)), path)
+            for path in (root.iterdir() if root.is_dir() else ())
+            if (found := _NAME.fullmatch(path.name))
+        ),
+        reverse=True,
+    )
+    damaged: list[str] = []
+    for step, _, path in candidates:
+        try:
+            checkpoint = _verify(path, recipe_sha256, keys_of())
+        except CheckpointError as error:
+            damaged.append(f"checkpoint {step} is damaged ({error.message})")
+            continue
+        for sentence in damaged:
+            tell(f"{sentence}, using {checkpoint.position.step}.")
+        return checkpoint
+    for sentence in damaged:
+        tell(f"{sentence}, starting from the beginning.")
+    return None
+
+
+def restore(checkpoint: Checkpoint, *, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Puts weights, optimizer state and every source of random numbers back to where the checkpoint was made."""
+    parameters = trainable_parameters(model)
+    with torch.no_grad(), safe_open(checkpoint.folder / "adapter.safetensors", framework="pt") as weights:
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.get_tensor(name))
+    with safe_open(checkpoint.folder / "optimizer.safetensors", framework="pt") as tensors:
+        state: dict[int, dict[str, Any]] = {}
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with safe_open(checkpoint.folder / "random.safetensors", framework="pt") as tensors:
+        torch.set_rng_state(tensors.get_tensor("torch"))
+        if torch.cuda.is_available() and "cuda" in tensors.keys():  # noqa: SIM118 - not a dict
+            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
+        numpy_keys = tensors.get_tensor("numpy").numpy().astype(np.uint32)
+    other = json.loads((checkpoint.folder / "random.json").read_text("utf-8"))
+    version, keys, gauss = other["python"]
+    random.setstate((version, tuple(keys), gauss))
+    place, has_gauss, cached = other["numpy"]
+    np.random.set_state(("MT19937", numpy_keys, place, has_gauss, cached))
+
+
+def disk_error(error: OSError, what: str) -> ExplainedError:
+    """An error of the file system in words; its code is disk_full when there is no room."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return DiskFullError(
+            f"There is no room on the disk for {what}.",
+            next_step="Free some space and continue: the checkpoints made before are complete.",
+        )
+    return CheckpointError(f"{what[0].upper()}{what[1:]} could not be written: {error.strerror or error}.")
+
+
+def _write_files(folder: Path, position: Position, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    weights = {name: one.detach().cpu().contiguous() for name, one in trainable_parameters(model).items()}
+    save_file(weights, folder / "adapter.safetensors")
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
+    _, numpy_keys, place, has_gauss, cached = np.random.get_state()
+    numbers = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(numpy_keys).astype(np.int64))}
+    if torch.cuda.is_available():
+        numbers["cuda"] = torch.cuda.get_rng_state()
+    save_file(numbers, folder / "random.safetensors")
+    version, keys, gauss = random.getstate()
+    others = {"python": [version, list(keys), gauss], "numpy": [int(place), int(has_gauss), float(cached)]}
+    (folder / "random.json").write_text(json.dumps(others), "utf-8")
+    (folder / "position.json").write_text(json.dumps(asdict(position)), "utf-8")
+
+
+def _write_manifest(folder: Path, position: Position, recipe_sha256: str, versions: dict[str, str]) -> None:
+    files = []
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files.append({"path": path.name, "size": path.stat().st_size, "sha256": _sha256(path)})
+    manifest = {
+        "manifest_version": 1,
+        "step": position.step,
+        "recipe_sha256": recipe_sha256,
+        "versions": versions,
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Checkpoint:
+    """The checkpoint in a folder; raises CheckpointError that says what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        listed = {str(one["path"]): (int(one["size"]), str(one["sha256"])) for one in manifest["files"]}
+        of_recipe = manifest["recipe_sha256"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"it has no {MANIFEST}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its {MANIFEST} cannot be read") from error
+    if of_recipe != recipe_sha256:
+        raise CheckpointError("it belongs to another recipe")
+    for name in ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json"):
+        if name not in listed:
+            raise CheckpointError(f"{name} is not in its {MANIFEST}")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != listed[name][0]:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {listed[name][0]}")
+        if _sha256(path) != listed[name][1]:
+            raise CheckpointError(f"{name} does not match its checksum")
+    try:
+        position = Position(**json.loads((folder / "position.json").read_text("utf-8")))
+        with safe_open(folder / "adapter.safetensors", framework="pt") as weights:
+            found = {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError("its files cannot be read") from error
+    if found != keys:
+        raise CheckpointError("its weights do not fit this adapter")
+    return Checkpoint(folder, position)
+
+
+def _remove_old(root: Path, *, keep: Path) -> None:
+    """Keeps the newest two checkpoints, the one just written in any case, and clears what was never finished."""
+    named = []
+    for path in root.iterdir():
+        if path.name.startswith(".tmp-"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif found := _NAME.fullmatch(path.name):
+            named.append(((path == keep, int(found.group(1)), int(found.group(2))), path))
+    for _, path in sorted(named, reverse=True)[NUM_KEPT:]:
+        # The manifest goes first: a half-removed checkpoint must never look complete.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Forces a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""The device that trains: which one, how much memory, what it can compute, and its seeds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+THREADS_VARIABLE = "STUDIO_TRAINER_THREADS"
+"""Environment variable: threads that one trainer may use on the CPU."""
+
+
+def choose_device() -> torch.device:
+    """The first CUDA device, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()} (CPU, {torch.get_num_threads()} threads)"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device; for a CPU the machine's, or the container's where it is limited."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 without emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def set_threads(num_threads: int | None = None) -> int:
+    """Limits the CPU threads of this process, to the argument or the environment's STUDIO_TRAINER_THREADS."""
+    wanted = num_threads or int(os.environ.get(THREADS_VARIABLE) or 0)
+    if wanted > 0:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every source of random numbers and asks for deterministic kernels where there are any."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Without this every fresh tensor would be filled first, which deterministic results do not need here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,65 @@
+"""Errors that a person can cause and can mend. Each says what was found and what to do next."""
+
+from __future__ import annotations
+
+
+class ExplainedError(ValueError):
+    """An error with a stable code, a sentence for people and a next step.
+
+    Args:
+        message: what was found and what was expected, as a sentence.
+        next_step: what the person can do about it, as a sentence; empty when `message` says it already.
+        field: the recipe or form field it belongs to, dotted ("training.learning_rate"), when there is one.
+        line: the 1-based line of the dataset file it belongs to, when there is one.
+    """
+
+    code = "invalid"
+
+    def __init__(self, message: str, *, next_step: str = "", field: str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_step = next_step
+        self.field = field
+        self.line = line
+
+
+class RecipeError(ExplainedError):
+    """A recipe asks for something that does not exist or cannot work."""
+
+    code = "invalid_recipe"
+
+
+class UnknownPluginError(RecipeError):
+    """A recipe names a method, format, objective or evaluation that is not installed."""
+
+    code = "unknown_plugin"
+
+
+class DatasetError(ExplainedError):
+    """A dataset file cannot be read at all, or has too little in it to train on."""
+
+    code = "unreadable_dataset"
+
+
+class BaseModelError(ExplainedError):
+    """A base model folder is incomplete, unsafe or not a causal language model."""
+
+    code = "unusable_base_model"
+
+
+class CheckpointError(ExplainedError):
+    """A checkpoint is incomplete or does not match its manifest."""
+
+    code = "damaged_checkpoint"
+
+
+class DivergedError(ExplainedError):
+    """The loss or the gradient stopped being a finite number."""
+
+    code = "diverged"
+
+
+class OutOfMemoryError(ExplainedError):
+    """The device ran out of memory."""
+
+    code = "out_of_memory"

@@ -1,0 +1,65 @@
+"""Evaluations: how good an answer or a model is. One file is one evaluation; `PLUGIN` holds it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from workers.plugins import discover, look_up
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One held-out row as a model answered it.
+
+    `loss_sum` is the summed cross-entropy in nats over `num_tokens` loss-carrying tokens; `answer` is None
+    when the row was not generated.
+    """
+
+    line: int
+    prompt: str
+    reference: str
+    answer: str | None
+    loss_sum: float
+    num_tokens: int
+    num_reference_bytes: int
+
+
+@dataclass(frozen=True)
+class RowValue:
+    """One row's part in a score: a score is sum(value * weight) / sum(weight) over its rows."""
+
+    value: float
+    weight: float = 1.0
+
+
+class Evaluation(ABC):
+    """A figure of merit that is a weighted mean over rows, so that one bootstrap serves them all."""
+
+    name: str
+    label: str
+    unit: str = ""
+    help: str
+    higher_is_better: bool
+    needs: Literal["loss", "answer"]
+
+    @abstractmethod
+    def row_value(self, row: ScoredRow) -> RowValue:
+        """This row's value and weight."""
+
+    def present(self, mean: float) -> float:
+        """The figure shown for a weighted mean; perplexity, for one, is its exponential. Must be monotone."""
+        return mean
+
+
+@cache
+def evaluations() -> dict[str, Evaluation]:
+    """Every evaluation by name."""
+    return discover(__name__, Evaluation)  # type: ignore[type-abstract]
+
+
+def get_evaluation(name: str) -> Evaluation:
+    """The evaluation called `name`; raises UnknownPluginError."""
+    return look_up(evaluations(), name, what="evaluation", field="evaluation.metrics")

@@ -1,0 +1,21 @@
+"""Held-out loss: how surprised the model is by the right answers."""
+
+from __future__ import annotations
+
+from workers.evaluations import Evaluation, RowValue, ScoredRow
+
+
+class Loss(Evaluation):
+    name = "loss"
+    label = "Held-out loss"
+    unit = "nats/token"
+    help = "Mean cross-entropy per token of the reference answers. Lower is better; 0 would be certainty."
+    higher_is_better = False
+    needs = "loss"
+
+    def row_value(self, row: ScoredRow) -> RowValue:
+        """The row's mean loss, weighted by its tokens: the score is the mean over all tokens."""
+        return RowValue(row.loss_sum / row.num_tokens, row.num_tokens) if row.num_tokens else RowValue(0.0, 0.0)
+
+
+PLUGIN = Loss()

@@ -1,0 +1,89 @@
+"""Alpaca: an instruction, an input that may be empty, and an output.
+
+The prompt is the instruction, then a blank line and the input when there is one. No "Below is an
+instruction" frame is put around it: the base model's own chat template frames it. `history` gives earlier
+turns as [user, assistant] pairs and `system` a system message (LLaMA-Factory's extensions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from workers.examples import Example, Message, Problem
+from workers.formats import Format
+from workers.formats._rules import check_text, missing_fields, share
+from workers.strict_json import excerpt_of, type_name
+
+_ANSWERS = ("output", "response", "completion", "answer")
+
+
+class Alpaca(Format):
+    name = "alpaca"
+    label = "Alpaca (instruction, input, output)"
+    help = (
+        'Rows like {"instruction": "...", "input": "...", "output": "..."}; input may be empty, output may be '
+        "called response. The prompt is the instruction, a blank line and the input."
+    )
+
+    def recognise(self, head: Sequence[dict[str, Any]]) -> tuple[float, dict[str, str]]:
+        """Sure when rows have an instruction and an answer column; the mapping names the answer column."""
+        answer = max(_ANSWERS, key=lambda name: share(head, "instruction", name))
+        return 0.97 * share(head, "instruction", answer), {"output": answer}
+
+    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[Example | None, list[Problem]]:
+        """instruction, input, output, system and history as turns."""
+        answer_column = columns.get("output", "output")
+        if answer_column not in row:
+            answer_column = next((name for name in _ANSWERS if name in row), answer_column)
+        if "instruction" not in row and answer_column not in row:
+            return None, [missing_fields(row, ("instruction", answer_column), line, "Alpaca")]
+        problems: list[Problem] = []
+        instruction, problem = check_text(row, "instruction", line)
+        problems += [problem] if problem else []
+        answer, problem = check_text(row, answer_column, line)
+        problems += [problem] if problem else []
+        context, system = "", ""
+        if row.get("input") is not None:
+            context, problem = check_text(row, "input", line, may_be_empty=True)
+            problems += [problem] if problem else []
+        if row.get("system") is not None:
+            system, problem = check_text(row, "system", line, may_be_empty=True)
+            problems += [problem] if problem else []
+        history = row.get("history")
+        messages = [Message("system", system)] if system.strip() else []
+        if history:
+            earlier, found = _read_history(history, line)
+            messages += earlier
+            problems += found
+        if problems:
+            return None, problems
+        prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
+        messages += [Message("user", prompt), Message("assistant", answer)]
+        return Example(line, tuple(messages)), []
+
+
+def _read_history(history: Any, line: int) -> tuple[list[Message], list[Problem]]:
+    messages: list[Message] = []
+    if not isinstance(history, list):
+        return [], [_not_a_pair(history, line, "history")]
+    for index, pair in enumerate(history):
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)
+        if not is_pair:
+            return [], [_not_a_pair(pair, line, f"history[{index}]")]
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return messages, []
+
+
+def _not_a_pair(value: Any, line: int, field: str) -> Problem:
+    return Problem(
+        "C102",
+        f'Line {line}: "{field}" is {type_name(value)}, where [user text, assistant text] pairs belong.',
+        'Write history as [["question", "answer"], ...].',
+        line=line,
+        field=field,
+        excerpt=excerpt_of(value),
+    )
+
+
+PLUGIN = Alpaca()

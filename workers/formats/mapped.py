@@ -1,0 +1,144 @@
+"""Columns chosen by a person, or guessed: any column as the prompt, any as the answer.
+
+A column may lie inside a row's lists and objects: `instances[0].output`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+from workers.examples import Example, Message, Problem
+from workers.formats import Format
+from workers.formats._rules import check_text, missing_fields
+from workers.strict_json import excerpt_of
+
+_PAIRS = (
+    ("question", "answer"),
+    ("input", "target"),
+    ("input", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("source", "target"),
+    ("text", "summary"),
+    ("document", "summary"),
+    ("article", "summary"),
+    ("problem", "solution"),
+    ("context", "response"),
+    ("inputs", "targets"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("q", "a"),
+)
+_SYSTEMS = ("system", "system_prompt")
+_PROMPT_WORDS = ("prompt", "question", "instruction", "input", "query", "user", "source", "problem", "text", "request")
+_ANSWER_WORDS = ("answer", "completion", "response", "output", "target", "reply", "assistant", "solution", "summary")
+
+
+class Mapped(Format):
+    name = "mapped"
+    label = "Columns"
+    help = "Any table or list of objects: choose the column that asks and the column that answers."
+    fields = {"prompt": "Prompt (what is asked)", "completion": "Answer (what is learned)", "system": "System message"}
+    required_fields = ("prompt", "completion")
+
+    def recognise(self, head: Sequence[dict[str, Any]]) -> tuple[float, dict[str, str]]:
+        """0.9 for a pair of column names that the field uses, 0.4 for a guess by words, 0.2 by position."""
+        counts: dict[str, int] = {}
+        for row in head:
+            for name, value in row.items():
+                if isinstance(value, str) and value.strip():
+                    counts[name] = counts.get(name, 0) + 1
+        names = {_plain(name): name for name in reversed(counts)}
+        system = next((names[name] for name in _SYSTEMS if name in names), None)
+        extra = {"system": system} if system else {}
+        for prompt, answer in _PAIRS:
+            if prompt in names and answer in names:
+                columns = {"prompt": names[prompt], "completion": names[answer], **extra}
+                num = sum(columns["prompt"] in row and columns["completion"] in row for row in head)
+                return 0.9 * num / len(head), columns
+        return _guess([name for name in counts if name != system], extra)
+
+    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[Example | None, list[Problem]]:
+        """The chosen columns as system, user and assistant turns. Numbers become text as JSON writes them."""
+        chosen = {field: _take(row, columns.get(field, "")) for field in ("prompt", "completion")}
+        if all(value is _MISSING for value in chosen.values()):
+            return None, [missing_fields(row, [columns.get(field, field) for field in chosen], line, "these columns")]
+        problems: list[Problem] = []
+        texts: dict[str, str] = {}
+        if columns.get("system"):
+            chosen["system"] = _take(row, columns["system"])
+        for field, value in chosen.items():
+            column = columns.get(field, field)
+            if field == "system" and (value is _MISSING or value is None):
+                continue
+            cell = {} if value is _MISSING else {column: _as_text(value)}
+            texts[field], problem = check_text(cell, column, line, may_be_empty=field == "system")
+            if problem:
+                excerpt = excerpt_of(row) if value is _MISSING or not value else problem.excerpt
+                problems.append(
+                    Problem(problem.rule, problem.message, problem.fix, line=line, field=column[:120], excerpt=excerpt)
+                )
+        if problems:
+            return None, problems
+        before = (Message("system", texts["system"]),) if texts.get("system", "").strip() else ()
+        return Example(line, (*before, Message("user", texts["prompt"]), Message("assistant", texts["completion"]))), []
+
+
+_MISSING: Any = object()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\-]+", "_", name.strip().lower())
+
+
+def _guess(names: list[str], extra: dict[str, str]) -> tuple[float, dict[str, str]]:
+    if len(names) < 2:
+        return 0.0, {}
+    answer = next((name for word in _ANSWER_WORDS for name in names if word in name.lower()), None)
+    prompt = next((name for word in _PROMPT_WORDS for name in names if word in name.lower() and name != answer), None)
+    if prompt and answer:
+        return 0.4, {"prompt": prompt, "completion": answer, **extra}
+    answer = answer or next(name for name in reversed(names) if name != prompt)
+    prompt = prompt or next(name for name in names if name != answer)
+    return 0.2, {"prompt": prompt, "completion": answer, **extra}
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers as JSON writes them; everything else as it is."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return orjson.dumps(value).decode()
+    return value
+
+
+@lru_cache(maxsize=256)
+def _steps(path: str) -> tuple[str | int, ...]:
+    return tuple(int(index) if index else key for key, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", path))
+
+
+def _take(row: dict[str, Any], path: str) -> Any:
+    """The value at a column name or a path, _MISSING when there is none."""
+    if path in row:
+        return row[path]
+    if "." not in path and "[" not in path:
+        return _MISSING
+    value: Any = row
+    for step in _steps(path):
+        is_key = isinstance(value, dict) and step in value
+        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not is_key and not is_index:
+            return _MISSING
+        value = value[step]
+    return value
+
+
+PLUGIN = Mapped()

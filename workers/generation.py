@@ -1,0 +1,148 @@
+"""Batched generation with a key-value cache: greedy by default, sampling on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+# B rows still being written, T prompt tokens of the longest row in a batch, V vocabulary.
+
+DEFAULT_BATCH_SIZE = 16
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 17,
+    use_cache: bool = True,
+    on_finished: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt, without the token that ended the answer.
+
+    Prompts are sorted by length and padded on the left within a batch; a row that has ended leaves the batch. An
+    answer also ends where the model's context ends; a prompt that fills it gets an empty answer.
+
+    Args:
+        batch_size: rows at once; DEFAULT_BATCH_SIZE when None.
+        temperature: 0 takes the most probable token; above, tokens are drawn from the sharpened or flattened
+            distribution, with a generator of its own seeded by `seed`.
+        top_p: draw from the smallest set of tokens that holds this much probability (Holtzman et al. 2020).
+        use_cache: False recomputes the whole row for every token: slow, for checking only.
+        on_finished: told how many rows were finished since the last call; a true answer ends generation early,
+            and rows not begun come back empty.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    room = context_room(model)
+    fitting = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < room]
+    order = sorted(fitting, key=lambda index: len(prompts[index]), reverse=True)
+    size = batch_size or DEFAULT_BATCH_SIZE
+    generator: torch.Generator | None = None
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            device = next(model.parameters()).device
+            if temperature > 0:
+                generator = torch.Generator(device=device).manual_seed(seed)
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                answers = _generate_batch(
+                    model, [prompts[index] for index in batch], max_new_tokens, room, frozenset(stop_ids),
+                    lambda logits_BV: _choose(logits_BV, temperature, top_p, generator), use_cache, device,
+                )  # fmt: skip
+                for index, ids in zip(batch, answers, strict=True):
+                    written[index] = ids
+                if on_finished is not None and on_finished(len(batch)):
+                    break
+    finally:
+        model.train(was_training)
+    return written
+
+
+def context_room(model: Any) -> int:
+    """Tokens of prompt and answer together that the model can read, a trained prefix taken off."""
+    config = model.config.get_text_config()
+    total = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    adapter = getattr(model, "active_peft_config", None)
+    return total - int(getattr(adapter, "num_virtual_tokens", None) or 0)
+
+
+def _generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    room: int,
+    stop_ids: frozenset[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    use_cache: bool,
+    device: torch.device,
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    if max_new_tokens < 1:
+        return answers
+    longest = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, longest - len(prompt) :] = 1
+    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    alive = list(range(len(prompts)))
+    cache: Any = None
+    new_ids_BT, new_positions_BT = ids_BT, positions_BT
+    while True:
+        inputs = {"attention_mask": mask_BT}
+        if use_cache:
+            inputs |= {"input_ids": new_ids_BT, "position_ids": new_positions_BT, "past_key_values": cache}
+        else:
+            inputs |= {"input_ids": ids_BT, "position_ids": positions_BT}
+        # Only the last position's logits: a prompt's would be B x T x V numbers for nothing.
+        output = model(**inputs, use_cache=use_cache, logits_to_keep=1)
+        cache = output.past_key_values if use_cache else None
+        chosen_B = choose(output.logits[:, -1].float())
+        going_on = []
+        for row, token in enumerate(chosen_B.tolist()):
+            if token in stop_ids:
+                continue
+            answers[alive[row]].append(token)
+            index = alive[row]
+            if len(answers[index]) < max_new_tokens and len(prompts[index]) + len(answers[index]) < room:
+                going_on.append(row)
+        if not going_on:
+            return answers
+        if len(going_on) < len(alive):
+            keep_B = torch.tensor(going_on, device=device)
+            alive = [alive[row] for row in going_on]
+            chosen_B, mask_BT, ids_BT = chosen_B[keep_B], mask_BT[keep_B], ids_BT[keep_B]
+            positions_BT = positions_BT[keep_B]
+            if use_cache:
+                cache.batch_select_indices(keep_B)
+        new_ids_BT = chosen_B[:, None]
+        new_positions_BT = positions_BT[:, -1:] + 1
+        ids_BT = torch.cat([ids_BT, new_ids_BT], dim=1)
+        positions_BT = torch.cat([positions_BT, new_positions_BT], dim=1)
+        mask_BT = torch.cat([mask_BT, torch.ones_like(new_ids_BT)], dim=1)
+
+
+def _choose(
+    logits_BV: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """One token per row."""
+    if temperature <= 0:
+        return logits_BV.argmax(dim=-1)
+    probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    if top_p < 1:
+        sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+        # A token stays when the mass before it is still short of top_p, so at least one always stays.
+        sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p, 0.0)
+        probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(-1, order_BV, sorted_BV)
+    return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]

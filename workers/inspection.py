@@ -1,0 +1,227 @@
+"""Inspects a dataset file in a process of its own: `python -m workers.inspection rows|tokens FILE ...`.
+
+What people upload is read here, not in the web or queue process: with a limit on memory, no database and no
+network of its own. It writes one JSON object per line to standard output and ends with "done" or "refused".
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from workers.carriers import sniff
+from workers.errors import DatasetError, ExplainedError
+from workers.examples import Example
+from workers.reading import SURE, column_names, read_head, read_rows, recognise_rows
+
+MEMORY_BYTES = 2 * 1024**3
+MAX_PROBLEMS = 10_000
+PROGRESS_SECONDS = 0.5
+CUTS = (512, 1024, 2048)
+TOKEN_BINS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768, 65536)
+CHARACTER_BINS = (100, 200, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 16000, 32000, 64000, 128_000)
+
+
+class Histogram:
+    """Counts by upper bound; what exceeds the last bound falls into a bin that ends at the longest."""
+
+    def __init__(self, bounds: tuple[int, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.num = self.total = self.longest = 0
+
+    def add(self, value: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.num += 1
+        self.total += value
+        self.longest = max(self.longest, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{num_rows, total, longest, histogram: [[upper bound, rows], ...]} from the first to the last filled bin."""
+        bins = list(zip((*self._bounds, max(self.longest, self._bounds[-1] + 1)), self._counts, strict=True))
+        filled = [index for index, (_, count) in enumerate(bins) if count]
+        shown = bins[filled[0] : filled[-1] + 1] if filled else []
+        return {
+            "num_rows": self.num,
+            "total": self.total,
+            "longest": self.longest,
+            "histogram": [list(one) for one in shown],
+        }
+
+
+def emit(kind: str, **values: Any) -> None:
+    """Write one event; lone surrogates cannot be written and NUL cannot be stored, so both become visible."""
+    try:
+        line = orjson.dumps({"kind": kind, **values})
+    except (TypeError, orjson.JSONEncodeError):
+        line = orjson.dumps({"kind": kind, **_storable(values)})
+    if b"\\u0000" in line:
+        line = orjson.dumps(_storable({"kind": kind, **values}))
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_storable(key): _storable(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_storable(child) for child in value]
+    return value
+
+
+def inspect_rows(path: Path, format_name: str, columns: dict[str, str]) -> None:
+    """Recognise the format unless it is given, then read every row: counts, problems and statistics."""
+    head = read_head(path)
+    guess = recognise_rows(head)
+    sure = bool(format_name) or (guess is not None and guess.confidence >= SURE)
+    if not format_name and guess is not None:
+        format_name, columns = guess.format, guess.columns
+    emit(
+        "recognised",
+        carrier=sniff(path),
+        format=format_name,
+        columns=columns,
+        confidence=guess.confidence if guess else 0.0,
+        column_names=column_names(head)[:200],
+        is_sure=sure,
+    )
+    if sure:
+        _read_all(path, format_name, columns)
+    elif not head:
+        # Not one row could be read: their problems say why.
+        _read_all(path, "mapped", {})
+    else:
+        emit("done", needs_mapping=True)
+
+
+def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
+    num_usable = num_quarantined = num_problems = 0
+    counts: Counter[str] = Counter()
+    turns: Counter[int] = Counter()
+    characters = Histogram(CHARACTER_BINS)
+    shown_at = time.monotonic()
+    for example, problems in read_rows(path, format_name, columns):
+        if example is not None:
+            num_usable += 1
+            turns[min(len(example.messages), 20)] += 1
+            characters.add(sum(len(message.content) for message in example.messages))
+        elif any(problem.level == "error" for problem in problems):
+            num_quarantined += 1
+        for problem in problems:
+            counts[problem.rule] += 1
+            num_problems += 1
+            if num_problems <= MAX_PROBLEMS:
+                emit("problem", **asdict(problem))
+        if (num_usable + num_quarantined) % 256 == 0 and time.monotonic() - shown_at > PROGRESS_SECONDS:
+            shown_at = time.monotonic()
+            emit("progress", stage="rows", num_rows=num_usable + num_quarantined)
+    if num_usable + num_quarantined == 0:
+        raise no_rows()
+    emit(
+        "done",
+        needs_mapping=False,
+        num_rows=num_usable + num_quarantined,
+        num_usable=num_usable,
+        num_quarantined=num_quarantined,
+        problem_counts=dict(counts),
+        statistics={
+            "turns": [[num, rows] for num, rows in sorted(turns.items())],
+            "characters": characters.to_dict(),
+        },
+    )
+
+
+def no_rows() -> DatasetError:
+    """The refusal of a file without a single row."""
+    error = DatasetError("The file has no rows.", next_step="Check that the export finished, and upload it again.")
+    error.code = "no_rows"
+    return error
+
+
+def count_tokens(path: Path, format_name: str, columns: dict[str, str], folder: Path, seconds: float) -> None:
+    """Lengths of the usable rows in tokens of one base model, until the time is over."""
+    from workers.rendering import Renderer, RenderingError
+
+    renderer = Renderer(folder, max_length=2**31, loss_on="assistant")
+    lengths = Histogram(TOKEN_BINS)
+    cut: Counter[int] = Counter()
+    refused: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    shown_at = time.monotonic()
+    is_whole = True
+    for example in _examples(path, format_name, columns):
+        try:
+            num = len(renderer.render(example).ids)
+        except RenderingError as error:
+            refused[error.rule] += 1
+            continue
+        lengths.add(num)
+        cut.update(bound for bound in CUTS if num > bound)
+        now = time.monotonic()
+        if now - shown_at > PROGRESS_SECONDS:
+            shown_at = now
+            emit("progress", stage="tokens", num_rows=lengths.num)
+        if now > end:
+            is_whole = False
+            break
+    emit(
+        "done",
+        tokens={
+            **lengths.to_dict(),
+            "cut": {str(bound): cut[bound] for bound in CUTS},
+            "refused": dict(refused),
+            "is_whole": is_whole,
+        },
+    )
+
+
+def _examples(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[Example]:
+    for example, _problems in read_rows(path, format_name, columns):
+        if example is not None:
+            yield example
+
+
+def first_examples(path: Path, format_name: str, columns: dict[str, str], num: int, *, within: int) -> list[Example]:
+    """The first usable rows among the first `within` rows."""
+    rows = islice(read_rows(path, format_name, columns), within)
+    return list(islice((example for example, _ in rows if example is not None), num))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
+    parser = argparse.ArgumentParser(prog="python -m workers.inspection")
+    parser.add_argument("what", choices=["rows", "tokens"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--format", default="", help="name of the format plug-in; recognised when empty")
+    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    parser.add_argument("--base-model-folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0, help="time for counting tokens")
+    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
+    chosen = parser.parse_args(arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
+    columns = orjson.loads(chosen.columns)
+    try:
+        if chosen.what == "rows":
+            inspect_rows(chosen.file, chosen.format, columns)
+        else:
+            count_tokens(chosen.file, chosen.format, columns, chosen.base_model_folder, chosen.seconds)
+    except ExplainedError as error:
+        emit("refused", code=error.code, message=error.message, next_step=error.next_step, line=error.line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Bytes and seconds of a recipe, before it is queued: arithmetic on shapes, no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from workers.methods import get_method
+from workers.recipe import Precision, Recipe
+from workers.shapes import ModelShape
+
+GIB = 2**30
+TIGHT_SHARE = 0.85
+"""From this share of a device's memory on, a run may fail by what the arithmetic does not see."""
+
+NF4_BITS = 4.127
+"""Bits per weight with blocks of 64 and double quantisation (Dettmers et al. 2023, section 3)."""
+
+CPU_BASELINE_BYTES = int(0.5 * GIB)
+"""Resident memory of a trainer process without weights: a run on a model of 0.1 M parameters peaked at 0.48 GiB."""
+CUDA_BASELINE_BYTES = int(0.9 * GIB)
+"""CUDA context, cuBLAS workspaces and fragmentation of the allocator."""
+FRAGMENTATION = 0.10
+"""Share of activations on top, for buffers that live side by side during the backward pass."""
+
+LOGIT_BYTES = {"cpu": 3 * 2**26, "cuda": 3 * 2**28}
+"""One chunk of float32 logits, their exponentials and their gradient (workers.losses computes chunk by chunk)."""
+
+# FLOP/s per thread that LoRA training reaches on SmolLM2-135M, rows of 256 tokens, micro-batch 4: 207 tokens/s in
+# float32 and 336 in bfloat16 on two Zen 4 cores with AVX512-BF16, at 4 FLOP per parameter and token.
+CPU_FLOPS_PER_THREAD = {"float32": 56e9, "bfloat16": 90e9}
+# The same on two Zen cores without AVX-512: 79 tokens/s.
+CPU_FLOPS_PER_THREAD_AVX2 = 22e9
+CPU_SLOW_BFLOAT16 = 12e9
+"""The same where bfloat16 is emulated."""
+
+# Dense peak of the 16-bit tensor cores in FLOP/s, from the makers' data sheets, by a part of the device's name.
+GPU_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12),
+    ("L4", 121e12), ("A10", 125e12), ("A6000", 155e12), ("5090", 210e12), ("4090", 165e12), ("3090", 71e12),
+    ("V100", 125e12), ("T4", 65e12),
+)  # fmt: skip
+GPU_UNKNOWN_FLOPS = 80e12
+GPU_UTILISATION = 0.30
+"""Share of the peak that training with adapters reaches on models of billions of parameters."""
+GPU_LAUNCH_SECONDS = 12e-6
+"""Per kernel; a layer takes about 40 of them in each direction, which bounds small models."""
+
+PRECISION_SLOWDOWN: dict[Precision, float] = {"float32": 1.0, "bfloat16": 1.0, "nf4": 1.35, "int8": 1.6}
+"""Against computing on unquantised weights."""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """A dataset in tokens of the chosen base model.
+
+    `lengths` is a histogram {upper bound of the bin in tokens: rows in it}; empty when only totals are known.
+    """
+
+    num_rows: int
+    total_tokens: int
+    longest: int
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    def longest_after_cut(self, max_length: int) -> int:
+        """Tokens of the longest row once rows are cut."""
+        return min(max_length, self.longest) if self.longest > 0 else max_length
+
+    def mean_after_cut(self, max_length: int) -> float:
+        """Mean tokens of a row once rows are cut."""
+        if not self.num_rows:
+            return 0.0
+        mean = self.total_tokens / self.num_rows if self.total_tokens else max_length / 4
+        if self.lengths and self.longest > max_length:
+            # Bins give upper bounds, so they say how much a cut removes, not how long rows are.
+            kept = sum(min(bound, max_length) * rows for bound, rows in self.lengths.items())
+            mean *= kept / max(1, sum(bound * rows for bound, rows in self.lengths.items()))
+        return min(mean, max_length)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a job will run on. `memory_bytes` is the GPU's memory, or the machine's for a CPU.
+
+    `has_fast_bfloat16` is None when nobody said: a GPU is then taken to have it, and a CPU to be this machine's.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    memory_bytes: int
+    num_threads: int
+    has_fast_bfloat16: bool | None = None
+
+    def computes_bfloat16(self) -> bool:
+        """Whether 16-bit products are done in hardware."""
+        if self.has_fast_bfloat16 is not None:
+            return self.has_fast_bfloat16
+        return self.kind == "cuda" or cpu_has_fast_bfloat16()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need. Bytes at the peak of training; seconds from loading the base to the last score.
+
+    `optimizer_bytes` holds the gradients and both moments of AdamW, `adapter_bytes` the trained weights in float32.
+    """
+
+    weights_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    runtime_bytes: int
+    total_bytes: int
+    num_steps: int
+    num_trainable: int
+    trainable_share: float
+    seconds_low: float
+    seconds_high: float
+    verdict: Literal["fits", "tight", "too_large"]
+    advice: list[str]
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm's extension)."""
+    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@cache
+def _cpu_words() -> frozenset[str]:
+    """What Linux says of this machine's CPU, its extensions among it; empty elsewhere."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text("utf-8", "replace").lower().split())
+    except OSError:
+        return frozenset()
+
+
+def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Estimate:
+    """Memory and time of a recipe whose "auto" values are resolved (workers.resolving).
+
+    Raises:
+        RecipeError: the method or one of its settings does not exist.
+    """
+    method = get_method(recipe.method)
+    settings = method.read_settings(recipe.settings)
+    num_trainable = method.num_trainable(settings, shape)
+    training = recipe.training
+    precision: Precision = "float32" if recipe.precision == "auto" else recipe.precision
+    micro_batch = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
+    micro_batch = min(micro_batch, training.batch_size)
+    compute_bytes = compute_bytes_of(precision, device)
+
+    num_held_out = min(recipe.split.max_held_out, round(dataset.num_rows * recipe.split.held_out_share))
+    num_train = max(1, dataset.num_rows - num_held_out)
+    num_steps = math.ceil(max(1, math.ceil(num_train * training.epochs)) / training.batch_size)
+    num_steps = num_steps if training.max_steps is None else min(num_steps, training.max_steps)
+
+    weights = weights_bytes(shape, precision, compute_bytes)
+    adapter = 4 * num_trainable
+    optimizer = 12 * num_trainable
+    activations = activations_bytes(
+        settings,
+        shape,
+        tokens=micro_batch * dataset.longest_after_cut(training.max_length),
+        compute_bytes=compute_bytes,
+        checkpointing=training.gradient_checkpointing is True,
+        device_kind=device.kind,
+    )
+    runtime = CPU_BASELINE_BYTES if device.kind == "cpu" else CUDA_BASELINE_BYTES
+    total = weights + adapter + optimizer + activations + runtime
+    share = total / device.memory_bytes if device.memory_bytes else math.inf
+    verdict: Literal["fits", "tight", "too_large"] = (
+        "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
+    )
+    seconds = _seconds(recipe, shape, dataset, device, precision, num_steps, num_held_out, micro_batch, num_trainable)
+    return Estimate(
+        weights_bytes=weights,
+        adapter_bytes=adapter,
+        optimizer_bytes=optimizer,
+        activations_bytes=activations,
+        runtime_bytes=runtime,
+        total_bytes=total,
+        num_steps=num_steps,
+        num_trainable=num_trainable,
+        trainable_share=num_trainable / shape.num_parameters,
+        seconds_low=seconds * 0.6,
+        seconds_high=seconds * 1.8,
+        verdict=verdict,
+        advice=_advice(verdict, recipe, micro_batch, weights, activations, total, device),
+    )
+
+
+def compute_bytes_of(precision: Precision, device: DeviceFacts) -> int:
+    """Bytes of one activation: 2 in bfloat16, 4 in float32, which quantised bases use on a CPU without bfloat16."""
+    if precision == "float32":
+        return 4
+    return 2 if precision == "bfloat16" or device.kind == "cuda" or device.computes_bfloat16() else 4
+
+
+def num_linear_parameters(shape: ModelShape) -> int:
+    """Weights of the linear layers inside the blocks: what quantisation shrinks."""
+    return shape.num_layers * sum(linear.in_features * linear.out_features for linear in shape.linears)
+
+
+def weights_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
+    """The frozen base. Embeddings, output head and norms stay at the compute type when the rest is quantised."""
+    linear = num_linear_parameters(shape)
+    rest = max(0, shape.num_parameters - linear)
+    if precision == "nf4":
+        return round(linear * NF4_BITS / 8) + rest * compute_bytes
+    if precision == "int8":
+        rows = shape.num_layers * sum(layer.out_features for layer in shape.linears)
+        return linear + 4 * rows + rest * compute_bytes
+    return shape.num_parameters * compute_bytes
+
+
+def activations_bytes(
+    settings: object,
+    shape: ModelShape,
+    *,
+    tokens: int,
+    compute_bytes: int,
+    checkpointing: bool,
+    device_kind: Literal["cuda", "cpu"],
+) -> int:
+    """What the backward pass keeps for `tokens` tokens of one micro-batch, and the logits of one chunk of the loss.
+
+    Features kept per token and layer:
+        residual stream and the two norms, whose inputs are kept in float32 too   6 x hidden
+        queries and the attention's output, keys and values                       2 x heads x head + 2 x key-value
+        gate, its activation, and the up projection                                3 x intermediate
+        inputs of adapters, once as they are and once dropped out, in float32      2 x inputs of the targeted layers
+    With checkpointing each layer keeps its input alone, and one layer at a time everything.
+    """
+    per_token = (
+        6 * shape.hidden_size
+        + 2 * shape.num_heads * shape.head_size
+        + 2 * shape.key_value_size
+        + 3 * shape.intermediate_size
+    ) * compute_bytes
+    adapted_inputs = _adapted_inputs(settings, shape)
+    per_token += 2 * adapted_inputs * 4
+    if checkpointing:
+        blocks = tokens * (shape.num_layers * shape.hidden_size * compute_bytes + per_token)
+    else:
+        blocks = tokens * shape.num_layers * per_token
+    logits = min(tokens * shape.vocabulary_size * 4 * 3, LOGIT_BYTES[device_kind])
+    return round((blocks + logits) * (1 + FRAGMENTATION))
+
+
+def _adapted_inputs(settings: object, shape: ModelShape) -> int:
+    """Features per token and layer that enter targeted linear layers; 0 for methods without them."""
+    targets = getattr(settings, "target_modules", None)
+    if targets is None:
+        return 0
+    return sum(linear.in_features for linear in shape.linears if targets == "all-linear" or linear.name in targets)
+
+
+def _seconds(
+    recipe: Recipe,
+    shape: ModelShape,
+    dataset: DatasetFacts,
+    device: DeviceFacts,
+    precision: Precision,
+    num_steps: int,
+    num_held_out: int,
+    micro_batch: int,
+    num_trainable: int,
+) -> float:
+    """Expected seconds from loading to the last score."""
+    training = recipe.training
+    mean = dataset.mean_after_cut(training.max_length)
+    rows = min(num_steps * training.batch_size, max(1, dataset.num_rows) * training.epochs)
+    padded = mean if training.packing is True else (mean + dataset.longest_after_cut(training.max_length)) / 2
+    rate = flops_per_second(device, precision)
+    attention = 2 * mean * shape.num_heads * shape.head_size * shape.num_layers  # multiply-adds, causal half
+    # A frozen layer has a forward product and one for the gradient of its input, none for its weights.
+    passes = 3 if training.gradient_checkpointing is True else 2
+    per_token = 2 * passes * shape.num_parameters + 6 * num_trainable + 3 * 2 * attention
+    train = rows * padded * per_token / rate
+    num_micro = num_steps * math.ceil(training.batch_size / micro_batch)
+    if device.kind == "cuda":
+        train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
+    # Base and adapter both read the held-out rows and write their answers.
+    scoring = 2 * num_held_out * mean * (2 * shape.num_parameters + 2 * attention) / rate
+    generated = 2 * min(recipe.evaluation.num_generated, num_held_out) * recipe.evaluation.max_new_tokens
+    # Writing goes one token at a time in small batches: about a fifth of the rate of reading.
+    writing = generated * 2 * shape.num_parameters * 5 / rate
+    if device.kind == "cuda":
+        steps = math.ceil(generated / 16)
+        writing = max(writing, steps * shape.num_layers * 40 * GPU_LAUNCH_SECONDS)
+    loading = 12 + 2 * shape.num_parameters / 1e9
+    return train + scoring + writing + loading
+
+
+def flops_per_second(device: DeviceFacts, precision: Precision) -> float:
+    """FLOP/s that training reaches on the device at a precision."""
+    if device.kind == "cpu":
+        two_bytes = compute_bytes_of(precision, device) == 2
+        if two_bytes and not device.computes_bfloat16():
+            per_thread = CPU_SLOW_BFLOAT16
+        elif not two_bytes and "avx2" in _cpu_words() and "avx512f" not in _cpu_words():
+            per_thread = CPU_FLOPS_PER_THREAD_AVX2
+        else:
+            per_thread = CPU_FLOPS_PER_THREAD["bfloat16" if two_bytes else "float32"]
+        return per_thread * max(1, device.num_threads) / PRECISION_SLOWDOWN[precision]
+    peak = next((flops for name, flops in GPU_PEAK_FLOPS if name in device.name), GPU_UNKNOWN_FLOPS)
+    if precision == "float32":
+        peak /= 4  # TF32 is off, and half of what tensor cores do in 16 bits at best.
+    return peak * GPU_UTILISATION / PRECISION_SLOWDOWN[precision]
+
+
+def _advice(
+    verdict: str,
+    recipe: Recipe,
+    micro_batch: int,
+    weights: int,
+    activations: int,
+    total: int,
+    device: DeviceFacts,
+) -> list[str]:
+    """What would make the run fit, the most useful first; empty when it fits."""
+    if verdict == "fits":
+        return []
+    what = "The card" if device.kind == "cuda" else "This machine"
+    found = [f"It needs about {total / GIB:.1f} GiB, and {what.lower()} has {device.memory_bytes / GIB:.1f} GiB."]
+    if activations > weights:
+        if micro_batch > 1:
+            found.append(f"Lower the micro-batch from {micro_batch} to {micro_batch // 2}; the result stays the same.")
+        if recipe.training.gradient_checkpointing is not True and get_method(recipe.method).can_checkpoint_activations:
+            found.append("Switch gradient checkpointing on: less memory, about a third slower.")
+        found.append(f"Lower the maximum length from {recipe.training.max_length} tokens, if your rows allow it.")
+    if recipe.precision in ("float32", "bfloat16"):
+        if "nf4" in get_method(recipe.method).precisions:
+            found.append("Hold the base in nf4: a quarter of its memory in bfloat16.")
+        elif recipe.method == "lora":
+            found.append("Choose QLoRA: it holds the base in 4 bits.")
+    elif weights > activations:
+        found.append("Choose a smaller base model.")
+    return found

@@ -1,0 +1,89 @@
+"""PEFT methods: how an adapter is attached to a frozen base. One file is one method; `PLUGIN` holds it.
+
+A method file imports torch and peft inside its functions only: the web process reads its settings, its
+limits and its formula from here too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from workers.plugins import discover, look_up
+from workers.recipe import Precision, Recipe, recipe_error
+from workers.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class MethodSettings(BaseModel):
+    """A method's own settings. Each field has a title, a description, bounds, a unit and a source of its default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(ABC):
+    """One parameter-efficient method: what it is, what it can do, how many parameters, how to attach it."""
+
+    name: str
+    label: str
+    summary: str
+    """One plain sentence: when to choose it."""
+    source: str
+    """The paper, as "Authors year, title"."""
+    Settings: type[MethodSettings]
+    precisions: tuple[Precision, ...]
+    """Precisions of the base it can train on; the first is the default on a GPU."""
+    learning_rate: float
+    """Default learning rate; its source stands beside it in the method's file."""
+    can_pack: bool
+    can_checkpoint_activations: bool
+    can_merge: bool
+    runs_in: tuple[str, ...]
+    """Programs that load the saved adapter as it is: "peft", "vllm", "llama.cpp", ..."""
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
+        """The base with a fresh adapter; only the adapter's parameters require gradients."""
+
+    @abstractmethod
+    def num_trainable(self, settings: Any, shape: ModelShape) -> int:
+        """Trainable parameters by the method's formula."""
+
+    def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
+        """Combinations that cannot work, as {dotted recipe field: why and what to choose instead}."""
+        found: dict[str, str] = {}
+        if recipe.precision != "auto" and recipe.precision not in self.precisions:
+            found["precision"] = (
+                f"{self.label} does not train on a {recipe.precision} base. Choose {' or '.join(self.precisions)}."
+            )
+        if recipe.training.packing is True and not self.can_pack:
+            found["training.packing"] = f"{self.label} cannot be packed. Switch packing off."
+        if recipe.training.gradient_checkpointing is True and not self.can_checkpoint_activations:
+            found["training.gradient_checkpointing"] = (
+                f"{self.label} does not work with gradient checkpointing. Switch it off and use a smaller micro-batch."
+            )
+        return found
+
+    def read_settings(self, values: dict[str, Any]) -> MethodSettings:
+        """The method's settings from a recipe; raises RecipeError that names each bad field."""
+        try:
+            return self.Settings.model_validate(values)
+        except ValidationError as error:
+            raise recipe_error(error, prefix="settings") from error
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Every method by name."""
+    return discover(__name__, Method)  # type: ignore[type-abstract]
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; raises UnknownPluginError."""
+    return look_up(methods(), name, what="method", field="method")

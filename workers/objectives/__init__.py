@@ -1,0 +1,41 @@
+"""Objectives: what training minimises. One file is one objective; `PLUGIN` holds it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from workers.examples import ExampleType
+from workers.plugins import discover, look_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Objective(ABC):
+    """A loss over one type of example, as a sum and the number of tokens it covers."""
+
+    name: str
+    label: str
+    help: str
+    example_type: ExampleType
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats and the number of tokens it covers, both on the device.
+
+        A sum, not a mean: the loop divides by the tokens of all micro-batches of a step, so that
+        accumulating 4 micro-batches of 1 row gives the gradient of one batch of 4.
+        """
+
+
+@cache
+def objectives() -> dict[str, Objective]:
+    """Every objective by name."""
+    return discover(__name__, Objective)  # type: ignore[type-abstract]
+
+
+def get_objective(name: str) -> Objective:
+    """The objective called `name`; raises UnknownPluginError."""
+    return look_up(objectives(), name, what="objective", field="objective")

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: the next token of the turns that are to be learned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from workers.examples import ExampleType
+from workers.objectives import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.batching import Batch
+
+
+class SupervisedFineTuning(Objective):
+    """Cross-entropy of each loss-carrying token given everything before it."""
+
+    name = "sft"
+    label = "Supervised fine-tuning"
+    help = "Learns to write the assistant's turns of the dataset."
+    example_type: ExampleType = "chat"
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy in nats and the number of tokens it covers, both on the device."""
+        from workers.losses import summed_cross_entropy
+
+        return summed_cross_entropy(model, batch)
+
+
+PLUGIN = SupervisedFineTuning()

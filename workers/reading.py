@@ -1,0 +1,94 @@
+"""A dataset file as Examples and Problems: carriers give rows, a format says what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from workers.carriers import Row, open_rows
+from workers.examples import Example, Problem, Recognition
+from workers.formats import formats, get_format
+
+HEAD_ROWS = 200
+SURE = 0.5
+"""Confidence from which a guess is taken without asking; below it a person confirms the columns. Known names in
+more than half of the first rows are enough: rows without them are set aside and shown."""
+
+
+def read_head(path: Path, num_rows: int = HEAD_ROWS) -> list[dict[str, Any]]:
+    """The first readable rows of a file. Raises DatasetError when the file cannot be read at all."""
+    return [row.value for row in islice((item for item in open_rows(path) if isinstance(item, Row)), num_rows)]
+
+
+def recognise(path: Path) -> Recognition | None:
+    """The format that fits the first rows best; None when none does. Raises DatasetError."""
+    return recognise_rows(read_head(path))
+
+
+def recognise_rows(head: list[dict[str, Any]]) -> Recognition | None:
+    """The format that fits these rows best, asking each plug-in; None when none does or there are no rows."""
+    if not head:
+        return None
+    best: Recognition | None = None
+    for plugin in formats().values():
+        confidence, columns = plugin.recognise(head)
+        if confidence > 0 and (best is None or confidence > best.confidence):
+            best = Recognition(plugin.name, confidence, columns)
+    return best
+
+
+def column_names(head: list[dict[str, Any]]) -> list[str]:
+    """Every column of these rows that holds text or numbers, in the order met.
+
+    Lists and objects inside a row are entered: `instances[0].output` is the output of a row's first instance.
+    """
+    found: dict[str, None] = {}
+    for row in head:
+        for name in _paths(row):
+            found.setdefault(name)
+    return list(found)
+
+
+def _paths(value: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for key, child in value.items():
+        path = f"{before}{key}"
+        if isinstance(child, list) and child:
+            path, child = f"{path}[0]", child[0]
+        if isinstance(child, dict):
+            if path.count(".") < 2:
+                yield from _paths(child, f"{path}.")
+        elif not isinstance(child, list):
+            yield path
+
+
+def read_examples(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[Example | Problem]:
+    """Every row of a file in order: one Example, or at least one Problem of level "error" with its line.
+
+    Warnings come as Problems beside their Example. Usable rows (Examples) and quarantined rows (distinct
+    lines with an error) are all rows of the file.
+
+    Raises:
+        UnknownPluginError: no format has this name.
+        DatasetError: the file cannot be read at all, or from some line on.
+    """
+    for example, problems in read_rows(path, format_name, columns):
+        if example is not None:
+            yield example
+        yield from problems
+
+
+def read_rows(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[tuple[Example | None, list[Problem]]]:
+    """Each row of a file as its Example, or None, and its Problems. Raises like `read_examples`.
+
+    A pair without an Example and without an error is a remark about the file and no row.
+    """
+    parse = get_format(format_name).parse
+    for item in open_rows(path):
+        if isinstance(item, Problem):
+            yield None, [item]
+            continue
+        example, problems = parse(item.value, item.line, columns)
+        assert example is not None or any(problem.level == "error" for problem in problems), "a row was lost"
+        yield example, problems

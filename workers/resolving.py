@@ -1,0 +1,185 @@
+"""Every "auto" of a recipe decided, and everything that is wrong with it said at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from workers.errors import RecipeError
+from workers.evaluations import get_evaluation
+from workers.memory import TIGHT_SHARE, DatasetFacts, DeviceFacts, estimate
+from workers.methods import Method, MethodSettings, get_method
+from workers.objectives import get_objective
+from workers.recipe import Precision, Recipe, problems_by_field
+from workers.shapes import ModelShape
+
+MAX_MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a micro-batch beyond which nothing gets faster; a CPU is busy with far fewer."""
+UNEVEN = 1.25
+"""Longest row over mean row from which padding wastes more than packing costs."""
+CHECKPOINTS_PER_RUN = 10
+MAX_STEPS_BETWEEN_CHECKPOINTS = 200
+
+
+class RecipeProblems(RecipeError):  # noqa: N818 - it holds several
+    """Everything that is wrong with a recipe, as {dotted field: sentence}."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        first = next(iter(fields))
+        super().__init__(" ".join(fields.values()), field=first)
+        self.fields = fields
+
+
+def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Recipe:
+    """The recipe without any "auto" left: what will run, and what the adapter's card will say.
+
+    Precision: the method's first on a GPU; on a CPU bfloat16 only where it is computed in hardware, else float32.
+    Packing: where rows are of uneven length. Micro-batch: the largest that keeps the run below 85 % of the memory,
+    with gradient checkpointing switched on only when one row would not fit without it.
+
+    Raises:
+        RecipeProblems: unknown plug-ins or settings, values out of bounds, combinations that cannot work; all at once.
+    """
+    problems: dict[str, str] = {}
+
+    def attempt(look_up: Callable[[], Any]) -> Any:
+        try:
+            return look_up()
+        except RecipeProblems as error:
+            problems.update(error.fields)
+        except RecipeError as error:
+            problems.setdefault(error.field or "recipe", _sentence(error))
+        return None
+
+    method: Method | None = attempt(lambda: get_method(recipe.method))
+    attempt(lambda: get_objective(recipe.objective))
+    for name in recipe.evaluation.metrics:
+        attempt(partial(get_evaluation, name))
+    settings: MethodSettings | None = None
+    if method is not None:
+        settings = attempt(lambda: read_settings(method, recipe.settings))
+        problems |= {name: text for name, text in method.refusals(recipe, shape).items() if name not in problems}
+    problems |= _length_problems(recipe, shape, dataset)
+    if problems:
+        raise RecipeProblems(problems)
+    assert method is not None
+    assert settings is not None
+
+    training = recipe.training
+    longest = dataset.longest_after_cut(training.max_length)
+    mean = dataset.mean_after_cut(training.max_length)
+    packing = training.packing
+    if packing == "auto":
+        # A CPU's attention has no kernel for rows of different lengths: packed rows pay for a dense mask over all.
+        uneven = mean > 0 and longest > UNEVEN * mean
+        packing = device.kind == "cuda" and method.can_pack and uneven
+    chosen = recipe.model_copy(
+        update={
+            "settings": settings.model_dump(mode="json"),
+            "precision": _precision(recipe, method, device),
+            "training": training.model_copy(
+                update={
+                    "learning_rate": (
+                        method.learning_rate if training.learning_rate == "auto" else training.learning_rate
+                    ),
+                    "packing": packing,
+                }
+            ),
+        }
+    )
+    chosen = _fit_memory(chosen, method, shape, dataset, device, longest)
+    if training.checkpoint_every_steps == "auto":
+        num_steps = estimate(chosen, shape, dataset, device).num_steps
+        every = min(MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, num_steps // CHECKPOINTS_PER_RUN))
+        chosen = _with_training(chosen, checkpoint_every_steps=every)
+    return chosen
+
+
+def read_settings(method: Method, values: dict[str, Any]) -> MethodSettings:
+    """The method's settings; an unknown name is told the nearest known one. Raises RecipeProblems."""
+    known = list(method.Settings.model_fields)
+    problems = {}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f'Did you mean "{near[0]}"? ' if near else ""
+            problems[f"settings.{name}"] = (
+                f'{method.label} has no setting "{name}". {hint}Its settings are {", ".join(known)}.'
+            )
+    settings: MethodSettings | None = None
+    try:
+        settings = method.Settings.model_validate({name: value for name, value in values.items() if name in known})
+    except ValidationError as error:
+        problems = problems_by_field(error, prefix="settings") | problems
+    if problems or settings is None:
+        raise RecipeProblems(problems)
+    return settings
+
+
+def _precision(recipe: Recipe, method: Method, device: DeviceFacts) -> Precision:
+    if recipe.precision != "auto":
+        return recipe.precision
+    preferred = method.precisions[0]
+    if preferred == "bfloat16" and "float32" in method.precisions and not device.computes_bfloat16():
+        return "float32"
+    return preferred
+
+
+def _length_problems(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts) -> dict[str, str]:
+    """Rows that the base cannot read at once, with room for a prefix."""
+    num_virtual = recipe.settings.get("num_virtual_tokens", 0) if recipe.method == "prefix_tuning" else 0
+    num_virtual = num_virtual if isinstance(num_virtual, int) else 0
+    room = shape.context_length - num_virtual
+    longest = dataset.longest_after_cut(recipe.training.max_length)
+    if dataset.longest > 0 and longest > room:
+        behind = f", {num_virtual} of them taken by the prefix" if num_virtual else ""
+        return {
+            "training.max_length": (
+                f"The longest row would keep {longest} tokens, but the base model reads {shape.context_length} at "
+                f"most{behind}. Choose {room} or less."
+            )
+        }
+    return {}
+
+
+def _fit_memory(
+    recipe: Recipe, method: Method, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts, longest: int
+) -> Recipe:
+    """Micro-batch and gradient checkpointing that keep the run below TIGHT_SHARE of the device."""
+    training = recipe.training
+    if training.micro_batch_size == "auto":
+        cap = max(1, MAX_MICRO_TOKENS[device.kind] // max(1, longest))
+        sizes = [size for size in _halves(training.batch_size) if size <= cap] or [1]
+    else:
+        sizes = [min(training.micro_batch_size, training.batch_size)]
+    if training.gradient_checkpointing == "auto":
+        choices = [False, True] if method.can_checkpoint_activations else [False]
+    else:
+        choices = [training.gradient_checkpointing]
+    for checkpointing in choices:
+        for size in sizes:
+            tried = _with_training(recipe, micro_batch_size=size, gradient_checkpointing=checkpointing)
+            if estimate(tried, shape, dataset, device).total_bytes < TIGHT_SHARE * device.memory_bytes:
+                return tried
+    # Nothing fits: the smallest, whose estimate says so and what to do.
+    return _with_training(recipe, micro_batch_size=sizes[-1], gradient_checkpointing=choices[-1])
+
+
+def _halves(number: int) -> list[int]:
+    """The number and its halves down to 1: 12, 6, 3, 1."""
+    found = [number]
+    while found[-1] > 1:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _with_training(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=values)})
+
+
+def _sentence(error: RecipeError) -> str:
+    return f"{error.message} {error.next_step}".strip()

@@ -1,0 +1,121 @@
+"""What a finished training gives: scores, samples and provenance, as `result.json` in the adapter's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from workers.errors import ExplainedError
+
+RESULT_FILE = "result.json"
+
+
+class ResultError(ExplainedError):
+    """A result.json is missing or does not hold a result."""
+
+    code = "unreadable_result"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ScoreRecord(_Part):
+    """One evaluation of the adapter beside the untouched base on the same held-out rows.
+
+    `low` and `high` bound the 95 % interval of `value`; `difference*` is adapter minus base, paired by row.
+    """
+
+    evaluation: str
+    label: str
+    unit: str = ""
+    higher_is_better: bool
+    num_rows: int
+    value: float
+    low: float
+    high: float
+    base_value: float
+    base_low: float
+    base_high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    interval_method: str
+
+
+class SampleRecord(_Part):
+    """A held-out row as the base and the adapter answered it. `line` counts from 1 in the dataset file."""
+
+    line: int
+    prompt: str
+    reference: str
+    base_answer: str
+    adapter_answer: str
+
+
+class HeldOutRecord(_Part):
+    """A held-out row's summed cross-entropy in nats over its loss-carrying tokens, by the base and by the adapter.
+
+    With these anyone can score the same rows again and compare.
+    """
+
+    line: int
+    num_tokens: int
+    base_loss_sum: float
+    adapter_loss_sum: float
+
+
+class Provenance(_Part):
+    """Where, with what and at what cost an adapter was made. Times in seconds, memory in bytes, losses in nats."""
+
+    versions: dict[str, str] = Field(default_factory=dict, description="Package name to version.")
+    device: str = ""
+    num_threads: int | None = None
+    wall_seconds: float = 0.0
+    train_seconds: float = 0.0
+    num_tokens: int = Field(0, description="Tokens that went through training steps, padding not counted.")
+    num_loss_tokens: int = 0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    num_steps: int = 0
+    epochs: float = 0.0
+    num_train_rows: int = 0
+    num_held_out_rows: int = 0
+    dataset_sha256: str = ""
+    base_revision: str = ""
+    recipe_sha256: str = ""
+    num_adapter_bytes: int = 0
+    verified: bool | None = Field(None, description="The saved folder was reloaded in plain peft and compared.")
+    max_logit_difference: float | None = Field(
+        None, description="Largest absolute difference of logits between training and the reloaded folder."
+    )
+
+
+class Result(_Part):
+    """Everything that registering an adapter needs besides its files."""
+
+    result_version: Literal[1] = 1
+    scores: tuple[ScoreRecord, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    held_out: tuple[HeldOutRecord, ...] = Field((), exclude=True, description="Kept in eval/held_out.jsonl.")
+    provenance: Provenance = Provenance()
+    num_trainable: int = 0
+    stopped_at_step: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Result:
+        """The result in an adapter's folder; raises ResultError."""
+        try:
+            return cls.model_validate_json((folder / RESULT_FILE).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ResultError(f"{RESULT_FILE} of the adapter cannot be read: {error}.") from error
+
+    def write(self, folder: Path) -> Path:
+        """Writes `result.json` into `folder` and gives its path."""
+        path = folder / RESULT_FILE
+        path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
+        return path

@@ -1,0 +1,256 @@
+"""Scores of a model on held-out rows: the same code for the untouched base and for the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workers.batching import Batch
+from workers.evaluations import RowValue, ScoredRow, get_evaluation
+from workers.events import PhaseEvent, Report
+from workers.examples import Example
+from workers.generation import context_room, generate
+from workers.losses import token_losses
+from workers.results import HeldOutRecord, SampleRecord, ScoreRecord
+from workers.statistics import compare
+
+if TYPE_CHECKING:
+    from workers.rendering import Renderer
+
+# B rows, T tokens of the longest row, N loss-carrying tokens.
+
+
+def score_rows(
+    model: Any,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    *,
+    generate_lines: Collection[int],
+    max_new_tokens: int,
+    batch_tokens: int = 4096,
+    stop_ids: Collection[int] | None = None,
+    report: Report | None = None,
+    phase: Any = "evaluating",
+    should_stop: Callable[[], object] | None = None,
+) -> list[ScoredRow]:
+    """Every example's loss and, for the lines asked for, the model's greedy answer; in the order given.
+
+    Args:
+        generate_lines: lines of the dataset file whose last assistant turn the model writes itself.
+        batch_tokens: tokens, padding included, in one forward pass at most.
+        stop_ids: tokens that end an answer; those of the renderer when None.
+        phase: the phase under which progress is reported, "scoring_base" or "evaluating".
+        should_stop: asked between batches; anything but None ends early with the rows scored so far.
+
+    The model is put into eval mode and back into the mode it was in. Rows with no loss-carrying token after
+    cutting have num_tokens 0.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return _score_rows(
+                model, renderer, examples, generate_lines, max_new_tokens, batch_tokens, stop_ids, report, phase,
+                should_stop,
+            )  # fmt: skip
+    finally:
+        model.train(was_training)
+
+
+def _score_rows(
+    model: Any,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    generate_lines: Collection[int],
+    max_new_tokens: int,
+    batch_tokens: int,
+    stop_ids: Collection[int] | None,
+    report: Report | None,
+    phase: Any,
+    should_stop: Callable[[], object] | None,
+) -> list[ScoredRow]:
+    rendered = [renderer.render(example) for example in examples]
+    to_generate = [index for index, example in enumerate(examples) if example.line in set(generate_lines)]
+    total = len(examples) + len(to_generate)
+    done = 0
+
+    def advance(count: int) -> bool:
+        nonlocal done
+        done += count
+        if report is not None:
+            report(PhaseEvent(phase=phase, done=done, total=total))
+        return should_stop is not None and should_stop() is not None
+
+    losses: dict[int, tuple[float, int]] = {}
+    order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].ids), reverse=True)
+    stopped = False
+    for batch in _batches(order, [len(row.ids) for row in rendered], batch_tokens):
+        rows = [(rendered[index].ids, rendered[index].trained) for index in batch]
+        losses.update(zip(batch, row_losses(model, rows), strict=True))
+        stopped = advance(len(batch))
+        if stopped:
+            break
+
+    answers: dict[int, str] = {}
+    if to_generate and not stopped:
+        # A prompt that fills the context has no answer: the row counts for the loss alone.
+        room = context_room(model)
+        prompts_by_index = {index: renderer.prompt_ids(examples[index]) for index in to_generate}
+        to_generate = [index for index in to_generate if 0 < len(prompts_by_index[index]) < room]
+        prompts = [prompts_by_index[index] for index in to_generate]
+        written = generate(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
+            batch_size=None,
+            on_finished=advance,
+        )
+        answers = {index: renderer.decode(ids) for index, ids in zip(to_generate, written, strict=True)}
+    return [
+        ScoredRow(
+            line=example.line,
+            prompt=prompt_text(example),
+            reference=(reference := renderer.reference(example)),
+            answer=answers.get(index),
+            loss_sum=losses[index][0],
+            num_tokens=losses[index][1],
+            num_reference_bytes=len(reference.encode()),
+        )
+        for index, example in enumerate(examples)
+        if index in losses
+    ]
+
+
+def row_losses(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> list[tuple[float, int]]:
+    """Summed cross-entropy in nats and its number of tokens, for each row of (ids, trained), in one forward pass.
+
+    A token carries loss when its `trained` is true and a token stands before it.
+    """
+    device = next(model.parameters()).device
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    trained_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (ids, trained) in enumerate(rows):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        trained_BT[row, : len(ids)] = torch.tensor(trained)
+    row_N, column_N = trained_BT[:, 1:].nonzero(as_tuple=True)
+    if len(row_N) == 0:
+        return [(0.0, 0) for _ in rows]
+    batch = Batch(
+        input_ids=ids_BT,
+        position_ids=None,
+        positions_N=row_N * width + column_N,
+        targets_N=ids_BT[row_N, column_N + 1],
+        rows_N=row_N,
+        lengths=tuple(len(ids) for ids, _ in rows),
+    ).to(device)
+    losses_N = token_losses(model, batch).double()
+    sums_B = torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, batch.rows_N, losses_N)
+    return list(zip(sums_B.tolist(), trained_BT[:, 1:].sum(dim=1).tolist(), strict=True))
+
+
+def compare_rows(
+    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str]
+) -> list[ScoreRecord]:
+    """One record per metric, over the rows that both models were scored on and that the metric can use.
+
+    A metric without any usable row gives no record: there is nothing to say, and a made-up zero would be a lie.
+
+    Raises:
+        UnknownPluginError: a metric is not installed.
+    """
+    base_by_line = {row.line: row for row in base_rows}
+    pairs = [(base_by_line[row.line], row) for row in adapter_rows if row.line in base_by_line]
+    records = []
+    for name in metrics:
+        evaluation = get_evaluation(name)
+        usable = [pair for pair in pairs if all(_is_usable(row, evaluation.needs) for row in pair)]
+        if not usable:
+            continue
+        base_values: list[RowValue] = [evaluation.row_value(base) for base, _ in usable]
+        adapter_values: list[RowValue] = [evaluation.row_value(adapter) for _, adapter in usable]
+        found = compare(
+            base_values, adapter_values, present=evaluation.present, bounds=getattr(evaluation, "row_bounds", None)
+        )
+        records.append(
+            ScoreRecord(
+                evaluation=evaluation.name,
+                label=evaluation.label,
+                unit=evaluation.unit,
+                higher_is_better=evaluation.higher_is_better,
+                num_rows=found.num_rows,
+                value=found.adapter.value,
+                low=found.adapter.low,
+                high=found.adapter.high,
+                base_value=found.base.value,
+                base_low=found.base.low,
+                base_high=found.base.high,
+                difference=found.difference.value,
+                difference_low=found.difference.low,
+                difference_high=found.difference.high,
+                interval_method=found.interval_method,
+            )
+        )
+    return records
+
+
+def samples(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) -> list[SampleRecord]:
+    """The rows that both models answered, side by side, in the order of the file."""
+    base_by_line = {row.line: row for row in base_rows}
+    found = []
+    for row in sorted(adapter_rows, key=lambda row: row.line):
+        base = base_by_line.get(row.line)
+        if base is not None and base.answer is not None and row.answer is not None:
+            found.append(
+                SampleRecord(
+                    line=row.line,
+                    prompt=row.prompt,
+                    reference=row.reference,
+                    base_answer=base.answer,
+                    adapter_answer=row.answer,
+                )
+            )
+    return found
+
+
+def held_out(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) -> list[HeldOutRecord]:
+    """The losses of the rows that both models were scored on, in the order of the file."""
+    base_by_line = {row.line: row for row in base_rows}
+    return [
+        HeldOutRecord(
+            line=row.line,
+            num_tokens=row.num_tokens,
+            base_loss_sum=base_by_line[row.line].loss_sum,
+            adapter_loss_sum=row.loss_sum,
+        )
+        for row in sorted(adapter_rows, key=lambda row: row.line)
+        if row.line in base_by_line
+    ]
+
+
+def prompt_text(example: Example) -> str:
+    """What a person reads as the question: every turn before the last assistant turn, named when there are several."""
+    last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
+    before = example.messages[:last]
+    if len(before) == 1:
+        return before[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in before)
+
+
+def _is_usable(row: ScoredRow, needs: str) -> bool:
+    return row.num_tokens > 0 if needs == "loss" else row.answer is not None
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows, longest first, in groups of at most `batch_tokens` tokens with padding; at least one row each."""
+    group: list[int] = []
+    for index in order:
+        if group and lengths[group[0]] * (len(group) + 1) > batch_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group

@@ -1,0 +1,695 @@
+"""Training, from a recipe and three folders to a scored adapter: `train` reads as its own table of contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from workers import adapters, base_models, checkpoints, devices, scoring
+from workers.base_folders import BaseFolder, read_base_folder
+from workers.batching import Batch, Plan, TokenRows, batches
+from workers.checkpoints import Checkpoint, Position
+from workers.errors import BaseModelError, DatasetError, DivergedError, OutOfMemoryError, RecipeError
+from workers.evaluations import ScoredRow
+from workers.events import (
+    CheckpointEvent,
+    MessageEvent,
+    PhaseEvent,
+    PlanEvent,
+    Report,
+    ResultEvent,
+    ShouldStop,
+    StepEvent,
+    StopMode,
+    StoppedEvent,
+    ValidationEvent,
+)
+from workers.examples import Example, Problem
+from workers.losses import head_is_plain
+from workers.memory import DatasetFacts, DeviceFacts
+from workers.methods import get_method
+from workers.objectives import Objective, get_objective
+from workers.reading import read_examples
+from workers.recipe import Recipe
+from workers.rendering import Renderer
+from workers.resolving import resolve
+from workers.results import Provenance, Result
+from workers.schedule import learning_rate
+from workers.splitting import split_lines
+
+LOG_SECONDS = 0.2
+"""Least time between two reported steps on a GPU, where reading a loss makes the host wait for it."""
+MAX_VALIDATIONS = 3
+"""Validations between the first and the last step; each costs a forward pass over the held-out rows."""
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft-studio")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made."""
+
+    base_model: Path
+    dataset: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dataset as training needs it. `train` indexes `tokens`; `held_out` are whole examples."""
+
+    tokens: TokenRows
+    train: list[int]
+    held_out: list[Example]
+    num_skipped: int
+    num_cut: int
+    sha256: str
+
+
+@dataclass
+class Run:
+    """What one attempt carries from phase to phase."""
+
+    recipe: Recipe
+    folders: Folders
+    attempt: int
+    device: torch.device
+    base: BaseFolder
+    renderer: Renderer
+    data: Data
+    report: Report
+    should_stop: ShouldStop
+    started: float
+
+    def say(self, text: str, *, is_warning: bool = False) -> None:
+        """A sentence for the job's event list."""
+        self.report(MessageEvent(level="warning" if is_warning else "info", text=text))
+
+    def must_end(self) -> StopMode | None:
+        """The stop that was asked for, unless it wants the adapter finished first."""
+        mode = self.should_stop()
+        return mode if mode in ("now", "checkpoint") else None
+
+
+class _Stopped(Exception):  # noqa: N818 - an outcome, not an error
+    """Training ends without a product because it was asked to."""
+
+    def __init__(self, mode: StopMode, step: int) -> None:
+        super().__init__(mode)
+        self.mode: StopMode = mode
+        self.step = step
+
+
+def train(
+    recipe: Recipe, folders: Folders, *, report: Report, should_stop: ShouldStop, attempt: int = 1
+) -> Path | None:
+    """Trains an adapter and gives the folder of the finished product; None when it was stopped without one.
+
+    A run that was interrupted goes on from its newest checkpoint in `folders.out`, whichever attempt made it.
+
+    Raises:
+        ExplainedError: what a person can mend: the recipe, the dataset, the base model, memory, disk space.
+    """
+    started = time.monotonic()
+    device = devices.choose_device()
+    try:
+        run = prepare(recipe, folders, report=report, should_stop=should_stop, attempt=attempt, device=device)
+        model = load_base(run)
+        base_rows = score_base(run, model)
+        model = attach(run, model)
+        position, stopped_at = optimise(run, model)
+        adapter_rows = score_adapter(run, model, position)
+        product = package(run, model, base_rows, adapter_rows, position, stopped_at, started)
+    except _Stopped as stop:
+        report(StoppedEvent(mode=stop.mode, step=stop.step))
+        return None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _explain_out_of_memory(error, device)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise checkpoints.disk_error(error, "the run's files") from error
+    report(ResultEvent(folder=str(product), stopped_at_step=stopped_at))
+    return product
+
+
+# --- preparing -------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    recipe: Recipe,
+    folders: Folders,
+    *,
+    report: Report,
+    should_stop: ShouldStop,
+    attempt: int,
+    device: torch.device,
+) -> Run:
+    """Reads and renders the data, splits it, and settles every "auto" of the recipe."""
+    report(PhaseEvent(phase="preparing"))
+    folders.out.mkdir(parents=True, exist_ok=True)
+    base = read_base_folder(folders.base_model)
+    if recipe.base_model.revision and recipe.base_model.revision != base.revision:
+        raise BaseModelError(
+            f"The base model's folder has changed: its revision is {base.revision[:12]}, the recipe was made for "
+            f"{recipe.base_model.revision[:12]}.",
+            next_step="Register the folder again and start a new job.",
+            field="base_model.revision",
+        )
+    max_length = recipe.training.max_length
+    if max_length > base.context_length:
+        raise RecipeError(
+            f"A row may have {max_length} tokens, but {recipe.base_model.name} reads {base.context_length} at most.",
+            next_step=f"Set the maximum length to {base.context_length} or less.",
+            field="training.max_length",
+        )
+    renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
+    data = read_data(recipe, folders, renderer, report)
+    lengths = [data.tokens.length(row) for row in data.train]
+    histogram: dict[int, int] = {}
+    for length in lengths:
+        upper = 2 ** math.ceil(math.log2(max(length, 16)))
+        histogram[upper] = histogram.get(upper, 0) + 1
+    resolved = resolve(
+        recipe,
+        base.shape,
+        DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram),
+        DeviceFacts(
+            kind="cuda" if device.type == "cuda" else "cpu",
+            name=devices.device_name(device),
+            memory_bytes=devices.memory_bytes(device),
+            num_threads=torch.get_num_threads(),
+            has_fast_bfloat16=devices.supports_bfloat16(device),
+        ),
+    )
+    return Run(resolved, folders, attempt, device, base, renderer, data, report, should_stop, time.monotonic())
+
+
+def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
+    """The dataset's usable rows as tokens, split; says how many rows are left out and why the first one is."""
+    sha256 = _file_sha256(folders.dataset)
+    if recipe.dataset.sha256 and recipe.dataset.sha256 != sha256:
+        raise DatasetError(
+            f"The dataset file is not the one that the recipe names: its sha256 begins with {sha256[:12]}, expected "
+            f"{recipe.dataset.sha256[:12]}.",
+            next_step="Use the file that the recipe was made for, or start a new job with this one.",
+            field="dataset.sha256",
+        )
+
+    def rows() -> Iterator[Example | Problem]:
+        return read_examples(folders.dataset, recipe.dataset.format, recipe.dataset.columns)
+
+    tokens, problems, num_cut = TokenRows.render(rows(), renderer, folders.out)
+    bad_lines = {problem.line for problem in problems}
+    if problems:
+        first = problems[0]
+        where = f"Line {first.line}" if first.line is not None else "First"
+        noun = "row is" if len(bad_lines) == 1 else "rows are"
+        report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
+    split = split_lines(tokens.lines, recipe.split)
+    held_out = set(split.held_out)
+    index_of = {line: index for index, line in enumerate(tokens.lines)}
+    return Data(
+        tokens=tokens,
+        train=[index_of[line] for line in split.train],
+        held_out=[row for row in rows() if isinstance(row, Example) and row.line in held_out],
+        num_skipped=len(bad_lines),
+        num_cut=num_cut,
+        sha256=sha256,
+    )
+
+
+# --- loading and the base's scores -----------------------------------------------------------------------------------
+
+
+def load_base(run: Run) -> Any:
+    """The frozen base at the recipe's precision."""
+    _end_if_asked(run, step=0)
+    run.report(PhaseEvent(phase="loading"))
+    assert run.recipe.precision != "auto"
+    return base_models.load(run.folders.base_model, run.recipe.precision, run.device, checked=True).model
+
+
+def score_base(run: Run, model: Any) -> list[ScoredRow]:
+    """The untouched base on the held-out rows; a later attempt of the same run reuses what was measured."""
+    kept = run.folders.out / "base_scores.json"
+    key = run.recipe.sha256()
+    try:
+        found = json.loads(kept.read_text("utf-8"))
+        if found["recipe_sha256"] == key:
+            return [ScoredRow(**row) for row in found["rows"]]
+    except FileNotFoundError:
+        pass  # the first attempt
+    except (ValueError, KeyError, TypeError):
+        run.say("The base model's scores of an earlier attempt cannot be read; they are measured again.")
+    rows = _score(run, model, "scoring_base", step=0)
+    aside = kept.with_suffix(".new")
+    aside.write_text(json.dumps({"recipe_sha256": key, "rows": [asdict(row) for row in rows]}), "utf-8")
+    aside.replace(kept)
+    return rows
+
+
+def attach(run: Run, model: Any) -> Any:
+    """The model with a fresh adapter, seeded, in training mode."""
+    method = get_method(run.recipe.method)
+    devices.seed_everything(run.recipe.training.seed)
+    adapted = method.attach(model, method.read_settings(run.recipe.settings))
+    if run.recipe.training.gradient_checkpointing is True:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    head_is_plain(adapted)
+    return adapted
+
+
+def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
+    run.report(PhaseEvent(phase=phase, done=0))
+    examples = run.data.held_out
+    rows = scoring.score_rows(
+        model,
+        run.renderer,
+        examples,
+        generate_lines=[example.line for example in examples[: run.recipe.evaluation.num_generated]],
+        max_new_tokens=run.recipe.evaluation.max_new_tokens,
+        stop_ids=run.renderer.stop_ids,
+        report=run.report,
+        phase=phase,
+        should_stop=run.must_end,
+    )
+    _end_if_asked(run, step=step)
+    return rows
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
+    """Takes every step that is left. Gives where it ended, and the step when it was asked to end early and keep."""
+    recipe, settings, data = run.recipe, run.recipe.training, run.data
+    assert settings.learning_rate != "auto"
+    assert settings.micro_batch_size != "auto"
+    assert settings.checkpoint_every_steps != "auto"
+    objective = get_objective(recipe.objective)
+    plan = Plan(len(data.train), settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    parameters = list(checkpoints.trainable_parameters(model).values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True
+    )
+    position = Position(0, 0, 0, 0, settings.micro_batch_size, 0.0, None, None)
+    checkpoint = checkpoints.find(
+        run.folders.out / "checkpoints",
+        recipe_sha256=recipe.sha256(),
+        tell=lambda sentence: run.say(sentence[0].upper() + sentence[1:], is_warning=True),
+        keys_of=lambda: {name: one.shape for name, one in checkpoints.trainable_parameters(model).items()},
+    )
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, model=model, optimizer=optimizer)
+        position = checkpoint.position
+        run.say(f"Resumed at step {position.step}.")
+    run.report(_plan_event(run, plan, parameters, position))
+    run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
+
+    model.train()
+    validations = _validation_steps(plan, len(data.train), len(data.held_out))
+    meter = _Meter(run.device, plan.num_steps)
+    while position.step < plan.num_steps:
+        mode = run.should_stop()
+        if mode == "keep" and position.step > 0:
+            return position, position.step
+        if mode is not None:
+            if mode == "checkpoint" and position.step > 0:
+                _save_checkpoint(run, model, optimizer, position)
+            raise _Stopped(mode, position.step)
+
+        step = position.step + 1
+        rate = learning_rate(
+            step,
+            num_steps=plan.num_steps,
+            peak=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_share=settings.warmup_share,
+        )
+        is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
+        is_logged = meter.is_due(step) or is_checkpoint or step in validations
+        rows = [data.train[row] for row in plan.rows(position.step)]
+        took = _accumulate(run, model, objective, rows, parameters, position)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        meter.note(took.loss_sum, norm, took.num_tokens)
+        values = meter.read(took) if is_logged else None  # the one moment at which the host waits for the device
+        if values is not None and not all(map(math.isfinite, values)):
+            _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        position = replace(
+            position,
+            step=step,
+            row=position.row + len(rows),
+            num_tokens=position.num_tokens + took.num_tokens,
+            num_loss_tokens=position.num_loss_tokens + took.num_loss_tokens,
+            micro_batch_size=took.micro_batch_size,
+            train_seconds=position.train_seconds + meter.lap(),
+        )
+        if values is not None:
+            loss, norm_value = values[0], values[1]
+            position = replace(
+                position,
+                first_loss=loss if position.first_loss is None else position.first_loss,
+                last_loss=loss,
+            )
+            run.report(
+                StepEvent(
+                    step=step,
+                    num_steps=plan.num_steps,
+                    epoch=plan.epoch(step),
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=norm_value,
+                    num_tokens=position.num_tokens,
+                    tokens_per_second=meter.tokens_per_second,
+                    seconds_left=meter.seconds_left(step),
+                    peak_memory_bytes=devices.peak_memory_bytes(run.device),
+                )
+            )
+        if is_checkpoint:
+            _save_checkpoint(run, model, optimizer, position)
+        if step in validations:
+            _validate(run, model, step)
+        meter.skip()
+    return position, None
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """What the micro-batches of a step gave. `loss_sum` is on the device, in nats."""
+
+    loss_sum: torch.Tensor
+    num_loss_tokens: int
+    num_tokens: int
+    micro_batch_size: int
+
+
+def _accumulate(
+    run: Run,
+    model: Any,
+    objective: Objective,
+    rows: list[int],
+    parameters: list[torch.nn.Parameter],
+    position: Position,
+) -> _Accumulated:
+    """Gradients of a step's mean loss per token; halves the micro-batch, once and for all, when memory is short."""
+    micro_batch_size = position.micro_batch_size
+    while True:
+        try:
+            return _forward_backward(run, model, objective, rows, micro_batch_size, position)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or micro_batch_size == 1:
+                raise
+        for parameter in parameters:
+            parameter.grad = None
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        micro_batch_size = min(micro_batch_size, len(rows)) // 2 or 1
+        run.say(
+            f"Memory is too short for the micro-batch at step {position.step + 1}; going on with {micro_batch_size} "
+            f"rows at once. What is learned stays the same.",
+            is_warning=True,
+        )
+
+
+def _forward_backward(
+    run: Run, model: Any, objective: Objective, rows: list[int], micro_batch_size: int, position: Position
+) -> _Accumulated:
+    step_batches = list(_step_batches(run, rows, micro_batch_size))
+    # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
+    num_loss_tokens = sum(batch.num_loss_tokens for batch in step_batches)
+    loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
+    for batch in step_batches:
+        if run.should_stop() == "now":
+            raise _Stopped("now", position.step)
+        batch_sum, _ = objective.loss(model, batch.to(run.device))
+        (batch_sum / num_loss_tokens).backward()
+        loss_sum += batch_sum.detach()
+    return _Accumulated(
+        loss_sum=loss_sum,
+        num_loss_tokens=num_loss_tokens,
+        num_tokens=sum(batch.num_tokens for batch in step_batches),
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
+    packing = run.recipe.training.packing is True
+    return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
+
+
+class _Meter:
+    """Times of steps, and which of them are read. A GPU is read at intervals, a CPU at every step for nothing."""
+
+    def __init__(self, device: torch.device, num_steps: int) -> None:
+        self._device = device
+        self._num_steps = num_steps
+        self._last_read = self._last_lap = time.monotonic()
+        self._skipped = 0.0
+        self._tokens = 0
+        self._steps = 0
+        self._seconds_per_step: float | None = None
+        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.tokens_per_second = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss of this step is to be read."""
+        return (
+            self._device.type == "cpu"
+            or step in (1, self._num_steps)
+            or time.monotonic() - self._last_read >= LOG_SECONDS
+        )
+
+    def note(self, loss_sum: torch.Tensor, norm: torch.Tensor, num_tokens: int) -> None:
+        """Remembers, on the device, whether every step so far was finite."""
+        self._all_finite &= torch.isfinite(loss_sum) & torch.isfinite(norm)
+        self._norm = norm
+        self._tokens += num_tokens
+        self._steps += 1
+
+    def read(self, took: _Accumulated) -> tuple[float, float]:
+        """Loss per token and gradient norm; NaN when any step since the last reading was not finite."""
+        values = torch.stack([took.loss_sum / took.num_loss_tokens, self._norm.float(), self._all_finite.float()])
+        loss, norm, all_finite = values.tolist()
+        now = time.monotonic()
+        seconds = max(now - self._last_read - self._skipped, 1e-9)
+        self.tokens_per_second = self._tokens / seconds
+        latest = seconds / self._steps
+        previous = self._seconds_per_step
+        self._seconds_per_step = latest if previous is None else 0.9 * previous + 0.1 * latest
+        self._last_read, self._skipped, self._tokens, self._steps = now, 0.0, 0, 0
+        return (loss, norm) if all_finite else (math.nan if math.isfinite(loss) else loss, norm)
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the last step at the pace so far."""
+        return (self._num_steps - step) * (self._seconds_per_step or 0.0)
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without what was skipped."""
+        now = time.monotonic()
+        seconds, self._last_lap = now - self._last_lap, now
+        return seconds
+
+    def skip(self) -> None:
+        """Leaves the time since the last lap (checkpoints, validation) out of the pace."""
+        now = time.monotonic()
+        self._skipped += now - self._last_lap
+        self._last_lap = now
+
+
+def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
+    data = run.data
+    return PlanEvent(
+        device=devices.device_name(run.device),
+        num_steps=plan.num_steps,
+        num_train_rows=len(data.train),
+        num_held_out_rows=len(data.held_out),
+        num_skipped_rows=data.num_skipped,
+        num_cut_rows=data.num_cut,
+        num_train_tokens=sum(data.tokens.length(row) for row in data.train),
+        num_trainable=sum(parameter.numel() for parameter in parameters),
+        num_parameters=run.base.shape.num_parameters,
+        resumed_from_step=position.step,
+    )
+
+
+def _save_checkpoint(run: Run, model: Any, optimizer: torch.optim.Optimizer, position: Position) -> Checkpoint:
+    saved = checkpoints.save(
+        run.folders.out / "checkpoints",
+        attempt=run.attempt,
+        position=position,
+        recipe_sha256=run.recipe.sha256(),
+        versions=versions(),
+        model=model,
+        optimizer=optimizer,
+    )
+    num_bytes = sum(path.stat().st_size for path in saved.folder.iterdir())
+    run.report(CheckpointEvent(step=position.step, folder=str(saved.folder), num_bytes=num_bytes))
+    return saved
+
+
+def _validation_steps(plan: Plan, num_train: int, num_held_out: int) -> set[int]:
+    """Steps after which the held-out rows are looked at: few, so that they take a tenth of the training at most."""
+    num_rows = min(plan.num_steps * plan.batch_size, math.ceil(plan.epochs * num_train))
+    # A row costs a third forward of what it costs to train.
+    count = min(MAX_VALIDATIONS, int(0.3 * num_rows / num_held_out))
+    return {round(plan.num_steps * place / (count + 1)) for place in range(1, count + 1)} - {0, plan.num_steps}
+
+
+def _validate(run: Run, model: Any, step: int) -> None:
+    rows = scoring.score_rows(
+        model, run.renderer, run.data.held_out, generate_lines=(), max_new_tokens=1, should_stop=run.must_end
+    )
+    if not run.must_end():
+        run.report(_validation_event(step, rows))
+
+
+def _validation_event(step: int, rows: list[ScoredRow]) -> ValidationEvent:
+    num_tokens = sum(row.num_tokens for row in rows)
+    return ValidationEvent(step=step, loss=sum(row.loss_sum for row in rows) / num_tokens, num_tokens=num_tokens)
+
+
+def _diverged(step: int, values: tuple[float, float], checkpoints_folder: Path) -> NoReturn:
+    loss, norm = values
+    what = "The loss" if not math.isfinite(loss) else "The gradient"
+    kept = "" if not checkpoints_folder.is_dir() else " The last checkpoint before it is kept."
+    raise DivergedError(
+        f"{what} was not a finite number at step {step} (loss {loss}, gradient norm {norm}).{kept}",
+        next_step="Lower the learning rate, for example to a tenth, or lengthen the warm-up.",
+        field="training.learning_rate",
+    )
+
+
+# --- the adapter's scores and the product ----------------------------------------------------------------------------
+
+
+def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
+    """The adapter on the rows that the base was scored on."""
+    rows = _score(run, model, "evaluating", step=position.step)
+    run.report(_validation_event(position.step, rows))
+    return rows
+
+
+def package(
+    run: Run,
+    model: Any,
+    base_rows: list[ScoredRow],
+    adapter_rows: list[ScoredRow],
+    position: Position,
+    stopped_at: int | None,
+    started: float,
+) -> Path:
+    """The finished product in `attempts/<n>/adapter`: complete, or not there."""
+    run.report(PhaseEvent(phase="packaging"))
+    parameters = checkpoints.trainable_parameters(model).values()
+    plan_epochs = position.row / len(run.data.train)
+    seconds = position.train_seconds
+    result = Result(
+        scores=tuple(scoring.compare_rows(base_rows, adapter_rows, run.recipe.evaluation.metrics)),
+        samples=tuple(scoring.samples(base_rows, adapter_rows)),
+        held_out=tuple(scoring.held_out(base_rows, adapter_rows)),
+        provenance=Provenance(
+            versions=versions(),
+            device=devices.device_name(run.device),
+            num_threads=torch.get_num_threads(),
+            wall_seconds=time.monotonic() - started,
+            train_seconds=seconds,
+            num_tokens=position.num_tokens,
+            num_loss_tokens=position.num_loss_tokens,
+            tokens_per_second=position.num_tokens / seconds if seconds else 0.0,
+            peak_memory_bytes=devices.peak_memory_bytes(run.device),
+            first_loss=position.first_loss,
+            last_loss=position.last_loss,
+            num_steps=position.step,
+            epochs=plan_epochs,
+            num_train_rows=len(run.data.train),
+            num_held_out_rows=len(run.data.held_out),
+            dataset_sha256=run.data.sha256,
+            base_revision=run.base.revision,
+            recipe_sha256=run.recipe.sha256(),
+        ),
+        num_trainable=sum(parameter.numel() for parameter in parameters),
+        stopped_at_step=stopped_at,
+    )
+    folder = run.folders.out / "attempts" / str(run.attempt) / "adapter"
+    aside = folder.with_name(".tmp-adapter")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    adapters.finish(
+        model,
+        aside,
+        recipe=run.recipe,
+        result=result,
+        base_model_folder=run.folders.base_model,
+        template=run.renderer.template,
+        hub_id=run.base.hub_id,
+        licence=run.base.licence,
+        probe_ids=[run.renderer.prompt_ids(example) for example in run.data.held_out[:2]],
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.replace(folder)
+    return folder
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, by package name."""
+    found = {"python": platform.python_version()}
+    for package_name in PACKAGES:
+        try:
+            found[package_name] = metadata.version(package_name)
+        except metadata.PackageNotFoundError:
+            continue  # bitsandbytes is not on every platform, and a checkout need not be installed
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
+
+
+def _explain_out_of_memory(error: BaseException, device: torch.device) -> NoReturn:
+    gib = 2**30
+    peak, has = devices.peak_memory_bytes(device) / gib, devices.memory_bytes(device) / gib
+    name = "the card" if device.type == "cuda" else "this machine"
+    raise OutOfMemoryError(
+        f"Training ran out of memory: it held {peak:.1f} GiB when it asked for more, and {name} has {has:.1f} GiB.",
+        next_step="Lower the maximum length, switch gradient checkpointing on, or choose QLoRA.",
+        field="training.micro_batch_size",
+    ) from error
+
+
+def _end_if_asked(run: Run, *, step: int) -> None:
+    mode = run.must_end()
+    if mode is not None:
+        raise _Stopped(mode, step)
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetError(f"The dataset file {path.name} cannot be read: {error.strerror}.") from error
