@@ -1,0 +1,1 @@
+"""What people own: the Django project and its apps."""

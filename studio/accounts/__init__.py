@@ -1,0 +1,1 @@
+"""People, teams, roles, API tokens and audit events."""

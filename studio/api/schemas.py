@@ -1,0 +1,38 @@
+"""The base classes of what goes in and out."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from ninja import Schema
+from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Out(Schema):
+    """What an endpoint answers; reads from model instances and from dicts."""
+
+
+class Body(BaseModel):
+    """A JSON body. A field that it does not declare is refused, so that a typing error never passes in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class QueryFields(BaseModel):
+    """The fields of a URL's query; others are refused by name. One per endpoint, as `filters: Query[MyFilters]`."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def refuse_unknown_fields(cls, data: Any, handler: Any, info: ValidationInfo) -> Self:
+        # The framework hands over the declared fields alone, so the request itself is asked.
+        request = (info.context or {}).get("request")
+        unknown = sorted(set(request.GET) - set(cls.model_fields)) if request is not None else []
+        if unknown:
+            raise PydanticCustomError(
+                "unknown_field",
+                'There is no field "{name}" here. The fields are: {known}.',
+                {"name": unknown[0], "known": ", ".join(cls.model_fields)},
+            )
+        result: Self = handler(data)
+        return result

@@ -1,0 +1,41 @@
+"""The ASGI entry point: progress streams need it, a WSGI server would hold them back in its buffers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
+
+Message = Mapping[str, Any]
+django_application = get_asgi_application()
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SENTENCE = b"The studio's disk is full, so nothing was stored. Free some space and try again."
+
+
+async def application(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[Message]],
+    send: Callable[[Message], Awaitable[None]],
+) -> None:
+    """Django, and an answer for the one fault that strikes before Django has a request: no space for its body."""
+    has_answered = False
+
+    async def note_answer(message: Message) -> None:
+        nonlocal has_answered
+        has_answered = True
+        await send(message)
+
+    try:
+        await django_application(scope, receive, note_answer)
+    except OSError as error:
+        if has_answered or error.errno not in DISK_FULL:
+            raise
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 507, "headers": headers})
+        await send({"type": "http.response.body", "body": SENTENCE})

@@ -1,0 +1,192 @@
+"""REST endpoints of the catalogue: adapters, their scores and files, and base models."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.http import HttpResponseBase
+from django.shortcuts import get_object_or_404
+from ninja import Query, Router
+from pydantic import Field
+
+from studio.accounts.models import Role, Scope, record
+from studio.api.auth import ApiRequest, Token
+from studio.api.errors import ERRORS
+from studio.api.paging import Page, PageQuery, page_of
+from studio.api.schemas import Body, Out
+from studio.catalogue.bundles import manifest_sha256
+from studio.catalogue.downloads import download_response
+from studio.catalogue.importing import allowed_folder, register_base_model
+from studio.catalogue.models import Adapter, BaseModel
+
+router = Router(tags=["catalogue"])
+
+
+class FileOut(Out):
+    """A file with its sha256 and its size in bytes."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+class ScoreOut(Out):
+    """An evaluation of the adapter beside the base on the same held-out rows; intervals are 95 %."""
+
+    evaluation: str
+    label: str
+    unit: str
+    higher_is_better: bool
+    num_rows: int
+    value: float
+    low: float
+    high: float
+    base_value: float
+    base_low: float
+    base_high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    interval_method: str
+    is_better: bool | None = Field(description="null: the interval of the difference covers zero")
+
+    @staticmethod
+    def resolve_is_better(score: Any) -> bool | None:
+        result: bool | None = score.is_better()
+        return result
+
+
+class SampleOut(Out):
+    """A held-out row as the base and the adapter answered it."""
+
+    line: int
+    prompt: str
+    reference: str
+    base_answer: str
+    adapter_answer: str
+
+
+class AdapterOut(Out):
+    """A trained adapter in a list."""
+
+    id: int
+    name: str
+    base_model_id: int
+    dataset_version_id: int
+    method: str
+    num_trainable: int
+    num_bytes: int
+    stopped_at_step: int | None
+    created_at: datetime
+
+
+class AdapterDetailOut(AdapterOut):
+    """A trained adapter with its recipe, scores, files and history."""
+
+    sha256: str = Field(description="Digest over the names and checksums of all files.")
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    files: list[FileOut]
+    scores: list[ScoreOut]
+
+    @staticmethod
+    def resolve_sha256(adapter: Adapter) -> str:
+        return manifest_sha256(adapter)
+
+
+class BaseModelOut(Out):
+    """A frozen model that adapters are trained on."""
+
+    id: int
+    name: str
+    hub_id: str
+    licence: str
+    revision: str
+    num_bytes: int
+    has_chat_template: bool
+    shape: dict[str, Any]
+    created_at: datetime
+
+
+class BaseModelDetailOut(BaseModelOut):
+    """A base model with its files."""
+
+    files: list[FileOut]
+
+
+class AdapterFilters(PageQuery):
+    """What a list of adapters can be narrowed by."""
+
+    base_model_id: int | None = None
+    dataset_id: int | None = None
+    method: str = Field("", max_length=40)
+
+
+class RegisterBody(Body):
+    """A folder below one of the studio's base model folders."""
+
+    folder: str = Field(min_length=1, max_length=1000)
+    name: str = Field(min_length=1, max_length=120)
+    hub_id: str = Field("", max_length=200)
+    licence: str = Field("", max_length=80)
+
+
+@router.get("adapters/", response={200: Page[AdapterOut], **ERRORS}, summary="A team's adapters, the newest first")
+def list_adapters(request: ApiRequest, filters: Query[AdapterFilters]) -> dict[str, Any]:
+    rows = request.team.adapters.all()
+    if filters.base_model_id is not None:
+        rows = rows.filter(base_model_id=filters.base_model_id)
+    if filters.dataset_id is not None:
+        rows = rows.filter(dataset_version__dataset_id=filters.dataset_id)
+    if filters.method:
+        rows = rows.filter(method=filters.method)
+    return page_of(rows, filters)
+
+
+@router.get("adapters/{int:adapter_id}/", response={200: AdapterDetailOut, **ERRORS}, summary="One adapter")
+def get_adapter(request: ApiRequest, adapter_id: int) -> Adapter:
+    return get_object_or_404(request.team.adapters.prefetch_related("scores"), pk=adapter_id)
+
+
+@router.get("adapters/{int:adapter_id}/scores/", response={200: list[ScoreOut], **ERRORS}, summary="Its scores")
+def list_scores(request: ApiRequest, adapter_id: int) -> Any:
+    return get_object_or_404(request.team.adapters, pk=adapter_id).scores.order_by("evaluation")
+
+
+@router.get("adapters/{int:adapter_id}/samples/", response={200: list[SampleOut], **ERRORS}, summary="Its answers")
+def list_samples(request: ApiRequest, adapter_id: int) -> Any:
+    return get_object_or_404(request.team.adapters, pk=adapter_id).samples.all()
+
+
+@router.get("adapters/{int:adapter_id}/download/", response={200: bytes, **ERRORS}, summary="The adapter as a zip")
+def download(request: ApiRequest, adapter_id: int) -> HttpResponseBase:
+    adapter = get_object_or_404(request.team.adapters.select_related("team"), pk=adapter_id)
+    return download_response(request, adapter, user=request.user, token=request.token)
+
+
+@router.get("base-models/", response={200: Page[BaseModelOut], **ERRORS}, summary="The studio's base models")
+def list_base_models(request: ApiRequest, filters: Query[PageQuery]) -> dict[str, Any]:
+    return page_of(BaseModel.objects.all(), filters)
+
+
+@router.get("base-models/{int:base_model_id}/", response={200: BaseModelDetailOut, **ERRORS}, summary="One base model")
+def get_base_model(request: ApiRequest, base_model_id: int) -> BaseModel:
+    return get_object_or_404(BaseModel, pk=base_model_id)
+
+
+@router.post(
+    "base-models/",
+    response={201: BaseModelDetailOut, **ERRORS},
+    auth=Token(Scope.WRITE, Role.ADMIN),
+    summary="Register a base model from a folder on the studio's machine",
+)
+def register(request: ApiRequest, body: RegisterBody) -> tuple[int, BaseModel]:
+    base = register_base_model(
+        folder=allowed_folder(body.folder), name=body.name, hub_id=body.hub_id, licence=body.licence, user=request.user
+    )
+    record(
+        "base_model.registered",
+        team=request.team, user=request.user, token=request.token, target=base, revision=base.revision,
+    )  # fmt: skip
+    return 201, base

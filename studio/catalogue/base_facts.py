@@ -1,0 +1,98 @@
+"""What the page of a base model shows besides its row: which methods train it, and how it reads a conversation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+from studio.catalogue.models import BaseModel
+from workers.errors import ExplainedError
+from workers.examples import Example, Message
+from workers.methods import methods
+from workers.rendering import Renderer
+
+SAMPLE = Example(
+    line=1,
+    messages=(
+        Message("system", "You answer in one sentence."),
+        Message("user", "What is the capital of France?"),
+        Message("assistant", "The capital of France is Paris."),
+        Message("user", "And of Spain?"),
+        Message("assistant", "The capital of Spain is Madrid."),
+    ),
+)
+PREVIEW_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """How a method fits a base: its precisions, its parameters at defaults, or why it does not."""
+
+    name: str
+    label: str
+    summary: str
+    precisions: str
+    num_trainable: int | None
+    share_percent: float | None
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A stretch of rendered text; `is_trained` says whether its tokens carry loss."""
+
+    text: str
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class TemplatePreview:
+    """The sample conversation as the model reads it, or why it cannot be rendered."""
+
+    parts: tuple[TextPart, ...] = ()
+    num_tokens: int = 0
+    error: str = ""
+
+
+def method_facts(base: BaseModel) -> list[MethodFacts]:
+    """Every installed method on this base, at the method's default settings."""
+    shape, found = base.model_shape(), []
+    for method in methods().values():
+        count, refusal = None, ""
+        try:
+            count = method.num_trainable(method.Settings(), shape)
+        except ExplainedError as error:
+            refusal = f"{error.message} {error.next_step}".strip()
+        share = 100 * count / shape.num_parameters if count is not None and shape.num_parameters else None
+        found.append(
+            MethodFacts(method.name, method.label, method.summary, ", ".join(method.precisions), count, share, refusal)
+        )
+    return found
+
+
+def template_preview(base: BaseModel) -> TemplatePreview:
+    """The sample conversation through the base's own tokenizer and chat template."""
+    return _render(base.folder, base.revision)
+
+
+@lru_cache(maxsize=32)
+def _render(folder: str, revision: str) -> TemplatePreview:
+    # The revision is in the key: another folder's content is another preview.
+    del revision
+    try:
+        rendered = Renderer(Path(folder), max_length=PREVIEW_TOKENS, loss_on="assistant").render(SAMPLE)
+    except ExplainedError as error:
+        return TemplatePreview(error=f"{error.message} {error.next_step}".strip())
+    except OSError:
+        return TemplatePreview(error="The base model's folder is not there any more.")
+    is_trained = [False] * len(rendered.text)
+    for (start, end), trained in zip(rendered.offsets, rendered.trained, strict=True):
+        for index in range(start, end):
+            is_trained[index] = trained
+    parts = tuple(
+        TextPart("".join(character for character, _ in group), trained)
+        for trained, group in groupby(zip(rendered.text, is_trained, strict=True), key=lambda pair: pair[1])
+    )
+    return TemplatePreview(parts, len(rendered.ids))

@@ -1,0 +1,80 @@
+"""The one place where an adapter is born: its row, its scores and its samples, from a finished folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studio.accounts.models import Team, User
+from studio.catalogue.models import Adapter, BaseModel, Sample, Score
+from studio.datasets.models import DatasetVersion
+from studio.storage import adapter_folder, file_digests
+from workers.errors import ExplainedError
+from workers.recipe import Recipe
+from workers.results import Result
+
+CHECKSUM_FILE = "SHA256SUMS"
+
+
+class DamagedAdapterError(ExplainedError):
+    """A file of an adapter is missing or is not what its recorded checksum says."""
+
+    code = "damaged_adapter"
+
+
+def register_adapter(
+    *,
+    team: Team,
+    user: User,
+    name: str,
+    base_model: BaseModel,
+    dataset_version: DatasetVersion,
+    recipe: Recipe,
+    folder_key: str,
+    result: Result,
+) -> Adapter:
+    """The adapter whose files lie at `folder_key`, in the catalogue with its scores and samples.
+
+    Opens no transaction: the caller's makes it one fact with the success of the job.
+
+    Raises:
+        DamagedAdapterError: a file does not match the checksum that the trainer wrote beside it.
+    """
+    folder = adapter_folder(folder_key)
+    files = file_digests(folder)
+    _compare_with_checksums(folder, {str(file["name"]): str(file["sha256"]) for file in files})
+    adapter = Adapter.objects.create(
+        team=team,
+        name=name,
+        base_model=base_model,
+        dataset_version=dataset_version,
+        method=recipe.method,
+        recipe=recipe.to_dict(),
+        folder=folder_key,
+        files=files,
+        num_bytes=sum(int(file["num_bytes"]) for file in files),
+        num_trainable=result.num_trainable,
+        stopped_at_step=result.stopped_at_step,
+        provenance=result.provenance.model_dump(mode="json"),
+        created_by=user,
+    )
+    Score.objects.bulk_create(Score(adapter=adapter, **score.model_dump()) for score in result.scores)
+    Sample.objects.bulk_create(
+        # PostgreSQL stores no zero character, and a model can produce one.
+        Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
+                                   for k, v in sample.model_dump().items()})
+        for sample in result.samples
+    )  # fmt: skip
+    return adapter
+
+
+def _compare_with_checksums(folder: Path, digests: dict[str, str]) -> None:
+    checksums = folder / CHECKSUM_FILE
+    if not checksums.exists():
+        return  # then the digests that are recorded now are the first
+    for line in checksums.read_text("utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if digests.get(name.removeprefix("./")) != digest:
+            raise DamagedAdapterError(
+                f'"{name}" is not what the trainer wrote: its checksum differs, or it is missing.',
+                next_step="Check the disk of the data folder, then run the job again.",
+            )

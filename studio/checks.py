@@ -1,0 +1,38 @@
+"""System checks: bad settings are named at start, with a hint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Tags, register
+
+TAG = "studio"
+
+
+@register(Tags.security)
+def check_secret_key(**_kwargs: Any) -> list[CheckMessage]:
+    """A short or missing key would let anyone forge a session."""
+    if len(settings.SECRET_KEY) >= 50:
+        return []
+    return [
+        Error(
+            "STUDIO_SECRET_KEY has fewer than 50 characters.",
+            hint="Start with `python manage.py up`, which makes one, or set STUDIO_SECRET_KEY.",
+            id="studio.E001",
+        )
+    ]
+
+
+@register(TAG)
+def check_servers(**_kwargs: Any) -> list[CheckMessage]:
+    """Nothing works without Postgres and Redis."""
+    missing = [name for name in ("DATABASE_URL", "REDIS_URL") if not getattr(settings, name)]
+    return [
+        Error(
+            f"{name} is not set.",
+            hint="Start with `python manage.py up`, which brings its own servers, or point it at a real one.",
+            id="studio.E002",
+        )
+        for name in missing
+    ]

@@ -1,0 +1,1 @@
+"""Datasets: upload, inspection, problems by line, versions."""

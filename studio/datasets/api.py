@@ -1,0 +1,246 @@
+"""REST endpoints for datasets: the same calls as the pages."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from django.db.models import QuerySet
+from django.shortcuts import get_object_or_404
+from ninja import File, Form, Query, Router, Status
+from ninja.files import UploadedFile
+from pydantic import Field
+
+from studio.accounts.models import record
+from studio.api.auth import ApiRequest, may_write
+from studio.api.errors import ERRORS, ApiError
+from studio.api.paging import Page, PageQuery, page_of
+from studio.api.schemas import Body, Out, QueryFields
+from studio.datasets import showing
+from studio.datasets.models import Dataset, DatasetVersion
+from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.uploads import receive_upload
+from studio.datasets.views import remap
+from workers.formats import get_format
+
+router = Router(tags=["datasets"])
+
+Upload = Annotated[UploadedFile, File()]
+
+
+class VersionOut(Out):
+    """One uploaded file and what its inspection found."""
+
+    id: int
+    dataset_id: int
+    number: int
+    state: str
+    file_name: str
+    sha256: str
+    num_bytes: int
+    carrier: str
+    format: str
+    columns: dict[str, str]
+    column_names: list[str]
+    num_rows: int
+    num_usable: int
+    num_quarantined: int
+    problem_counts: dict[str, int]
+    statistics: dict[str, Any]
+    error: str
+    error_next_step: str
+    created_at: datetime
+    already_stored: bool
+
+
+class DatasetOut(Out):
+    """A dataset; `versions` has the newest first."""
+
+    id: int
+    name: str
+    description: str
+    created_at: datetime
+    versions: list[VersionOut]
+
+    @staticmethod
+    def resolve_versions(dataset: Dataset) -> list[DatasetVersion]:
+        return sorted(dataset.versions.all(), key=lambda version: -version.number)
+
+
+class ProblemOut(Out):
+    """Something wrong with a row, at its line."""
+
+    line: int | None
+    field: str
+    rule: str
+    level: str
+    message: str
+    fix: str
+    excerpt: str
+
+
+class ProblemPage(Out):
+    """Problems by line; `num_problems` counts all of them, `next` is the `after` of the next page."""
+
+    items: list[ProblemOut]
+    num_problems: int
+    next: int | None
+
+
+class MessageOut(Out):
+    role: str
+    content: str
+    train: bool | None
+
+
+class ExampleOut(Out):
+    line: int
+    messages: list[MessageOut]
+
+
+class DatasetFilters(PageQuery):
+    """What the list of datasets may be narrowed by."""
+
+    name: str = Field("", max_length=120, description="Part of the name.")
+
+
+class ProblemFilters(QueryFields):
+    """Which problems to give."""
+
+    rule: str = Field("", max_length=40)
+    after: int = Field(0, ge=0, le=2**31 - 1, description="`next` of the page before; 0 for the first page.")
+    limit: int = Field(50, ge=1, le=200)
+
+
+class MappingBody(Body):
+    """Which column is which: {"prompt": "question", "completion": "answer"}."""
+
+    columns: dict[str, str] = Field(max_length=10)
+
+
+def _datasets(request: ApiRequest) -> QuerySet[Dataset]:
+    return request.team.datasets.prefetch_related("versions")
+
+
+def _version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset")
+    return get_object_or_404(versions, dataset_id=dataset_id, number=number)
+
+
+@router.get("datasets/", response={200: Page[DatasetOut], **ERRORS})
+def list_datasets(request: ApiRequest, filters: Query[DatasetFilters]) -> dict[str, Any]:
+    """The team's datasets, the newest first."""
+    return page_of(_datasets(request).filter(name__icontains=filters.name), filters)
+
+
+@router.post("datasets/", response={201: VersionOut, 200: VersionOut, **ERRORS}, auth=may_write)
+def upload_dataset(
+    request: ApiRequest,
+    file: Upload,
+    name: Annotated[str, Form(max_length=120)] = "",
+) -> Status[DatasetVersion]:
+    """Upload a file as a new dataset; 200 with the older version when the team has this very file."""
+    return _receive(request, file, name=name)
+
+
+@router.post(
+    "datasets/{int:dataset_id}/versions/", response={201: VersionOut, 200: VersionOut, **ERRORS}, auth=may_write
+)
+def upload_version(
+    request: ApiRequest,
+    dataset_id: int,
+    file: Upload,
+) -> Status[DatasetVersion]:
+    """Upload a file as the next version of a dataset."""
+    return _receive(request, file, dataset=get_object_or_404(request.team.datasets, pk=dataset_id))
+
+
+def _receive(request: ApiRequest, file: UploadedFile, **target: Any) -> Status[DatasetVersion]:
+    version = receive_upload(
+        team=request.team, user=request.user, file_name=file.name or "", chunks=file.chunks(1024**2), **target
+    )
+    return Status(200 if version.already_stored else 201, version)
+
+
+@router.get("datasets/{int:dataset_id}/", response={200: DatasetOut, **ERRORS})
+def get_dataset(request: ApiRequest, dataset_id: int) -> Dataset:
+    """A dataset with its versions."""
+    return get_object_or_404(_datasets(request), pk=dataset_id)
+
+
+@router.delete("datasets/{int:dataset_id}/", response={204: None, **ERRORS}, auth=may_write)
+def remove_dataset(request: ApiRequest, dataset_id: int) -> Status[None]:
+    """Delete a dataset with its versions; 409 when jobs or adapters use it."""
+    dataset = get_object_or_404(request.team.datasets, pk=dataset_id)
+    try:
+        delete_dataset(dataset, user=request.user)
+    except DatasetInUseError as error:
+        names = ", ".join(str(one) for one in error.users[:5])
+        raise ApiError(409, "dataset_in_use", f"{dataset.name} is used by {names}.",
+                       help="Delete what uses it first.") from error  # fmt: skip
+    return Status(204, None)
+
+
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/", response={200: VersionOut, **ERRORS})
+def get_version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    """One version and what its inspection found."""
+    return _version(request, dataset_id, number)
+
+
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/problems/", response={200: ProblemPage, **ERRORS})
+def list_problems(request: ApiRequest, dataset_id: int, number: int, filters: Query[ProblemFilters]) -> dict[str, Any]:
+    """What is wrong with the version's rows, by line."""
+    version = _version(request, dataset_id, number)
+    rows = version.problems.filter(pk__gt=filters.after).order_by("pk")
+    if filters.rule:
+        rows = rows.filter(rule=filters.rule)
+    found = list(rows[: filters.limit + 1])
+    items = found[: filters.limit]
+    return {
+        "items": items,
+        "num_problems": version.num_problems(),
+        "next": items[-1].pk if len(found) > filters.limit else None,
+    }
+
+
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/preview/", response={200: list[ExampleOut], **ERRORS})
+def preview_version(request: ApiRequest, dataset_id: int, number: int) -> Any:
+    """The first usable rows, as the format reads them."""
+    version = _version(request, dataset_id, number)
+    if not version.is_ready():
+        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
+    return showing.preview(version)
+
+
+@router.put(
+    "datasets/{int:dataset_id}/versions/{int:number}/mapping/", response={202: VersionOut, **ERRORS}, auth=may_write
+)
+def map_version(request: ApiRequest, dataset_id: int, number: int, body: MappingBody) -> Status[DatasetVersion]:
+    """Choose the columns and inspect the version again."""
+    version = _version(request, dataset_id, number)
+    plugin = get_format("mapped")
+    _check_columns(version, body.columns, plugin.fields, plugin.required_fields)
+    if version.is_inspecting():
+        raise ApiError(409, "inspecting", f"{version} is being inspected.", help="Wait until its state changes.")
+    if version.users():
+        raise ApiError(409, "dataset_in_use", f"{version} is used by jobs, so it stays as it is.",
+                       help="Upload the file as a new dataset.")  # fmt: skip
+    remap(version, body.columns)
+    record("dataset.mapped", team=request.team, user=request.user, token=request.token, target=version)
+    version.refresh_from_db()
+    return Status(202, version)
+
+
+def _check_columns(
+    version: DatasetVersion, columns: dict[str, str], fields: dict[str, str], required: tuple[str, ...]
+) -> None:
+    for field in required:
+        if not columns.get(field):
+            raise ApiError(422, "missing_column", f'The column for "{field}" is missing.', field=f"columns.{field}")
+    for field, column in columns.items():
+        if field not in fields:
+            raise ApiError(422, "unknown_field", f'There is no field "{field}".', field=f"columns.{field}",
+                           help=f"The fields are {', '.join(fields)}.")  # fmt: skip
+        if column not in version.column_names:
+            raise ApiError(422, "unknown_column", f'The file has no column "{column}".', field=f"columns.{field}",
+                           help=f"It has {', '.join(version.column_names[:50])}.")  # fmt: skip

@@ -1,0 +1,45 @@
+"""Forms of the dataset pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from django import forms
+
+from workers.formats import get_format
+
+
+class UploadForm(forms.Form):
+    """A file and what to call it."""
+
+    name = forms.CharField(
+        max_length=120, required=False, help_text="Empty: the file's name without its ending.", label="Name"
+    )
+    file = forms.FileField(
+        label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
+    )
+
+
+class MappingForm(forms.Form):
+    """Which column is which, for a file whose columns nobody knows."""
+
+    def __init__(self, *args: Any, column_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plugin = get_format("mapped")
+        for name, label in plugin.fields.items():
+            is_required = name in plugin.required_fields
+            none = [] if is_required else [("", "none")]
+            self.fields[name] = forms.ChoiceField(
+                label=label, required=is_required, choices=[*none, *((column, column) for column in column_names)]
+            )
+
+    def clean(self) -> dict[str, Any]:
+        chosen = super().clean() or {}
+        if chosen.get("prompt") and chosen.get("prompt") == chosen.get("completion"):
+            self.add_error("completion", "The prompt and the answer are the same column: choose another one.")
+        return chosen
+
+    def columns(self) -> dict[str, str]:
+        """The mapping without the fields that were left out."""
+        return {name: column for name, column in self.cleaned_data.items() if column}

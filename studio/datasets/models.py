@@ -1,0 +1,143 @@
+"""Datasets and their immutable versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.db import models
+from django.urls import reverse
+from django.utils import timezone
+
+from studio.accounts.models import Team
+from studio.storage import blob_path
+from workers.carriers import CARRIER_LABELS
+from workers.formats import formats
+
+
+class Dataset(models.Model):
+    """A named line of dataset versions that a team owns."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="datasets")
+    name = models.CharField(max_length=120)
+    description = models.TextField(blank=True)
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "name"], name="one_dataset_per_name")]
+        indexes: ClassVar = [models.Index(fields=["team", "-created_at"], name="dataset_list")]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def get_absolute_url(self) -> str:
+        return reverse("datasets:detail", args=[self.pk])
+
+
+class VersionState(models.TextChoices):
+    """How far the inspection of a version has come."""
+
+    INSPECTING = "inspecting", "Inspecting"
+    NEEDS_MAPPING = "needs_mapping", "Needs a column mapping"
+    READY = "ready", "Ready"
+    UNREADABLE = "unreadable", "Unreadable"
+
+
+class DatasetVersion(models.Model):
+    """One uploaded file, addressed by its content. Never changes once something uses it."""
+
+    dataset = models.ForeignKey(Dataset, on_delete=models.CASCADE, related_name="versions")
+    number = models.PositiveIntegerField()
+    state = models.CharField(max_length=20, choices=VersionState.choices, default=VersionState.INSPECTING)
+    file_name = models.CharField(max_length=255, help_text="As the person named it, cleaned for display.")
+    sha256 = models.CharField(max_length=64, db_index=True)
+    num_bytes = models.BigIntegerField()
+    carrier = models.CharField(max_length=10, blank=True, help_text="workers.carriers.Carrier, by the content.")
+    format = models.CharField(max_length=40, blank=True, help_text="Name of the format plug-in.")
+    columns = models.JSONField(default=dict, help_text="The format's fields mapped to the file's columns.")
+    column_names = models.JSONField(default=list, help_text="Columns of the first rows that hold text or numbers.")
+    num_rows = models.PositiveBigIntegerField(default=0)
+    num_usable = models.PositiveBigIntegerField(default=0)
+    num_quarantined = models.PositiveBigIntegerField(default=0)
+    problem_counts = models.JSONField(default=dict, help_text="Rule -> number of problems.")
+    statistics = models.JSONField(default=dict, help_text="Turns, characters and token lengths; see inspecting.py.")
+    error = models.TextField(blank=True, help_text="Why the file cannot be read, for people.")
+    error_next_step = models.TextField(blank=True)
+    progress = models.JSONField(default=dict, help_text='How far an inspection is: {"stage": "rows", "num_rows": 12}.')
+    queued_at = models.DateTimeField(default=timezone.now, help_text="When an inspection was last asked for.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the running inspection was last alive.")
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    already_stored = False
+    """Set on what `receive_upload` gives back when the team had this very file before."""
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["dataset", "number"], name="one_version_per_number"),
+            models.CheckConstraint(
+                condition=models.Q(num_rows=models.F("num_usable") + models.F("num_quarantined")),
+                name="usable_and_quarantined_are_all_rows",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.dataset.name} v{self.number}"
+
+    def get_absolute_url(self) -> str:
+        return reverse("datasets:version", args=[self.dataset_id, self.number])
+
+    def path(self) -> Path:
+        """Where the file lies."""
+        return blob_path(self.sha256)
+
+    def format_label(self) -> str:
+        plugin = formats().get(self.format)
+        return plugin.label if plugin else "not recognised"
+
+    def carrier_label(self) -> str:
+        return CARRIER_LABELS.get(self.carrier, self.carrier)
+
+    def is_ready(self) -> bool:
+        return self.state == VersionState.READY
+
+    def is_inspecting(self) -> bool:
+        return self.state == VersionState.INSPECTING
+
+    def num_problems(self) -> int:
+        """Problems of every rule, those beyond the stored ones included."""
+        return sum(self.problem_counts.values())
+
+    def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
+        """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
+        found: dict[str, Any] | None = self.statistics.get("tokens", {}).get(base_revision)
+        return found
+
+    def users(self) -> list[models.Model]:
+        """Everything that needs this version: what a foreign key protects it for (jobs, adapters)."""
+        found: list[models.Model] = []
+        for relation in self._meta.related_objects:
+            if relation.on_delete is models.PROTECT:
+                found += relation.related_model._base_manager.filter(**{relation.field.name: self})
+        return found
+
+
+class DatasetProblem(models.Model):
+    """Something wrong with a row, at its line. `line` is empty for a problem of the whole file."""
+
+    version = models.ForeignKey(DatasetVersion, on_delete=models.CASCADE, related_name="problems")
+    line = models.PositiveBigIntegerField(null=True)
+    field = models.CharField(max_length=120, blank=True)
+    rule = models.CharField(max_length=40)
+    level = models.CharField(max_length=10)
+    message = models.TextField()
+    fix = models.TextField(blank=True)
+    excerpt = models.TextField(blank=True)
+
+    class Meta:
+        indexes: ClassVar = [models.Index(fields=["version", "line"], name="problem_by_line")]
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.rule}"

@@ -1,0 +1,39 @@
+"""Deleting a dataset: only when nothing needs it, and its files only when no other version holds the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from django.db import models, transaction
+
+from studio.accounts.models import User, record
+from studio.datasets.models import Dataset, DatasetVersion
+from studio.storage import blob_path
+
+
+class DatasetInUseError(Exception):
+    """Jobs or adapters use a version of the dataset; `users` has them."""
+
+    def __init__(self, users: Sequence[models.Model]) -> None:
+        super().__init__(f"{len(users)} jobs and adapters use this dataset.")
+        self.users = list(users)
+
+
+def delete_dataset(dataset: Dataset, *, user: User) -> None:
+    """Delete a dataset with all its versions; raises DatasetInUseError."""
+    with transaction.atomic():
+        # Locked, so that no job can be queued on a version between the look and the deletion.
+        versions = list(DatasetVersion.objects.select_for_update().filter(dataset=dataset))
+        users = [one for version in versions for one in version.users()]
+        if users:
+            raise DatasetInUseError(users)
+        digests = {version.sha256 for version in versions}
+        record("dataset.deleted", team=dataset.team, user=user, target=dataset, num_versions=len(versions))
+        dataset.delete()
+        transaction.on_commit(lambda: _remove_blobs(digests))
+
+
+def _remove_blobs(digests: set[str]) -> None:
+    for sha256 in digests:
+        if not DatasetVersion.objects.filter(sha256=sha256).exists():
+            blob_path(sha256).unlink(missing_ok=True)

@@ -1,0 +1,19 @@
+"""Celery tasks: a few lines each, safe to run twice and safe to lose."""
+
+from __future__ import annotations
+
+from celery import shared_task
+
+from studio.datasets import inspecting
+
+
+@shared_task
+def inspect_dataset(version_id: int) -> None:
+    """Inspect a version."""
+    inspecting.inspect(version_id)
+
+
+@shared_task
+def inspect_waiting() -> None:
+    """Queue versions whose message was lost or whose inspection died."""
+    inspecting.inspect_waiting()

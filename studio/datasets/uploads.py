@@ -1,0 +1,152 @@
+"""Uploads: a file's bytes become a blob, a dataset and a version to inspect, or a refusal and nothing."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import Max
+
+from studio.accounts.models import Team, User, record
+from studio.datasets.inspecting import queue_inspection
+from studio.datasets.models import Dataset, DatasetVersion
+from studio.storage import blob_path, store_blob
+from workers.carriers import open_rows, sniff
+from workers.errors import DatasetError
+from workers.inspection import no_rows
+
+MAX_FILE_NAME = 120
+# A file up to this size is read through before it is registered, so that a damaged one is refused at once.
+READ_THROUGH_BYTES = 4 * 1024**2
+
+
+def receive_upload(
+    *,
+    team: Team,
+    user: User,
+    file_name: str,
+    chunks: Iterable[bytes],
+    dataset: Dataset | None = None,
+    name: str = "",
+) -> DatasetVersion:
+    """Store a file and register it as a dataset's next version; its inspection starts after the commit.
+
+    Args:
+        team: who will own it.
+        user: who uploads it.
+        file_name: what the person's computer calls it.
+        chunks: the file's bytes; memory use is one chunk.
+        dataset: the dataset that gets a new version; None makes a new dataset.
+        name: the new dataset's name; empty takes the file's name.
+
+    Returns:
+        The version. When the team has the very same file already, that older version, with `already_stored` set.
+
+    Raises:
+        DatasetError: the file cannot be read at all or the name is taken; nothing is stored or registered.
+        DiskFullError, TooLargeError: see `store_blob`; nothing is stored or registered.
+    """
+    shown_name = clean_file_name(file_name)
+    name = clean_name(name)
+    if dataset is None and name and team.datasets.filter(name=name).exists():
+        raise _name_taken(name)
+    blob = store_blob(chunks, max_bytes=settings.MAX_UPLOAD_BYTES)
+    stored = DatasetVersion.objects.filter(sha256=blob.sha256)
+    same = stored.filter(dataset__team=team).select_related("dataset").order_by("pk").first()
+    if same is not None:
+        same.already_stored = True
+        return same
+    try:
+        check_file(blob_path(blob.sha256), shown_name)
+    except DatasetError:
+        # Equal bytes get an equal verdict, so no other upload can need this blob unless it is registered.
+        if not stored.exists():
+            blob_path(blob.sha256).unlink(missing_ok=True)
+        raise
+    try:
+        with transaction.atomic():
+            is_new = dataset is None
+            target = dataset or Dataset.objects.create(
+                team=team, created_by=user, name=name or _free_name(team, shown_name)
+            )
+            # The lock keeps two uploads to one dataset from taking the same number.
+            Dataset.objects.select_for_update().get(pk=target.pk)
+            last = target.versions.aggregate(last=Max("number"))["last"] or 0
+            version = DatasetVersion.objects.create(
+                dataset=target,
+                number=last + 1,
+                file_name=shown_name,
+                sha256=blob.sha256,
+                num_bytes=blob.num_bytes,
+                created_by=user,
+            )
+            record(
+                "dataset.uploaded" if is_new else "dataset.version_uploaded",
+                team=team,
+                user=user,
+                target=version,
+                sha256=blob.sha256,
+                num_bytes=blob.num_bytes,
+            )
+            transaction.on_commit(partial(queue_inspection, version.pk))
+    except IntegrityError as error:
+        raise _name_taken(name) from error
+    return version
+
+
+def check_file(path: Path, file_name: str) -> None:
+    """Refuse a file that cannot be read at all. A large one is looked at in its beginning only.
+
+    Raises:
+        DatasetError: with the code empty_file, no_rows, wrong_type, encoding or unreadable_dataset.
+    """
+    sniff(path, file_name)
+    rows = open_rows(path)
+    if next(rows, None) is None:
+        raise no_rows()
+    if path.stat().st_size <= READ_THROUGH_BYTES:
+        for _row in rows:
+            pass
+
+
+def clean_file_name(file_name: str) -> str:
+    """A file name for display: no folders, control or direction characters, at most MAX_FILE_NAME characters."""
+    last = PurePosixPath(file_name.replace("\\", "/")).name
+    kept = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip(" .")
+    if len(kept) > MAX_FILE_NAME:
+        suffix = PurePosixPath(kept).suffix[:16]
+        kept = kept[: MAX_FILE_NAME - len(suffix)] + suffix
+    return kept or "upload"
+
+
+def clean_name(name: str) -> str:
+    """A dataset's name without control characters and surplus spaces; raises DatasetError when it is too long."""
+    kept = " ".join("".join(c if unicodedata.category(c)[0] != "C" else " " for c in name).split())
+    if len(kept) > MAX_FILE_NAME:
+        raise DatasetError(
+            f"The name has {len(kept)} characters; at most {MAX_FILE_NAME} are kept.",
+            next_step="Choose a shorter name.",
+            field="name",
+        )
+    return kept
+
+
+def _free_name(team: Team, file_name: str) -> str:
+    stem = (file_name.rsplit(".", 1)[0] or file_name)[: MAX_FILE_NAME - 8]
+    taken = set(team.datasets.filter(name__startswith=stem).values_list("name", flat=True))
+    names = [stem, *(f"{stem} {number}" for number in range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
+
+
+def _name_taken(name: str) -> DatasetError:
+    error = DatasetError(
+        f'The team has a dataset called "{name}" already.',
+        next_step="Choose another name, or upload the file as a new version on that dataset's page.",
+        field="name",
+    )
+    error.code = "name_taken"
+    return error

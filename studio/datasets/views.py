@@ -1,0 +1,334 @@
+"""Dataset pages: list, upload, one version with its tabs, the mapping form."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+from django.contrib import messages
+from django.core.paginator import Paginator
+from django.db import transaction
+from django.db.models import Count, ProtectedError
+from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.utils import timezone
+from django.views.decorators.csrf import csrf_exempt, csrf_protect
+from django.views.decorators.http import require_GET, require_POST
+
+from studio.accounts.access import TeamRequest, team_page
+from studio.accounts.models import Role, record
+from studio.datasets import showing
+from studio.datasets.forms import MappingForm, UploadForm
+from studio.datasets.inspecting import queue_inspection, waiting_versions
+from studio.datasets.models import Dataset, DatasetVersion, VersionState
+from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.upload_handlers import SpoolingUploadHandler
+from studio.datasets.uploads import receive_upload
+from studio.storage import DiskFullError, StorageError, TooLargeError
+from workers.errors import DatasetError
+
+PAGE_SIZE = 50
+MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+@team_page()
+@require_GET
+def dataset_list(request: TeamRequest) -> HttpResponse:
+    """Every dataset of the team with its newest version, the newest first."""
+    shown = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset")
+    newest = shown.order_by("dataset_id", "-number").distinct("dataset_id").values("pk")
+    rows = shown.filter(pk__in=newest).annotate(num_jobs=Count("jobs")).order_by("-created_at", "-pk")
+    page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
+    return render(request, "datasets/dataset_list.html", {"page": page, **_page_links(request, page)})
+
+
+def _page_links(request: HttpRequest, page: Any) -> dict[str, str]:
+    def link(number: int) -> str:
+        return "?" + urlencode({**request.GET.dict(), "page": number})
+
+    first, last = page.start_index(), page.end_index()
+    return {
+        "previous_url": link(page.previous_page_number()) if page.has_previous() else "",
+        "next_url": link(page.next_page_number()) if page.has_next() else "",
+        "shown": f"{first:,} to {last:,} of {page.paginator.count:,}",
+    }
+
+
+def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+    """A view whose file is spooled by our own handler, which must be chosen before the form's token is read."""
+    protected = csrf_protect(view)
+
+    def chosen(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        request.upload_handlers = [SpoolingUploadHandler(request)]
+        return protected(request, *args, **kwargs)
+
+    chosen.required_role = view.required_role  # type: ignore[attr-defined]  # read by the access tests
+    return csrf_exempt(chosen)
+
+
+@_spooling
+@team_page(Role.TRAINER)
+def upload(request: TeamRequest) -> HttpResponse:
+    """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
+    chosen = request.POST.get("dataset") or request.GET.get("dataset")
+    dataset = get_object_or_404(request.team.datasets, pk=chosen) if chosen and chosen.isdigit() else None
+    if request.method != "POST":
+        return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
+    form = UploadForm(request.POST, request.FILES)
+    handler = next((one for one in request.upload_handlers if isinstance(one, SpoolingUploadHandler)), None)
+    status = 422
+    if handler is not None and handler.error is not None:
+        form.errors.clear()
+        form.add_error("file", handler.error.strerror or str(handler.error))
+        status = _status_of(handler.error)
+    elif form.is_valid():
+        file = form.cleaned_data["file"]
+        try:
+            version = receive_upload(
+                team=request.team, user=request.user, file_name=file.name, chunks=file.chunks(1024**2),
+                dataset=dataset, name=form.cleaned_data["name"],
+            )  # fmt: skip
+        except DatasetError as error:
+            form.add_error("name" if error.field == "name" else "file", f"{error.message} {error.next_step}".strip())
+        except StorageError as error:
+            form.add_error("file", error.strerror or str(error))
+            status = _status_of(error)
+        else:
+            if version.already_stored:
+                messages.info(request, f"This very file is stored already, as {version}. Nothing was uploaded twice.")
+            return redirect(version)
+    return render(request, "datasets/upload.html", {"form": form, "dataset": dataset}, status=status)
+
+
+def _status_of(error: OSError) -> int:
+    if isinstance(error, TooLargeError):
+        return 413
+    return 507 if isinstance(error, DiskFullError) else 422
+
+
+def _version(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
+    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "created_by")
+    return get_object_or_404(versions, dataset_id=dataset_id, number=number)
+
+
+def _render_tab(
+    request: TeamRequest, version: DatasetVersion, tab: str, context: dict[str, Any] | None = None
+) -> HttpResponse:
+    base = {
+        "version": version,
+        "dataset": version.dataset,
+        "tab": tab,
+        "num_versions": version.dataset.versions.count(),
+        "may_change": request.membership.may(Role.TRAINER),
+    }
+    return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})})
+
+
+@team_page()
+@require_GET
+def detail(request: TeamRequest, dataset_id: int) -> HttpResponse:
+    """The newest version's page."""
+    dataset = get_object_or_404(request.team.datasets, pk=dataset_id)
+    return redirect(dataset.versions.order_by("-number")[0])
+
+
+@team_page()
+@require_GET
+def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """The first rows as chats, or as the model will read them; while it is inspected, how far that is."""
+    version = _version(request, dataset_id, number)
+    context: dict[str, Any] = {"bases": showing.base_models(), "max_lengths": MAX_LENGTHS}
+    if version.is_inspecting():
+        _ask_again(version)
+    if version.is_ready() and version.num_usable:
+        context["examples"] = showing.preview(version)
+        context |= _model_view(request, context["bases"], context["examples"])
+    return _render_tab(request, version, "preview", context)
+
+
+def _model_view(request: HttpRequest, bases: list[Any], examples: list[Any]) -> dict[str, Any]:
+    wanted, length = request.GET.get("base", ""), request.GET.get("length", "")
+    base = next((one for one in bases if str(one.pk) == wanted), None)
+    max_length = int(length) if length.isdigit() and int(length) in MAX_LENGTHS else 1024
+    if base is None:
+        return {"max_length": max_length}
+    rows, problem = showing.as_model_reads(examples, base, max_length)
+    return {"base": base, "max_length": max_length, "token_rows": rows, "token_problem": problem}
+
+
+def _ask_again(version: DatasetVersion) -> None:
+    """A message that was lost, or a worker that died: whoever looks at the page asks again."""
+    if waiting_versions().filter(pk=version.pk).exists():
+        queue_inspection(version.pk)
+
+
+@team_page()
+@require_GET
+def inspection(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """The fragment that shows an inspection's stages, and asks for itself again until it is over."""
+    version = _version(request, dataset_id, number)
+    if version.is_inspecting():
+        _ask_again(version)
+    response = render(request, "datasets/_inspection.html", {"version": version})
+    if not version.is_inspecting():
+        response["HX-Redirect"] = version.get_absolute_url()
+    return response
+
+
+@team_page()
+@require_GET
+def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Lengths of the rows in tokens per base model, in characters, and turns."""
+    version = _version(request, dataset_id, number)
+    tokens = []
+    for base in showing.base_models():
+        found = version.tokens_of(base.revision)
+        tokens.append(
+            {"base": base, "found": found, "histogram": showing.histogram(found, "tokens") if found else None}
+        )
+    characters = showing.histogram(version.statistics.get("characters", {}), "characters")
+    return _render_tab(
+        request, version, "statistics",
+        {"tokens": tokens, "characters": characters, "turns": version.statistics.get("turns", [])},
+    )  # fmt: skip
+
+
+@team_page()
+@require_GET
+def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Every problem with its line, grouped by rule."""
+    version = _version(request, dataset_id, number)
+    rule = request.GET.get("rule", "")
+    rows = version.problems.order_by("line", "pk")
+    if rule in version.problem_counts:
+        rows = rows.filter(rule=rule)
+    page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
+    num_stored = version.problems.count()
+    return _render_tab(
+        request, version, "problems",
+        {"page": page, "groups": showing.problem_groups(version), "rule": rule,
+         "num_not_stored": max(0, version.num_problems() - num_stored), "num_stored": num_stored,
+         **_page_links(request, page)},
+    )  # fmt: skip
+
+
+class _Echo:
+    """csv writes into it and gets the line back."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def guard_cell(text: object) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    cell = "" if text is None else str(text)
+    return f"'{cell}" if cell.lstrip(" ")[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
+
+
+@team_page()
+@require_GET
+def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
+    """The stored problems as a table."""
+    version = _version(request, dataset_id, number)
+    columns = ("line", "level", "rule", "field", "message", "fix", "excerpt")
+    writer = csv.writer(_Echo())
+
+    def lines() -> Iterator[str]:
+        yield writer.writerow(columns)
+        for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
+            yield writer.writerow([guard_cell(cell) for cell in row])
+
+    response = StreamingHttpResponse(lines(), content_type="text/csv; charset=utf-8")
+    response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
+    return response
+
+
+@team_page()
+@require_GET
+def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Every version of the dataset."""
+    version = _version(request, dataset_id, number)
+    return _render_tab(
+        request,
+        version,
+        "versions",
+        {"versions": version.dataset.versions.select_related("created_by").order_by("-number")},
+    )
+
+
+@team_page()
+@require_GET
+def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Jobs and adapters that use the version."""
+    return _render_tab(request, _version(request, dataset_id, number), "used_by")
+
+
+@team_page()
+@require_GET
+def file(request: TeamRequest, dataset_id: int, number: int) -> FileResponse:
+    """The file as it was uploaded."""
+    version = _version(request, dataset_id, number)
+    record("dataset.downloaded", team=request.team, user=request.user, target=version)
+    return FileResponse(
+        version.path().open("rb"),
+        as_attachment=True,
+        filename=version.file_name,
+        content_type="application/octet-stream",
+    )
+
+
+@team_page(Role.TRAINER)
+def mapping(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Which column asks and which answers, with the first five rows as that choice reads them.
+
+    "show" re-renders the rows; "use" stores the choice and starts the inspection again.
+    """
+    version = _version(request, dataset_id, number)
+    if version.is_inspecting():
+        return redirect(version)
+    if not version.column_names:
+        messages.error(request, "This file has no columns that could be chosen.")
+        return redirect(version)
+    if version.users():
+        messages.error(request, f"{version} is used by jobs, so it stays as it is. Upload the file as a new dataset.")
+        return redirect(version)
+    form = MappingForm(request.POST or None, column_names=version.column_names, initial=version.columns)
+    columns = version.columns
+    if request.method == "POST":
+        columns = form.columns() if form.is_valid() else {}
+        if form.is_valid() and request.POST.get("action") == "use":
+            remap(version, columns)
+            record("dataset.mapped", team=request.team, user=request.user, target=version, columns=columns)
+            return redirect(version)
+    rows = showing.mapped_rows(version, columns) if columns else []
+    context = {"version": version, "dataset": version.dataset, "form": form, "rows": rows}
+    if request.htmx:  # type: ignore[attr-defined]
+        return render(request, "datasets/_mapped_rows.html", context)
+    status = 422 if form.is_bound and not form.is_valid() else 200
+    return render(request, "datasets/mapping.html", context, status=status)
+
+
+def remap(version: DatasetVersion, columns: dict[str, str]) -> None:
+    """Store chosen columns and inspect the version again."""
+    with transaction.atomic():
+        DatasetVersion.objects.filter(pk=version.pk).exclude(state=VersionState.INSPECTING).update(
+            state=VersionState.INSPECTING, format="mapped", columns=columns, heartbeat_at=None, statistics={},
+            error="", error_next_step="", queued_at=timezone.now(),
+        )  # fmt: skip
+        transaction.on_commit(lambda: queue_inspection(version.pk))
+
+
+@team_page(Role.TRAINER)
+@require_POST
+def delete(request: TeamRequest, dataset_id: int) -> HttpResponse:
+    """Delete a dataset with its versions, unless something uses one of them."""
+    dataset: Dataset = get_object_or_404(request.team.datasets, pk=dataset_id)
+    try:
+        delete_dataset(dataset, user=request.user)
+    except (DatasetInUseError, ProtectedError) as error:
+        users = error.users if isinstance(error, DatasetInUseError) else list(error.protected_objects)
+        return render(request, "datasets/in_use.html", {"dataset": dataset, "users": users}, status=409)
+    messages.success(request, f"{dataset.name} is deleted.")
+    return redirect("datasets:list")

@@ -1,0 +1,48 @@
+"""/livez: this process answers. /readyz: and its servers answer too. For probes, so without an account."""
+
+from __future__ import annotations
+
+import redis
+from django.conf import settings
+from django.db import Error as DatabaseError
+from django.db import connection
+from django.http import HttpRequest, JsonResponse
+from django.urls import path
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_safe
+
+
+@never_cache
+@require_safe
+def livez(_request: HttpRequest) -> JsonResponse:
+    """200 while the process can answer at all."""
+    return JsonResponse({"status": "alive"})
+
+
+@never_cache
+@require_safe
+def readyz(_request: HttpRequest) -> JsonResponse:
+    """200 when Postgres and Redis answer, else 503 and which of them does not."""
+    servers = {"postgres": _database_answers(), "redis": _redis_answers()}
+    ready = all(servers.values())
+    return JsonResponse({"status": "ready" if ready else "not ready", **servers}, status=200 if ready else 503)
+
+
+def _database_answers() -> bool:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    except DatabaseError:
+        return False
+    return True
+
+
+def _redis_answers() -> bool:
+    try:
+        with redis.Redis.from_url(settings.REDIS_URL, socket_timeout=2, socket_connect_timeout=2) as client:
+            return bool(client.ping())
+    except (redis.RedisError, OSError):
+        return False
+
+
+urlpatterns = [path("livez", livez, name="livez"), path("readyz", readyz, name="readyz")]

@@ -1,0 +1,182 @@
+"""Django settings. Every environment variable is read in the block at the top, with its unit and default."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import dj_database_url
+from csp.constants import NONE, SELF
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _flag(name: str, default: bool) -> bool:
+    return os.environ.get(name, str(default)).lower() in {"1", "true", "yes", "on"}
+
+
+# Folder for uploads, base models, job folders, adapters and, when embedded, the servers' own files.
+DATA_DIR = Path(os.environ.get("STUDIO_DATA_DIR", ROOT / ".data")).resolve()
+# Real servers. Empty: `manage.py up` starts embedded ones and sets both for its children.
+DATABASE_URL = os.environ.get("DATABASE_URL", "")
+REDIS_URL = os.environ.get("REDIS_URL", "")
+# At least 50 random characters. `manage.py up` makes one and keeps it in the data folder.
+SECRET_KEY = os.environ.get("STUDIO_SECRET_KEY", "")
+# Host names that the site answers to, separated by commas.
+ALLOWED_HOSTS = os.environ.get("STUDIO_ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+# Address and port that `manage.py up` listens on. No port: 8000, or a free one when that is taken.
+HOST = os.environ.get("STUDIO_HOST", "127.0.0.1")
+PORT = int(os.environ["STUDIO_PORT"]) if os.environ.get("STUDIO_PORT") else None
+# True behind HTTPS: secure cookies, HSTS and a redirect.
+HTTPS = _flag("STUDIO_HTTPS", False)
+# Number of reverse proxies in front whose X-Forwarded-Proto is believed (0 or 1).
+BEHIND_PROXY = _flag("STUDIO_BEHIND_PROXY", False)
+DEBUG = _flag("STUDIO_DEBUG", False)
+# Largest accepted upload, in bytes.
+MAX_UPLOAD_BYTES = int(os.environ.get("STUDIO_MAX_UPLOAD_BYTES", 5 * 1024**3))
+# Seconds a claim holds a job without renewal; heartbeat and reaper follow from it. Tests shorten it.
+LEASE_SECONDS = float(os.environ.get("STUDIO_LEASE_SECONDS", 60))
+# Seconds between an idle worker's own looks at the queue, for when a wake-up message is lost.
+POLL_SECONDS = float(os.environ.get("STUDIO_POLL_SECONDS", 15))
+# Attempts at a job before it is given up.
+MAX_ATTEMPTS = int(os.environ.get("STUDIO_MAX_ATTEMPTS", 5))
+# Seconds without a training step after which a trainer counts as stalled.
+STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
+# Folders (separated by colons) below which an admin may register base models.
+BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
+# CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.
+TRAINER_THREADS = int(os.environ.get("STUDIO_TRAINER_THREADS", 0))
+
+INSTALLED_APPS = [
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "studio.apps.StudioStaticFilesConfig",
+    "django.contrib.humanize",
+    "django.contrib.postgres",
+    "django_htmx",
+    "csp",
+    "studio.apps.StudioConfig",
+    "studio.accounts",
+    "studio.datasets",
+    "studio.catalogue",
+    "jobs",
+]
+
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "csp.middleware.CSPMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_htmx.middleware.HtmxMiddleware",
+    "studio.accounts.middleware.TeamMiddleware",
+]
+
+ROOT_URLCONF = "studio.urls"
+# Each app's part of /api/v1/, named as a string: the API's shared half lies below the apps.
+API_ROUTERS = [
+    "studio.api.me.router",
+    "studio.datasets.api.router",
+    "studio.catalogue.api.router",
+    "jobs.api.router",
+]
+ASGI_APPLICATION = "studio.asgi.application"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [ROOT / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+                "studio.accounts.context.shell",
+            ],
+        },
+    },
+]
+
+DATABASES = {
+    "default": {
+        # Without a URL no query can run; `manage.py up` and the tests set one before Django starts.
+        **dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset"),
+        "CONN_HEALTH_CHECKS": True,
+        "OPTIONS": {"options": "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"},
+    }
+}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+# Celery carries wake-ups only; no job's fate depends on a message (jobs/celery.py).
+CELERY_BROKER_URL = REDIS_URL.replace("unix://", "redis+socket://", 1)
+
+AUTH_USER_MODEL = "accounts.User"
+LOGIN_URL = "accounts:login"
+LOGIN_REDIRECT_URL = "home"
+LOGOUT_REDIRECT_URL = "accounts:login"
+PASSWORD_HASHERS = [
+    "django.contrib.auth.hashers.Argon2PasswordHasher",
+    "django.contrib.auth.hashers.PBKDF2PasswordHasher",
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 10}},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+SESSION_COOKIE_AGE = 7 * 24 * 3600
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_SECURE = HTTPS
+CSRF_COOKIE_SECURE = HTTPS
+CSRF_FAILURE_VIEW = "studio.accounts.views.csrf_failure"
+SECURE_SSL_REDIRECT = HTTPS
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if HTTPS else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS
+SECURE_CONTENT_TYPE_NOSNIFF = True
+SECURE_REFERRER_POLICY = "same-origin"
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if BEHIND_PROXY else None
+X_FRAME_OPTIONS = "DENY"
+# Whether a domain goes onto the browsers' preload list is its owner's decision, not ours.
+SILENCED_SYSTEM_CHECKS = ["security.W021"]
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": [SELF],
+        "img-src": [SELF, "data:"],
+        "object-src": [NONE],
+        "base-uri": [NONE],
+        "frame-ancestors": [NONE],
+        "form-action": [SELF],
+    }
+}
+# A request's body waits here until a view takes it: on the disk that the upload goes to, not in a small /tmp.
+FILE_UPLOAD_TEMP_DIR = DATA_DIR / "spool"
+DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024**2
+DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
+
+STATIC_URL = "static/"
+STATICFILES_DIRS = [ROOT / "static"]
+STATIC_ROOT = DATA_DIR / "static"
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage", "OPTIONS": {"location": DATA_DIR}},
+    "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
+}
+
+USE_TZ = True
+TIME_ZONE = os.environ.get("STUDIO_TIME_ZONE", "UTC")
+LANGUAGE_CODE = "en"
+USE_I18N = False
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["console"], "level": "INFO"},
+}
