@@ -1,0 +1,434 @@
+"""The New job form: everything in it comes from the recipe, the methods and the team's rows."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from django import forms
+from django.http import QueryDict
+from pydantic import BaseModel as BaseModelSettings
+from pydantic import ValidationError
+
+from jobs.models import Job
+from jobs.settings_form import Setting, SettingField, SettingManyField, form_name, make_field, settings_of, to_text
+from studio.accounts.models import Team
+from studio.catalogue.models import BaseModel
+from studio.datasets.models import DatasetVersion, VersionState
+from workers.errors import ExplainedError
+from workers.evaluations import evaluations
+from workers.methods import Method, methods
+from workers.recipe import EvaluationSettings, Recipe, SplitSettings, TrainingSettings, problems_by_field
+from workers.resolving import RecipeProblems, read_settings
+
+GROUPS: dict[str, tuple[str, type[BaseModelSettings]]] = {
+    "training": ("Training", TrainingSettings),
+    "split": ("Held-out rows", SplitSettings),
+    "evaluation": ("Evaluation", EvaluationSettings),
+}
+PRECISION = Setting(
+    name="precision",
+    label=Recipe.model_fields["precision"].title or "Precision",
+    help=Recipe.model_fields["precision"].description or "",
+    unit="",
+    source="",
+    kind="choice",
+    default="auto",
+    takes_auto=True,
+    choices=("float32", "bfloat16", "nf4", "int8"),
+)
+# What a recipe calls a thing, and the form field that stands for it.
+FIELD_OF = {"dataset": "dataset_version", "base_model": "base_model", "objective": "dataset_version"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A preset: settings that it changes from their defaults, unless the person changed them already."""
+
+    name: str
+    label: str
+    help: str
+    values: Mapping[str, Any]
+
+
+GOALS = {
+    goal.name: goal
+    for goal in (
+        Goal(
+            "quick",
+            "Quick check",
+            "A few dozen steps, to see that data and settings work together.",
+            {"training.max_steps": 30, "split.max_held_out": 40, "evaluation.num_generated": 8},
+        ),
+        Goal("balanced", "Balanced", "One pass over the rows with the method's defaults.", {}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled group of setting fields for the template; `changed` counts those that differ from their default."""
+
+    key: str
+    title: str
+    rows: list[SettingRow]
+
+    @property
+    def num_changed(self) -> int:
+        return sum(row.is_changed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting as the template shows it."""
+
+    setting: Setting
+    html_name: str
+    html_id: str
+    text: str
+    chosen: tuple[str, ...]
+    errors: list[str]
+    is_changed: bool
+    resolved: str = ""
+
+
+class RowField(forms.Field):
+    """A choice among rows that were read once, so that showing the list and validating cost one query."""
+
+    def __init__(self, *, required: str, unknown: str, **kwargs: Any) -> None:
+        super().__init__(error_messages={"required": required, "invalid_choice": unknown}, **kwargs)
+        self.rows: dict[str, Any] = {}
+
+    def offer(self, rows: Iterable[Any]) -> None:
+        """Set what can be chosen."""
+        self.rows = {str(row.pk): row for row in rows}
+
+    def to_python(self, value: Any) -> Any:
+        if value in self.empty_values:
+            return None
+        if str(value) not in self.rows:
+            raise forms.ValidationError(self.error_messages["invalid_choice"], code="invalid_choice")
+        return self.rows[str(value)]
+
+
+class JobForm(forms.Form):
+    """Base model, dataset, method, goal and name; and below them every setting of the recipe and of each method."""
+
+    base_model = RowField(
+        required="Choose a base model.",
+        unknown="This base model is not registered here. Choose one from the list.",
+    )
+    dataset_version = RowField(
+        label="Dataset",
+        required="Choose a dataset.",
+        unknown="Your team has no such dataset, or it is not ready. Choose one from the list.",
+    )
+    method = forms.ChoiceField(
+        error_messages={
+            "required": "Choose a method.",
+            "invalid_choice": 'There is no method called "%(value)s". Choose one of those shown.',
+        }
+    )
+    goal = forms.ChoiceField(
+        choices=[(goal.name, goal.label) for goal in GOALS.values()],
+        required=False,
+        error_messages={"invalid_choice": 'There is no goal called "%(value)s". Choose one of those shown.'},
+    )
+    name = forms.CharField(
+        max_length=120,
+        error_messages={"required": "Give the job a name.", "max_length": "Shorten the name to 120 characters."},
+    )
+    parent = forms.UUIDField(required=False, widget=forms.HiddenInput)
+    idempotency_key = forms.CharField(max_length=80, required=False, widget=forms.HiddenInput)
+    shown_method = forms.CharField(max_length=40, required=False, widget=forms.HiddenInput)
+
+    def __init__(
+        self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(data, **kwargs)
+        self.team = team
+        self.methods = methods()
+        if rows_of is not None:
+            self.base_models.rows, self.dataset_versions.rows = rows_of.base_models.rows, rows_of.dataset_versions.rows
+        else:
+            self.base_models.offer(BaseModel.objects.defer("files").order_by("name"))
+            self.dataset_versions.offer(
+                DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
+                .select_related("dataset")
+                .order_by("dataset__name", "-number")
+            )
+        self.fields["method"].choices = [(m.name, m.label) for m in self.methods.values()]  # type: ignore[attr-defined]
+        self.fields["precision"] = SettingField(PRECISION)
+        for setting in self._all_settings():
+            self.fields[setting.name] = make_field(setting)
+        for name, form_field in self.fields.items():
+            form_field.widget.attrs["id"] = f"id_{form_name(name)}"
+
+    @property
+    def base_models(self) -> RowField:
+        """The field of the base models, with its rows."""
+        return self.fields["base_model"]  # type: ignore[return-value]
+
+    @property
+    def dataset_versions(self) -> RowField:
+        """The field of the team's ready dataset versions, with its rows."""
+        return self.fields["dataset_version"]  # type: ignore[return-value]
+
+    def _all_settings(self) -> Iterator[Setting]:
+        for key, (_title, model) in GROUPS.items():
+            for setting in settings_of(model, key):
+                yield _with_evaluations(setting) if setting.name == "evaluation.metrics" else setting
+        for method in self.methods.values():
+            yield from method_settings(method)
+
+    # -- what was asked --
+
+    def clean(self) -> dict[str, Any]:
+        """Validate the recipe as a whole, so that the page and the worker refuse the same things."""
+        values = super().clean() or {}
+        if not self.errors:
+            self._recipe = self._make_recipe(values)
+        return values
+
+    def to_recipe(self) -> Recipe:
+        """The recipe that a valid form asks for, its autos unresolved."""
+        assert self.is_valid(), "ask is_valid() first"
+        assert self._recipe is not None
+        return self._recipe
+
+    def _make_recipe(self, values: dict[str, Any]) -> Recipe | None:
+        base_model: BaseModel = values["base_model"]
+        version: DatasetVersion = values["dataset_version"]
+        method = self.methods[values["method"]]
+        goal = GOALS.get(values.get("goal") or "")
+        asked: dict[str, Any] = {
+            "name": values["name"],
+            "base_model": {"name": base_model.name, "revision": base_model.revision},
+            "dataset": {
+                "name": str(version),
+                "sha256": version.sha256,
+                "format": version.format,
+                "columns": version.columns,
+            },
+            "method": method.name,
+            "precision": values["precision"],
+            "settings": {setting.name.rsplit(".", 1)[1]: values[setting.name] for setting in method_settings(method)},
+        }
+        for key, (_title, model) in GROUPS.items():
+            asked[key] = {}
+            for setting in settings_of(model, key):
+                value = values[setting.name]
+                if goal and setting.name in goal.values and value == setting.default:
+                    value = goal.values[setting.name]
+                asked[key][setting.name.rsplit(".", 1)[1]] = value
+        try:
+            recipe = Recipe.model_validate(asked)
+        except ValidationError as error:
+            for recipe_field, message in problems_by_field(error).items():
+                self.add_problem(recipe_field, message)
+            return None
+        try:
+            read_settings(method, recipe.settings)
+        except ExplainedError as error:
+            self.add_explained(error)
+            return None
+        return recipe
+
+    # -- problems beside their fields --
+
+    def form_field_of(self, recipe_field: str | None) -> str | None:
+        """The form field that stands for a recipe's dotted field; None when there is none."""
+        if not recipe_field:
+            return None
+        top, _, rest = recipe_field.partition(".")
+        own = f"settings.{self.method_name()}.{rest}" if top == "settings" and rest else recipe_field
+        name = FIELD_OF.get(top, own)
+        return name if name in self.fields else None
+
+    def add_problem(self, recipe_field: str | None, message: str) -> None:
+        """Put a sentence beside the field that it belongs to, or on top of the form."""
+        self.add_error(self.form_field_of(recipe_field), message)
+
+    def add_explained(self, error: ExplainedError) -> None:
+        """Put an explained error, with what to do, beside its field. A dataset that is too small says so itself."""
+        if isinstance(error, RecipeProblems):
+            for field, sentence in error.fields.items():
+                self.add_problem(field, sentence)
+            return
+        about_rows = error.code in {"too_small", "unreadable_dataset"}
+        self.add_problem("dataset" if about_rows else error.field, f"{error.message} {error.next_step}".strip())
+
+    # -- what the template shows --
+
+    def method_name(self) -> str:
+        """The chosen method, or the first when none or an unknown one is chosen."""
+        name = (self.data.get("method") if self.is_bound else self.initial.get("method")) or ""
+        return name if name in self.methods else next(iter(self.methods), "")
+
+    def chosen_method(self) -> Method | None:
+        return self.methods.get(self.method_name())
+
+    def missing(self) -> str:
+        """The next thing to choose before the job can start, as the button says it; empty when nothing is missing."""
+        for name, sentence in (
+            ("base_model", "Choose a base model"),
+            ("dataset_version", "Choose a dataset"),
+            ("method", "Choose a method"),
+            ("name", "Give it a name"),
+        ):
+            if not self.text_of(name):
+                return sentence
+        return ""
+
+    def text_of(self, name: str) -> str:
+        """What stands in a field now, as text."""
+        value = self.data.get(name) if self.is_bound else self.initial.get(name)
+        return to_text(getattr(value, "pk", value))
+
+    def section(self, key: str, title: str, settings: tuple[Setting, ...], resolved: Mapping[str, Any]) -> Section:
+        return Section(key, title, [self._row(setting, resolved) for setting in settings])
+
+    def sections(self, resolved: Recipe | None = None) -> list[Section]:
+        """The Advanced groups, with the resolved value beside every auto."""
+        values = resolved_values(resolved, self.method_name())
+        shared = [
+            self.section(
+                key,
+                title,
+                tuple(
+                    _with_evaluations(one) if one.name == "evaluation.metrics" else one
+                    for one in settings_of(model, key)
+                ),
+                values,
+            )
+            for key, (title, model) in GROUPS.items()
+        ]
+        shared[0].rows.insert(0, self._row(PRECISION, values))
+        return shared
+
+    def method_section(self, resolved: Recipe | None = None) -> Section | None:
+        """The chosen method's own settings."""
+        method = self.chosen_method()
+        if method is None:
+            return None
+        values = resolved_values(resolved, method.name)
+        return self.section("settings", method.label, method_settings(method), values)
+
+    def _row(self, setting: Setting, resolved: Mapping[str, Any]) -> SettingRow:
+        form_field = self.fields[setting.name]
+        value: Any
+        if self.is_bound and setting.kind == "many" and setting.choices:
+            # Boxes that are all empty send nothing, so only a form that shows them can say "none".
+            value = self.data.getlist(setting.name)  # type: ignore[attr-defined]
+        elif self.is_bound:
+            value = self.data.get(setting.name, setting.default_text())
+        else:
+            value = self.initial.get(setting.name, setting.default)
+        text = to_text(value)
+        goes_to = resolved.get(setting.name)
+        return SettingRow(
+            setting=setting,
+            html_name=setting.name,
+            html_id=f"id_{form_name(setting.name)}",
+            text=text,
+            chosen=tuple(value) if isinstance(value, (list, tuple)) else (text,),
+            errors=[str(one) for one in self.errors.get(setting.name, [])] if self.is_bound else [],
+            is_changed=bool(form_field.has_changed(None, list(value) if isinstance(value, (list, tuple)) else text)),
+            resolved=_resolved_text(setting, text, goes_to),
+        )
+
+
+def _resolved_text(setting: Setting, text: str, goes_to: Any) -> str:
+    """What an auto comes to, in the words of its input; empty for what the person chose."""
+    if not setting.takes_auto or text not in {"auto", ""} or goes_to is None:
+        return ""
+    return dict(setting.options()).get(to_text(goes_to), to_text(goes_to))
+
+
+def method_settings(method: Method) -> tuple[Setting, ...]:
+    """A method's own settings, named `settings.<method>.<field>` so that methods do not share inputs."""
+    return settings_of(method.Settings, f"settings.{method.name}")
+
+
+def _with_evaluations(setting: Setting) -> Setting:
+    return replace(setting, choices=tuple(evaluations()))
+
+
+def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:
+    """A resolved recipe's values by form field name."""
+    if recipe is None:
+        return {}
+    found: dict[str, Any] = {"precision": recipe.precision}
+    for key in GROUPS:
+        found |= {f"{key}.{name}": value for name, value in getattr(recipe, key).model_dump().items()}
+    found |= {f"settings.{method}.{name}": value for name, value in recipe.settings.items()}
+    return found
+
+
+def fresh_form(
+    team: Team, *, dataset_version: str = "", base_model: str = "", parent: Job | None = None, num_again: int = 0
+) -> JobForm:
+    """A form to begin with: an earlier job's recipe, or the given dataset and the only base model.
+
+    `num_again` is how often `parent` was run again already; the new name counts on from there.
+    """
+    form = JobForm(team=team)
+    form.initial.update(idempotency_key=secrets.token_urlsafe(16), goal="balanced")
+    if parent is not None:
+        recipe = Recipe.from_dict(parent.asked_recipe)
+        form.initial.update(
+            {
+                "base_model": parent.base_model_id,
+                "dataset_version": parent.dataset_version_id,
+                "method": recipe.method,
+                "goal": "",
+                "name": name_again(recipe.name, num_again),
+                "parent": parent.pk,
+                **resolved_values(recipe, recipe.method),
+            }
+        )
+    else:
+        method = "lora" if "lora" in form.methods else next(iter(form.methods), "")
+        form.initial["method"] = method
+        if base_model in form.base_models.rows or len(form.base_models.rows) == 1:
+            form.initial["base_model"] = base_model or next(iter(form.base_models.rows))
+        version = form.dataset_versions.rows.get(dataset_version)
+        if version is not None:
+            form.initial["dataset_version"] = version.pk
+            form.initial["name"] = next_name(team, f"{version.dataset.name[:90]}-{method}")
+    form.initial["shown_method"] = form.initial["method"]
+    return form
+
+
+def bound_copy(form: JobForm) -> JobForm:
+    """The form as if its initial values had been posted."""
+    data = QueryDict(mutable=True)
+    for name, field in form.fields.items():
+        value = form.initial.get(name, field.setting.default if isinstance(field, SettingField) else None)
+        if isinstance(field, SettingManyField):
+            data.setlist(name, list(value or ()))
+        else:
+            data[name] = to_text(value)
+    return JobForm(data, team=form.team, rows_of=form)
+
+
+def name_again(name: str, num_again: int) -> str:
+    """The name of a job that is run again: support, support-2, support-3, ..."""
+    stem, _, last = name.rpartition("-")
+    if not (stem and last.isascii() and last.isdigit() and len(last) < 6):
+        stem, last = name, "1"
+    return f"{stem[:110]}-{int(last) + 1 + num_again}"
+
+
+def next_name(team: Team, wanted: str) -> str:
+    """`wanted`, or the next free one of wanted-2, wanted-3, ... among the team's jobs."""
+    stem = wanted[:110]
+    taken = set(Job.objects.filter(team=team, name__startswith=stem).values_list("name", flat=True))
+    if wanted not in taken:
+        return wanted[:120]
+    number = 2
+    while f"{stem}-{number}" in taken:
+        number += 1
+    return f"{stem}-{number}"

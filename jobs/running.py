@@ -1,0 +1,130 @@
+"""Running a job: claim, train, evaluate, export, register, finish. Read top to bottom, it is a job's life."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from django.db import transaction
+
+from jobs import failures, lifecycle
+from jobs.lifecycle import FencedError
+from jobs.models import Job
+from jobs.supervising import Outcome, supervise
+from studio import storage
+from studio.catalogue.registering import register_adapter
+from workers.recipe import Recipe
+from workers.results import Result
+
+logger = logging.getLogger(__name__)
+
+
+def run_job(
+    job: Job,
+    *,
+    is_draining: Callable[[], bool] = lambda: False,
+    tell: Callable[[object], None] = lambda event: None,
+) -> None:
+    """Run a job that was just claimed, to the end of this attempt. The job's row says afterwards how it went.
+
+    Raises:
+        Exception: something that nobody foresaw; the job is recorded as failed to start and tried again.
+    """
+    try:
+        folder = prepare_folder(job)
+        outcome = supervise(
+            trainer_command(job, folder), job_id=job.pk, attempt=job.attempt,
+            log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
+        )  # fmt: skip
+        finish(job, outcome)
+    except FencedError:
+        logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
+    except OSError as error:
+        logger.exception("Job %s could not run", job.pk)
+        explained = storage.explain_disk_error(error)
+        code = getattr(explained, "code", "storage")
+        _record_retry(job, code=code, message=f"The studio could not store the job's files: {explained}.")
+    except Exception:
+        logger.exception("Job %s could not run", job.pk)
+        _record_retry(job, code="internal", message="The studio failed while it ran this job; its log has the details.")
+        raise
+
+
+def prepare_folder(job: Job) -> Path:
+    """The job's folder with its recipe in it, for this attempt and for people."""
+    folder = storage.job_folder(job.pk)
+    (folder / "attempts" / str(job.attempt)).mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.from_dict(job.recipe)
+    aside = folder / f"recipe-{job.attempt}.json.new"
+    aside.write_text(json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False))
+    aside.replace(folder / "recipe.json")
+    return folder
+
+
+def trainer_command(job: Job, folder: Path) -> list[str]:
+    """The command line of the trainer. Ids were resolved to paths here: nothing of it comes from a person."""
+    return [
+        sys.executable, "-m", "workers", str(folder / "recipe.json"),
+        "--out", str(folder),
+        "--base-model-folder", job.base_model.folder,
+        "--dataset-file", str(storage.blob_path(job.dataset_version.sha256)),
+        "--attempt", str(job.attempt),
+    ]  # fmt: skip
+
+
+def finish(job: Job, outcome: Outcome) -> None:
+    """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
+    if outcome.is_fenced:
+        raise FencedError
+    if outcome.result is not None and outcome.exit_status == 0:
+        register(job, Path(outcome.result.folder))
+    elif outcome.asked == "now":
+        lifecycle.cancelled(job.pk, job.attempt)
+    elif outcome.asked == "checkpoint" and outcome.failed is None:
+        lifecycle.hand_back(
+            job.pk, job.attempt,
+            reason="Its worker stops for maintenance; it goes on from its last checkpoint elsewhere.",
+        )  # fmt: skip
+    elif outcome.is_stalled:
+        lifecycle.retry_later(
+            job.pk, job.attempt, code="stalled", counted=True, message="The trainer made no progress and was stopped."
+        )
+    else:
+        failure = failures.explain(outcome.failed, outcome.exit_status)
+        if failure.retry:
+            lifecycle.retry_later(
+                job.pk, job.attempt, code=failure.code, message=failure.message, counted=failure.counted
+            )
+        else:
+            lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
+
+
+def register(job: Job, product: Path) -> None:
+    """Put the finished adapter in its place and, in one transaction, into the catalogue with the job's success."""
+    result = Result.model_validate_json((product / "result.json").read_bytes())
+    # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
+    key = f"{job.team_id}/{job.pk}-{job.attempt}"
+    lifecycle.heartbeat(job.pk, job.attempt)
+    storage.keep_adapter(product, key)
+    try:
+        with transaction.atomic():
+            adapter = register_adapter(
+                team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
+                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, result=result,
+            )  # fmt: skip
+            lifecycle.succeed(job.pk, job.attempt, adapter)
+    except FencedError:
+        shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
+        raise
+
+
+def _record_retry(job: Job, *, code: str, message: str) -> None:
+    try:
+        counted = code not in lifecycle.UNCOUNTED
+        lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted)
+    except FencedError:
+        logger.warning("Job %s has moved on without attempt %s.", job.pk, job.attempt)

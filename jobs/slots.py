@@ -1,0 +1,142 @@
+"""A slot: one device of this machine, and the thread that runs one job after another on it.
+
+Woken by a message, or by its own clock when messages are lost. It also takes jobs back from workers that
+are gone, so the queue heals without beat.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from typing import IO
+
+from django.conf import settings
+from django.db import InterfaceError, OperationalError, connection
+from django.db.models.functions import Now
+
+from jobs import lifecycle, scheduling
+from jobs.hardware import find_device
+from jobs.models import Worker
+from jobs.running import run_job
+
+logger = logging.getLogger(__name__)
+
+
+class SlotTakenError(RuntimeError):
+    """Another process runs jobs on this device already."""
+
+
+class Slot(threading.Thread):
+    """Claims and runs jobs until it is drained."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(name=f"slot-{index}", daemon=True)
+        self.index = index
+        self._lock = lock_slot(index)
+        self._look = threading.Event()
+        self._draining = threading.Event()
+        self.worker: Worker | None = None
+
+    def run(self) -> None:
+        while not self._draining.is_set():
+            self._look.clear()
+            try:
+                self._work()
+            except (OperationalError, InterfaceError) as error:
+                logger.warning("The database does not answer, the slot tries again: %s", error)
+                connection.close()
+            except Exception:
+                # The job is recorded; a slot that died of one job would starve all others.
+                logger.exception("A job ended in an unforeseen way")
+                connection.close()
+            self._look.wait(min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
+        connection.close()
+        self._lock.close()
+
+    def _work(self) -> None:
+        self.worker = self.worker or register_worker(self.index)
+        lifecycle.reap_expired()
+        while not self._draining.is_set():
+            Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
+            job = scheduling.next_job(self.worker)
+            if job is None:
+                return
+            run_job(job, is_draining=self._draining.is_set)
+
+    def wake(self) -> None:
+        """Look at the queue now."""
+        self._look.set()
+
+    def drain(self) -> None:
+        """Take no more jobs, and have the running one save a checkpoint and stop."""
+        self._draining.set()
+        self._look.set()
+
+
+def lock_slot(index: int) -> IO[str]:
+    """The lock that makes one process the only one to train on a device; raises SlotTakenError."""
+    folder = settings.DATA_DIR / "slots"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f"{socket.gethostname()}-{index}.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise SlotTakenError(f"Device {index} of this machine is in use by process {holder}.") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def register_worker(index: int) -> Worker:
+    """A row for this process and its device."""
+    device = find_device(index)
+    return Worker.objects.create(
+        id=uuid.uuid4(), host=socket.gethostname(), slot=index, process_id=os.getpid(), device=device.name,
+        device_kind=device.kind, memory_bytes=device.memory_bytes, version=_version(), last_seen=Now(),
+    )  # fmt: skip
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("peft-studio")
+    except PackageNotFoundError:
+        return Path(settings.ROOT).name
+
+
+_slot: Slot | None = None
+
+
+def start() -> None:
+    """Start this process's slot on the device that STUDIO_SLOT names (0 when unset)."""
+    global _slot
+    _slot = Slot(int(os.environ.get("STUDIO_SLOT", "0")))
+    _slot.start()
+
+
+def wake() -> None:
+    """Wake this process's slot, if it has one."""
+    if _slot is not None:
+        _slot.wake()
+
+
+def drain() -> None:
+    """Drain this process's slot, if it has one."""
+    if _slot is not None:
+        _slot.drain()
+
+
+def wait() -> None:
+    """Wait until the drained slot has handed its job back."""
+    if _slot is not None:
+        _slot.join()

@@ -1,0 +1,451 @@
+"""Pages of jobs: the queue, a new job, and one job from the moment it is queued to its adapter."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from django.contrib import messages
+from django.db.models import Count, Q
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_GET, require_POST
+
+from jobs import series, showing
+from jobs.estimating import Plan, plan_for
+from jobs.forms import GOALS, GROUPS, JobForm, bound_copy, fresh_form, method_settings
+from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
+from jobs.scheduling import QueueSnapshot, explain_wait, look_at_queue
+from jobs.settings_form import form_name, settings_of
+from studio.accounts.access import TeamRequest, team_page
+from studio.accounts.models import Role
+from studio.templatetags.components import significant
+from workers.errors import ExplainedError
+from workers.events import PHASES
+from workers.methods import methods
+
+MAX_LISTED = 200
+"""Rows of finished jobs on the page; the API has the rest."""
+
+FILTERS = {
+    "": ("All", Q()),
+    "active": ("Running and queued", ~Q(state__in=FINAL_STATES)),
+    "succeeded": ("Succeeded", Q(state=JobState.SUCCEEDED)),
+    "failed": ("Failed", Q(state=JobState.FAILED)),
+    "cancelled": ("Cancelled", Q(state=JobState.CANCELLED)),
+}
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as a row of a list."""
+
+    job: Job
+    position: int
+    waits: str
+    percent: int
+    colour: str
+    elapsed_seconds: float | None
+    phase_label: str
+
+
+def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
+    """A job with its place in the queue and why it waits."""
+    return JobRow(
+        job=job,
+        position=queue.position(job) if queue else 0,
+        waits=explain_wait(job, queue) if queue else "",
+        percent=showing.percent_of(job),
+        colour=showing.colour_of(job),
+        elapsed_seconds=showing.elapsed_seconds(job),
+        phase_label=showing.PHASE_LABELS.get(job.phase, ""),
+    )
+
+
+@require_GET
+@team_page(Role.VIEWER)
+def list_jobs(request: TeamRequest) -> HttpResponse:
+    """The team's queue and what ran before. The list refreshes itself with the same URL."""
+    state = request.GET.get("state", "")
+    is_mine = request.GET.get("mine") == "1"
+    if state not in FILTERS:
+        state = ""
+    jobs = showing.listed_jobs(request.team.jobs.filter(FILTERS[state][1]))
+    if is_mine:
+        jobs = jobs.filter(created_by=request.user)
+    queue = look_at_queue()
+    rows = [job_row(job, queue) for job in jobs.order_by("-created_at")[: MAX_LISTED + 1]]
+    shown = rows[:MAX_LISTED]
+    context = {
+        "running": [row for row in shown if row.job.state in LEASED_STATES],
+        "waiting": sorted(
+            (row for row in shown if row.job.state not in LEASED_STATES and not row.job.is_final()),
+            key=lambda row: row.position or len(shown) + 1,
+        ),
+        "finished": [row for row in shown if row.job.is_final()],
+        "num_waiting": len(queue.waiting),
+        "num_busy": len(queue.busy),
+        "has_workers": queue.has_workers,
+        "is_cut": len(rows) > MAX_LISTED,
+        "state": state,
+        "is_mine": is_mine,
+        "is_filtered": bool(state or is_mine),
+        "filters": [(name, label) for name, (label, _condition) in FILTERS.items()],
+        "may_train": request.membership.may(Role.TRAINER),
+        "here": request.get_full_path(),
+    }
+    name = "jobs/_job_list.html" if request.headers.get("HX-Target", "").endswith("job-list") else "jobs/job_list.html"
+    return render(request, name, context)
+
+
+@dataclass(frozen=True)
+class PanelProblem:
+    """Why there is no estimate, with a link to the field."""
+
+    label: str
+    message: str
+    html_id: str
+
+
+def _make_plan(form: JobForm) -> Plan | None:
+    """The plan of a form's choices; None with the reasons on the form."""
+    if not form.is_valid():
+        return None
+    recipe = form.to_recipe()
+    try:
+        return plan_for(recipe, form.cleaned_data["base_model"], form.cleaned_data["dataset_version"])
+    except ExplainedError as error:
+        form.add_explained(error)
+        return None
+
+
+def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, show_errors: bool) -> dict[str, Any]:
+    """What the New job page and its "this run" panel show; without `show_errors` an untouched field is no error."""
+    resolved = plan.recipe if plan else None
+    own = form.method_section(resolved)
+    sections = form.sections(resolved)
+    every = [*sections, own] if own else sections
+    problems = _problems(form, show_errors=show_errors)
+    version = form.dataset_versions.rows.get(form.text_of("dataset_version"))
+    dataset_errors: Any = form.errors.get("dataset_version", []) if form.is_bound and (version or show_errors) else []
+    context = {
+        "form": form,
+        "plan": plan,
+        "method": form.chosen_method(),
+        "method_facts": _method_facts(form),
+        "method_section": own,
+        "sections": sections,
+        "num_changed": sum(section.num_changed for section in every),
+        "has_advanced_errors": any(row.errors for section in every for row in section.rows),
+        "goals": GOALS.values(),
+        "goal": form.text_of("goal"),
+        "key": form.text_of("idempotency_key") or secrets.token_urlsafe(16),
+        "parent_key": form.text_of("parent"),
+        "chosen_base_model": form.text_of("base_model"),
+        "chosen_dataset": form.text_of("dataset_version"),
+        "dataset_shown": version,
+        "dataset_problem": " ".join(str(message) for message in dataset_errors),
+        "name_text": form.text_of("name"),
+        "missing": form.missing(),
+        "problems": problems,
+        "show_errors": show_errors,
+    }
+    if plan is not None:
+        context |= {
+            "memory_parts": _memory_parts(plan),
+            "memory_needed": showing.gibibytes(plan.estimate.total_bytes),
+            "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
+            "trainable_percent": significant(100 * plan.estimate.trainable_share),
+            "cut_percent": significant(100 * plan.cut_share, 2),
+        }
+    return context
+
+
+def _problems(form: JobForm, *, show_errors: bool) -> list[PanelProblem]:
+    if not form.is_bound:
+        return []
+    found: list[PanelProblem] = []
+    for name, sentences in form.errors.items():
+        if not show_errors and not form.text_of(name) and name in {"base_model", "dataset_version", "name"}:
+            continue
+        known = name in form.fields
+        label = str(form.fields[name].label or name.replace("_", " ").capitalize()) if known else ""
+        html_id = f"id_{form_name(name)}" if known else ""
+        found.extend(PanelProblem(label, str(sentence), html_id) for sentence in sentences)
+    return found
+
+
+def _method_facts(form: JobForm) -> list[dict[str, Any]]:
+    """Every method with the share of the chosen base's parameters that it trains at its defaults."""
+    base = form.base_models.rows.get(form.text_of("base_model"))
+    facts = []
+    for method in form.methods.values():
+        share = ""
+        if base is not None and base.shape:
+            shape = base.model_shape()
+            num_trainable = method.num_trainable(method.read_settings({}), shape)
+            share = f"{significant(100 * num_trainable / max(1, shape.num_parameters), 2)} % trainable"
+        facts.append({"method": method, "is_chosen": method.name == form.method_name(), "share": share})
+    return facts
+
+
+MEMORY_COLOURS = ("fill-primary", "fill-secondary", "fill-accent", "fill-info", "fill-neutral")
+
+
+def _memory_parts(plan: Plan) -> list[dict[str, str]]:
+    needed = plan.estimate
+    whole = max(needed.total_bytes, plan.device.facts.memory_bytes, 1)
+    parts = [
+        ("Base weights", needed.weights_bytes),
+        ("Adapter", needed.adapter_bytes),
+        ("Optimizer", needed.optimizer_bytes),
+        ("Activations", needed.activations_bytes),
+        ("Runtime", needed.runtime_bytes),
+    ]
+    found: list[dict[str, str]] = []
+    left = 0.0
+    for index, (label, num_bytes) in enumerate(parts):
+        width = 100 * num_bytes / whole
+        found.append(
+            {
+                "label": label,
+                "size": showing.gibibytes(num_bytes),
+                "x": f"{left:.3f}",
+                "width": f"{width:.3f}",
+                "colour": MEMORY_COLOURS[index],
+            }
+        )
+        left += width
+    return found
+
+
+@team_page(Role.TRAINER)
+def new_job(request: TeamRequest) -> HttpResponse:
+    """The New job form; a POST queues the job or says what to mend, with every value kept."""
+    if request.method == "POST":
+        return _queue(request)
+    parent = None
+    if asked := request.GET.get("from"):
+        parent = get_object_or_404(request.team.jobs.annotate(num_again=Count("children")), pk=_uuid(asked))
+    form = fresh_form(
+        request.team,
+        dataset_version=request.GET.get("dataset", ""),
+        base_model=request.GET.get("base_model", ""),
+        parent=parent,
+        num_again=getattr(parent, "num_again", 0),
+    )
+    # A complete form shows its estimate at once; an incomplete one shows no errors before it was touched.
+    if not form.missing():
+        form = bound_copy(form)
+        plan = _make_plan(form)
+    else:
+        plan = None
+    return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=False))
+
+
+def _queue(request: TeamRequest) -> HttpResponse:
+    form = JobForm(request.POST, team=request.team)
+    plan = _make_plan(form)
+    if "update" in request.POST:
+        return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True))
+    if plan is None:
+        return render(request, "jobs/new_job.html", _form_context(request, form, None, show_errors=True), status=422)
+    parent = None
+    if form.cleaned_data["parent"]:
+        parent = request.team.jobs.filter(pk=form.cleaned_data["parent"]).first()
+    queue = partial(
+        queue_job,
+        team=request.team,
+        user=request.user,
+        recipe=plan.recipe,
+        asked_recipe=form.to_recipe(),
+        estimate=estimate_values(plan),
+        base_model=form.cleaned_data["base_model"],
+        dataset_version=form.cleaned_data["dataset_version"],
+        parent=parent,
+    )
+    try:
+        try:
+            job = queue(idempotency_key=form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16))
+        except IdempotencyConflictError:
+            # The form came back through the Back button and was changed: another job is meant.
+            job = queue(idempotency_key=secrets.token_urlsafe(16))
+    except ExplainedError as error:
+        form.add_explained(error)
+        return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True), status=422)
+    return redirect(job)
+
+
+def estimate_values(plan: Plan) -> dict[str, Any]:
+    """A plan's estimate as JSON types, for the job's row and the API."""
+    return {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def estimate(request: TeamRequest) -> HttpResponse:
+    """The "this run" panel for the form as it stands, and whatever else depends on it. Changes nothing."""
+    form = JobForm(request.POST, team=request.team)
+    plan = _make_plan(form)
+    context = _form_context(request, form, plan, show_errors=False)
+    own, method_changed = context["method_section"], form.text_of("shown_method") != form.method_name()
+    # A method that was just chosen brings its own settings along, with their resolved values in them.
+    sections = [*context["sections"], *([own] if own and not method_changed else [])]
+    context |= {
+        "method_changed": method_changed,
+        "resolved_rows": [row for section in sections for row in section.rows],
+    }
+    return render(request, "jobs/_estimate.html", context)
+
+
+@require_GET
+@team_page(Role.VIEWER)
+def job_detail(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """One job, complete without scripts."""
+    job = get_object_or_404(showing.job_for_page(request.team.jobs.all()), pk=job_id)
+    return render(request, "jobs/job_detail.html", _job_context(request, job))
+
+
+def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
+    queue = look_at_queue() if job.state in {JobState.QUEUED, JobState.RETRY_WAIT} else None
+    context = showing.live_context(job)
+    return {
+        **context,
+        "row": job_row(job, queue),
+        "attempts": list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else [],
+        "scores": list(job.adapter.scores.order_by("evaluation")) if job.adapter else [],
+        "recipe_rows": recipe_rows(job),
+        "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
+        "may_train": request.membership.may(Role.TRAINER),
+        "may_stop_and_keep": job.state == JobState.RUNNING and job.phase in PHASES[3:],
+        "retry_key": secrets.token_urlsafe(16),
+        "is_live": not job.is_final(),
+    }
+
+
+@require_GET
+@never_cache
+@team_page(Role.VIEWER)
+def job_header(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """The parts of a job page that depend on its state: state, buttons, failure, scores."""
+    job = get_object_or_404(showing.job_for_page(request.team.jobs.all()), pk=job_id)
+    return render(request, "jobs/_job_header_swap.html", _job_context(request, job))
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """One field of a recipe: as it was asked for, and as it was resolved."""
+
+    label: str
+    asked: str
+    resolved: str
+
+
+def recipe_rows(job: Job) -> list[RecipeRow]:
+    """A job's recipe field by field, what was asked beside what it became."""
+    return [
+        RecipeRow(label, _shown(_at(job.asked_recipe, path)), _shown(_at(job.recipe, path)))
+        for path, label in _labels(job)
+    ]
+
+
+def _labels(job: Job) -> list[tuple[tuple[str, ...], str]]:
+    method = methods().get(str(job.recipe.get("method")))
+    found: list[tuple[tuple[str, ...], str]] = [(("method",), "Method"), (("precision",), "Precision of the base")]
+    if method is not None:
+        found += [(("settings", one.name.rsplit(".", 1)[1]), one.label) for one in method_settings(method)]
+    for key, (_title, model) in GROUPS.items():
+        found += [((key, one.name.rsplit(".", 1)[1]), one.label) for one in settings_of(model, key)]
+    return found
+
+
+def _at(recipe: dict[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = recipe
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value) or "none"
+    return str(value)
+
+
+@require_GET
+@never_cache
+@team_page(Role.VIEWER)
+def points(request: TeamRequest, job_id: UUID) -> JsonResponse:
+    """The job's curves for its charts."""
+    job = get_object_or_404(request.team.jobs.only("pk", "state"), pk=job_id)
+    return JsonResponse(series.points(job))
+
+
+@require_GET
+@never_cache
+@team_page(Role.VIEWER)
+def point_table(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """The job's curves as a table, for those who do not see charts."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    rows = series.downsample(series.curve(job), limit=200)
+    return render(request, "jobs/point_table.html", {"job": job, "points": rows})
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def cancel(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """Stop a job: `mode` now discards the run, keep ends with the adapter of the last step."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    mode = request.POST.get("mode", "now")
+    try:
+        asked = cancel_job(job, request.user, mode)
+    except ExplainedError as error:
+        messages.error(request, f"{error.message} {error.next_step}".strip())
+        return redirect(_back_to(request, job))
+    if not asked:
+        messages.info(request, f"“{job.name}” had ended already.")
+        return redirect(_back_to(request, job))
+    job.refresh_from_db()
+    if job.state == JobState.CANCELLED:
+        messages.success(request, f"“{job.name}” is out of the queue.")
+    elif job.stop_mode == "keep":
+        messages.success(request, f"“{job.name}” ends after this step; what it has learned is evaluated and kept.")
+    else:
+        messages.success(request, f"“{job.name}” is being stopped.")
+    return redirect(_back_to(request, job))
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def retry(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """Run a failed or cancelled job again, as a new job with the same recipe."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    key = request.POST.get("idempotency_key", "")[:80] or secrets.token_urlsafe(16)
+    try:
+        again = retry_job(job, request.user, idempotency_key=key)
+    except ExplainedError as error:
+        messages.error(request, f"{error.message} {error.next_step}".strip())
+        return redirect(job)
+    return redirect(again)
+
+
+def _back_to(request: HttpRequest, job: Job) -> str:
+    return reverse("jobs:list") if request.POST.get("next") == "list" else job.get_absolute_url()
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
