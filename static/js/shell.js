@@ -1,0 +1,37 @@
+// What every page shares: menus close, error summaries take the focus, a failed request says so.
+(() => {
+  const closeMenus = (except) => {
+    for (const menu of document.querySelectorAll("details[data-menu][open]"))
+      if (menu !== except) menu.removeAttribute("open");
+  };
+
+  document.addEventListener("click", (event) => closeMenus(event.target.closest("details[data-menu]")));
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    const open = document.querySelector("details[data-menu][open]");
+    if (!open) return;
+    closeMenus(null);
+    open.querySelector("summary").focus();
+  });
+
+  const takeFocus = (root) => root.querySelector?.("[data-take-focus]")?.focus();
+
+  document.addEventListener("DOMContentLoaded", () => takeFocus(document));
+  document.addEventListener("htmx:after:swap", (event) => takeFocus(event.target));
+
+  const say = (text) => {
+    const region = document.getElementById("messages");
+    if (!region) return;
+    const alert = document.createElement("div");
+    alert.className = "alert alert-soft alert-error";
+    alert.textContent = text;
+    alert.dataset.connection = "";
+    region.querySelector("[data-connection]")?.remove();
+    region.append(alert);
+  };
+
+  document.addEventListener("htmx:error", () =>
+    say("The studio did not answer. What you see may be out of date: check your connection and reload the page."),
+  );
+})();
