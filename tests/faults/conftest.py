@@ -1,0 +1,58 @@
+"""A team with a registered tiny base model and an inspected dataset, for jobs that really train."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from jobs.models import Job
+from jobs.queueing import queue_job
+from studio.accounts.models import Team, User
+from studio.catalogue.models import BaseModel
+from studio.datasets.inspecting import inspect
+from studio.datasets.models import DatasetVersion, VersionState
+from studio.datasets.uploads import receive_upload
+from tests.tiny import tiny_rows
+from workers.recipe import Recipe
+
+
+@pytest.fixture
+def version(transactional_db: None, team: Team, bob: User) -> DatasetVersion:
+    content = "".join(json.dumps(row) + "\n" for row in tiny_rows(120)).encode()
+    version = receive_upload(team=team, user=bob, file_name="tiny.jsonl", chunks=[content])
+    inspect(version.pk)
+    version.refresh_from_db()
+    assert version.state == VersionState.READY
+    return version
+
+
+@pytest.fixture
+def queue(team: Team, bob: User, base_model: BaseModel, version: DatasetVersion) -> Callable[..., Job]:
+    def queue(name: str = "tiny-lora", *, max_steps: int = 40, method: str = "lora", **training: object) -> Job:
+        recipe = Recipe.from_dict(
+            {
+                "name": name,
+                "base_model": {"name": base_model.name, "revision": base_model.revision},
+                "dataset": {
+                    "name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns
+                },
+                "method": method,
+                "settings": {"rank": 4} if method != "prefix_tuning" else {"num_virtual_tokens": 4},
+                "precision": "float32",
+                "training": {
+                    "max_steps": max_steps, "batch_size": 4, "micro_batch_size": 2, "max_length": 128, "epochs": 10,
+                    "learning_rate": 1e-3, "checkpoint_every_steps": 5, "packing": False,
+                    "gradient_checkpointing": False, **training,
+                },
+                "evaluation": {"num_generated": 2, "max_new_tokens": 8},
+            }
+        )  # fmt: skip
+        return queue_job(
+            team=team, user=bob, recipe=recipe, base_model=base_model, dataset_version=version,
+            idempotency_key=uuid.uuid4().hex,
+        )  # fmt: skip
+
+    return queue

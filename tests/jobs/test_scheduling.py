@@ -1,0 +1,64 @@
+"""Who is next, and why a job waits."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from jobs import lifecycle, scheduling
+from jobs.models import Job, Worker
+from studio.accounts.models import Team, User
+from tests.jobs.making import make_job, make_worker
+
+
+def test_jobs_start_in_the_order_in_which_they_were_queued(team: Team, bob: User) -> None:
+    jobs = [make_job(team, bob, name=name) for name in ("first", "second", "third")]
+    worker = make_worker()
+    assert [scheduling.queue_position(job) for job in jobs] == [1, 2, 3]
+    assert [scheduling.next_job(worker).name for _ in jobs] == ["first", "second", "third"]
+    assert scheduling.next_job(worker) is None
+
+
+def test_a_job_of_higher_priority_goes_first(team: Team, bob: User) -> None:
+    make_job(team, bob, name="ordinary")
+    urgent = make_job(team, bob, name="urgent")
+    Job.objects.filter(pk=urgent.pk).update(priority=10)
+    assert scheduling.next_job(make_worker()).name == "urgent"
+
+
+def test_a_job_that_waits_to_retry_is_not_taken_too_early(team: Team, bob: User) -> None:
+    job = make_job(team, bob)
+    Job.objects.filter(pk=job.pk).update(not_before=Now() + timedelta(seconds=60))
+    assert scheduling.next_job(make_worker()) is None
+    job.refresh_from_db()
+
+
+def test_it_says_when_no_worker_is_running(team: Team, bob: User) -> None:
+    assert "No worker is running" in scheduling.explain_wait(make_job(team, bob))
+
+
+def test_it_names_the_job_that_is_waited_for_and_when_it_ends(team: Team, bob: User) -> None:
+    running = lifecycle.claim(make_job(team, bob, name="faq-r16"), make_worker())
+    Job.objects.filter(pk=running.pk).update(seconds_left=720)
+    second, third = make_job(team, bob, name="second"), make_job(team, bob, name="third")
+    assert scheduling.explain_wait(second) == (
+        "Waits for a free device: “faq-r16” is running, which should end in about 12 min. It is next."
+    )
+    assert scheduling.explain_wait(third).endswith("1 job is ahead of it.")
+    assert scheduling.explain_wait(Job.objects.get(pk=running.pk)) == ""
+
+
+def test_it_does_not_name_another_teams_job(team: Team, bob: User, other_team: Team, charlie: User) -> None:
+    lifecycle.claim(make_job(other_team, charlie, name="secret merger"), make_worker())
+    said = scheduling.explain_wait(make_job(team, bob))
+    assert "secret merger" not in said
+    assert "a job of another team" in said
+
+
+def test_a_worker_that_has_not_been_seen_for_long_does_not_count(team: Team, bob: User) -> None:
+    worker = make_worker()
+    assert scheduling.live_workers().count() == 1
+    Worker.objects.filter(pk=worker.pk).update(last_seen=timezone.now() - timedelta(hours=1))
+    assert not scheduling.live_workers().exists()

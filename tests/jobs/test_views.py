@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+from django.utils import timezone
+from pytest_django import DjangoAssertNumQueries
+
+from jobs.models import Job, JobAttempt, JobState, MetricPoint, Worker
+from studio.accounts.models import Membership, Role, Team, User
+from studio.catalogue.models import BaseModel
+from studio.datasets.models import DatasetVersion
+from tests.conftest import make_member, signed_in
+from tests.factories import make_adapter, make_dataset_version
+from tests.jobs.conftest import MakeJob
+
+PAGE_QUERIES = 8
+
+
+@pytest.fixture
+def worker(db: None) -> Worker:
+    return Worker.objects.create(
+        host="box", slot=0, process_id=1, device="CPU, 2 cores", device_kind="cpu", memory_bytes=24 * 2**30,
+        version="1", last_seen=timezone.now(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def viewer_client(team: Team) -> Client:
+    return signed_in(make_member("vera", team, Role.VIEWER))
+
+
+def form_data(base_model: BaseModel, version: DatasetVersion, **changes: str) -> dict[str, Any]:
+    return {
+        "base_model": base_model.pk, "dataset_version": version.pk, "method": "lora", "goal": "balanced",
+        "name": "support", "idempotency_key": "key-1", "evaluation.metrics": ["loss", "token_f1"], "start": "1",
+    } | changes  # fmt: skip
+
+
+def run_of(job: Job, worker: Worker, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "state": JobState.RUNNING, "phase": "training", "attempt": 1, "worker": worker, "step": 35, "num_steps": 100,
+        "lease_until": timezone.now() + timedelta(seconds=60), "started_at": timezone.now(),
+    }  # fmt: skip
+    Job.objects.filter(pk=job.pk).update(**(values | changes))
+    JobAttempt.objects.create(job=job, number=1, worker=worker, started_at=timezone.now())
+    MetricPoint.objects.create(
+        job=job, attempt=1, step=35, loss=1.25, learning_rate=2e-4, grad_norm=0.7, tokens_per_second=210,
+        at=timezone.now(),
+    )  # fmt: skip
+    MetricPoint.objects.create(job=job, attempt=1, step=30, validation_loss=1.5, at=timezone.now())
+    return Job.objects.get(pk=job.pk)
+
+
+def urls_of(job: Job) -> list[tuple[str, str]]:
+    """Every URL that names a job, with the method that it takes."""
+    gets = ["detail", "header", "points", "point_table", "events"]
+    return [("get", reverse(f"jobs:{name}", args=[job.pk])) for name in gets] + [
+        ("post", reverse(f"jobs:{name}", args=[job.pk])) for name in ("cancel", "retry")
+    ]
+
+
+def test_a_stranger_is_sent_to_the_login_page(make_job: MakeJob) -> None:
+    for url in (reverse("jobs:list"), reverse("jobs:new"), reverse("home"), make_job().get_absolute_url()):
+        answer = Client().get(url)
+        assert answer.status_code == 302, url
+        assert answer["Location"].startswith(reverse("accounts:login"))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_it_hides_a_job_from_another_team(make_job: MakeJob, charlie_client: Client) -> None:
+    job = make_job("secret-name")
+    for method, url in urls_of(job):
+        assert getattr(charlie_client, method)(url).status_code == 404, url
+    for url in (reverse("jobs:list"), reverse("home")):
+        assert "secret-name" not in charlie_client.get(url).text
+    assert charlie_client.get(reverse("jobs:new"), {"from": job.pk}).status_code == 404
+    job.refresh_from_db()
+    assert job.state == JobState.QUEUED
+
+
+def test_a_viewer_looks_but_does_not_queue_or_stop(
+    make_job: MakeJob, viewer_client: Client, base_model: BaseModel, version: DatasetVersion
+) -> None:
+    job = make_job()
+    assert viewer_client.get(job.get_absolute_url()).status_code == 200
+    assert viewer_client.get(reverse("jobs:list")).status_code == 200
+    assert "Stop and discard" not in viewer_client.get(job.get_absolute_url()).text
+    assert viewer_client.post(reverse("jobs:new"), form_data(base_model, version)).status_code == 403
+    assert viewer_client.get(reverse("jobs:new")).status_code == 403
+    assert viewer_client.post(reverse("jobs:estimate"), form_data(base_model, version)).status_code == 403
+    assert viewer_client.post(reverse("jobs:cancel", args=[job.pk])).status_code == 403
+    assert viewer_client.post(reverse("jobs:retry", args=[job.pk])).status_code == 403
+    assert Job.objects.count() == 1
+
+
+def test_a_trainer_queues_a_job_and_a_second_submit_gives_the_same(
+    bob_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    data = form_data(base_model, version)
+    first = bob_client.post(reverse("jobs:new"), data)
+    second = bob_client.post(reverse("jobs:new"), data)
+    job = Job.objects.get()
+    assert first.status_code == second.status_code == 302
+    assert first["Location"] == second["Location"] == job.get_absolute_url()
+    assert "auto" not in [job.recipe["precision"], *job.recipe["training"].values()]
+    assert job.asked_recipe["training"]["learning_rate"] == "auto"
+    assert job.estimate["num_steps"] == 7, "54 rows to train, 8 at a step"
+
+
+def test_a_bad_form_comes_back_with_its_values_and_queues_nothing(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    answer = alice_client.post(
+        reverse("jobs:new"), form_data(base_model, version, **{"training.epochs": "1,5", "name": "kept <b>"})
+    )
+    assert answer.status_code == 422
+    assert 'value="1,5"' in answer.text
+    assert "kept &lt;b&gt;" in answer.text
+    assert 'id="error-summary"' in answer.text
+    assert 'href="#id_training-epochs"' in answer.text
+    assert not Job.objects.exists()
+
+
+def test_a_dataset_that_is_too_small_says_so_beside_the_dataset(
+    alice_client: Client, base_model: BaseModel, team: Team, alice: User, worker: Worker
+) -> None:
+    small = make_dataset_version(team, alice, name="Small", num_rows=6)
+    answer = alice_client.post(reverse("jobs:new"), form_data(base_model, small))
+    assert answer.status_code == 422
+    note = re.search(r'<p id="dataset-note"[^>]*>(.*?)</p>', answer.text, re.S)
+    assert note
+    assert "Only 6 rows are usable" in note[1]
+
+
+def test_a_method_refuses_in_place(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    answer = alice_client.post(reverse("jobs:new"), form_data(base_model, version, precision="nf4"))
+    assert answer.status_code == 422
+    assert 'href="#id_precision"' in answer.text
+
+
+def test_the_estimate_answers_with_the_panel_and_changes_nothing(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    answer = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, shown_method="lora"))
+    assert answer.status_code == 200
+    assert answer.text.lstrip().startswith('<section id="this-run"')
+    assert "54 to train, 6 held out" in answer.text
+    assert "CPU, 2 cores" in answer.text
+    assert "Start job" in answer.text
+    assert 'hx-target="#id_training-learning_rate_resolved"' in answer.text
+    assert 'id="method-settings"' not in answer.text, "the person may be typing there"
+    other = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, shown_method="qlora"))
+    assert 'id="method-settings"' in other.text
+    assert not Job.objects.exists()
+
+
+def test_an_estimate_of_an_unfinished_form_says_what_is_next(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    answer = alice_client.post(reverse("jobs:estimate"), {"base_model": base_model.pk, "method": "lora"})
+    assert answer.status_code == 200
+    assert "Choose a dataset</button>" in answer.text
+    assert "alert-error" not in answer.text, "what was not touched yet is no error"
+
+
+def test_without_a_script_the_button_updates_the_estimate(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    data = form_data(base_model, version, update="1", **{"training.epochs": "2"})
+    del data["start"]
+    answer = alice_client.post(reverse("jobs:new"), data)
+    assert answer.status_code == 200
+    assert "14 of 8 rows" in answer.text
+    assert not Job.objects.exists()
+
+
+def test_the_new_job_page_shows_every_setting_with_range_and_default(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    page = alice_client.get(reverse("jobs:new"), {"dataset": version.pk}).text
+    for name in ("training.learning_rate", "training.seed", "split.held_out_share", "evaluation.max_new_tokens",
+                 "settings.lora.rank", "precision"):  # fmt: skip
+        assert f'name="{name}"' in page
+    assert "Range: at least 1, at most 4,096." in page
+    assert "auto → <strong" in page
+    assert "Start job" in page
+
+
+def test_a_running_job_is_complete_without_a_script(make_job: MakeJob, alice_client: Client, worker: Worker) -> None:
+    job = run_of(make_job(), worker)
+    page = alice_client.get(job.get_absolute_url()).text
+    assert "<title>35 % · support" in re.sub(r"\s+", " ", page)
+    for expected in ("Step 35 of 100", "1.25", "1.50", "0.700", "Stop and keep", "Stop and discard", "CPU, 2 cores"):
+        assert expected in page, expected
+    assert f'hx-sse:connect="{reverse("jobs:events", args=[job.pk])}"' in page
+
+
+def test_a_waiting_job_says_why_and_its_place(make_job: MakeJob, alice_client: Client) -> None:
+    make_job("first")
+    page = alice_client.get(make_job("second").get_absolute_url()).text
+    assert "Number 2 in the queue." in page
+    assert "No worker is running" in page
+
+
+def test_a_failed_job_says_why_what_to_do_and_can_be_retried_once(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker, state=JobState.FAILED, lease_until=None, finished_at=timezone.now(),
+                 failure_code="out_of_memory", failure_message="Needed 27 GiB.",
+                 failure_next_step="Halve the batch.")  # fmt: skip
+    page = bob_client.get(job.get_absolute_url()).text
+    for expected in ("Needed 27 GiB.", "Halve the batch.", "out_of_memory", "Retry"):
+        assert expected in page
+    assert "hx-sse:connect" not in page
+    for _ in range(2):
+        bob_client.post(reverse("jobs:retry", args=[job.pk]), {"idempotency_key": "again"})
+    assert Job.objects.get(parent=job).state == JobState.QUEUED
+
+
+def test_a_finished_job_compares_with_the_base_and_leads_to_its_adapter(
+    make_job: MakeJob, alice_client: Client, worker: Worker, team: Team, alice: User, base_model: BaseModel,
+    version: DatasetVersion,
+) -> None:  # fmt: skip
+    adapter = make_adapter(team, alice, base_model=base_model, dataset_version=version)
+    job = run_of(make_job(), worker, state=JobState.SUCCEEDED, lease_until=None, adapter=adapter,
+                 started_at=timezone.now() - timedelta(minutes=31), finished_at=timezone.now())  # fmt: skip
+    page = alice_client.get(job.get_absolute_url()).text
+    assert "Done in 31 min" in page
+    assert "Held-out loss 1.92 → 1.32" in page
+    assert adapter.get_absolute_url() in page
+
+
+def test_stopping_asks_the_worker_and_cancelling_takes_out_of_the_queue(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    running, waiting = run_of(make_job("one"), worker), make_job("two")
+    bob_client.post(reverse("jobs:cancel", args=[running.pk]), {"mode": "keep"})
+    answer = bob_client.post(reverse("jobs:cancel", args=[waiting.pk]), {"mode": "now", "next": "list"})
+    running.refresh_from_db()
+    waiting.refresh_from_db()
+    assert (running.state, running.stop_mode) == (JobState.CANCELLING, "keep")
+    assert waiting.state == JobState.CANCELLED
+    assert answer["Location"] == reverse("jobs:list")
+
+
+def test_an_unknown_way_to_stop_is_explained(make_job: MakeJob, bob_client: Client) -> None:
+    job = make_job()
+    page = bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "explode"}, follow=True)
+    assert "There is no way to stop called" in page.text
+    job.refresh_from_db()
+    assert job.state == JobState.QUEUED
+
+
+def test_the_list_filters_by_state_and_owner_and_ignores_nonsense(
+    make_job: MakeJob, bob: User, bob_client: Client, worker: Worker
+) -> None:
+    make_job("of-alice")
+    make_job("of-bob", created_by=bob)
+    run_of(make_job("broken"), worker, state=JobState.FAILED, lease_until=None, finished_at=timezone.now())
+    names = ("of-alice", "of-bob", "broken")
+
+    def shown(**query: str) -> list[str]:
+        page = bob_client.get(reverse("jobs:list"), query).text
+        return [name for name in names if f">{name}<" in page]
+
+    assert shown() == list(names)
+    assert shown(mine="1") == ["of-bob"]
+    assert shown(state="failed") == ["broken"]
+    assert shown(state="active") == ["of-alice", "of-bob"]
+    assert shown(state="'; drop") == list(names)
+    assert "No job matches" in bob_client.get(reverse("jobs:list"), {"state": "succeeded"}).text
+
+
+def test_the_list_refreshes_itself_with_its_own_fragment(make_job: MakeJob, alice_client: Client) -> None:
+    make_job()
+    whole = alice_client.get(reverse("jobs:list")).text
+    part = alice_client.get(reverse("jobs:list"), headers={"HX-Request": "true", "HX-Target": "section#job-list"}).text
+    assert part.lstrip().startswith('<section id="job-list"')
+    assert "<html" not in part
+    assert "<html" in whole
+
+
+def test_points_are_json_for_the_chart_and_a_table_for_reading(
+    make_job: MakeJob, alice_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker)
+    found = alice_client.get(reverse("jobs:points", args=[job.pk])).json()
+    assert found["columns"][:3] == ["step", "loss", "validation_loss"]
+    assert [row[:3] for row in found["points"]] == [[30, None, 1.5], [35, 1.25, None]]
+    assert "1.250" in alice_client.get(reverse("jobs:point_table", args=[job.pk])).text
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "failed", "succeeded"])
+def test_a_page_costs_at_most_eight_queries(
+    state: str, make_job: MakeJob, alice: User, alice_client: Client, worker: Worker, team: Team,
+    base_model: BaseModel, version: DatasetVersion, django_assert_max_num_queries: DjangoAssertNumQueries,
+) -> None:  # fmt: skip
+    for name in ("one", "two", "three"):
+        job = make_job(name)
+        if state == "running":
+            run_of(job, worker)
+        if state == "failed":
+            run_of(job, worker, state=state, lease_until=None, finished_at=timezone.now())
+        if state == "succeeded":
+            adapter = make_adapter(team, alice, base_model=base_model, dataset_version=version)
+            run_of(job, worker, state=state, lease_until=None, adapter=adapter, finished_at=timezone.now())
+    for url in (job.get_absolute_url(), reverse("jobs:list"), reverse("home"),
+                f"{reverse('jobs:new')}?dataset={version.pk}", f"{reverse('jobs:new')}?from={job.pk}"):  # fmt: skip
+        with django_assert_max_num_queries(PAGE_QUERIES):
+            assert alice_client.get(url).status_code == 200, url
+
+
+def test_a_job_that_does_not_exist_is_a_404(alice_client: Client) -> None:
+    assert alice_client.get(reverse("jobs:detail", args=[uuid4()])).status_code == 404
+    assert alice_client.get(reverse("jobs:new"), {"from": "not-a-uuid"}).status_code == 404
+
+
+def test_roles_are_those_of_the_current_team(alice: User, other_team: Team, make_job: MakeJob) -> None:
+    Membership.objects.create(user=alice, team=other_team, role=Role.VIEWER)
+    client = signed_in(alice)
+    job = make_job()
+    session = client.session
+    session["team_id"] = other_team.pk
+    session.save()
+    assert client.get(job.get_absolute_url()).status_code == 404

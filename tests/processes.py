@@ -1,0 +1,80 @@
+"""Real Celery workers as child processes, against the test database."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+from django.conf import settings
+from django.db import connection
+
+WORKER = ("-m", "celery", "-A", "jobs", "worker", "-P", "threads", "-c", "1", "--without-gossip", "--without-mingle")
+
+
+def test_environment() -> dict[str, str]:
+    """The environment in which a child of a test sees the test's own database and data folder."""
+    database = connection.settings_dict
+    url = "postgres://{USER}:{PASSWORD}@{host}/{NAME}".format(**database, host=quote(database["HOST"], safe=""))
+    return os.environ | {
+        "DATABASE_URL": url if database["HOST"].startswith("/") else os.environ["DATABASE_URL"],
+        "STUDIO_DATA_DIR": str(settings.DATA_DIR),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+# pytest would otherwise collect it for its name.
+test_environment.__test__ = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def celery_worker(queue: str, log_file: Path, *, slot: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker that serves one queue; at the end it and everything it started is killed."""
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *WORKER, "-Q", queue, "-n", f"{queue}{slot}-{os.getpid()}@test", "-l", "info"],
+            env=test_environment() | {"STUDIO_SLOT": str(slot)}, cwd=settings.ROOT, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 of a process and all its descendants, at once."""
+    try:
+        process = psutil.Process(pid)
+        victims = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs(victims, timeout=10)
+
+
+def wait_for(happens: Callable[[], object], *, seconds: float = 120, what: str = "it") -> None:
+    """Wait until something is true; fails with `what` when it does not become so in time."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(0.05)
+
+
+def trainers_of(worker_pid: int) -> list[psutil.Process]:
+    """The trainer processes below a worker."""
+    return [
+        child
+        for child in psutil.Process(worker_pid).children(recursive=True)
+        if "--supervised" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
+    ]

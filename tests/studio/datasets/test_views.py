@@ -1,0 +1,196 @@
+"""Dataset pages: who sees what, and that what people upload is shown as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from django.test import Client
+
+from studio.accounts.models import Membership, Role, Team
+from studio.catalogue.models import Adapter, BaseModel
+from studio.datasets.models import Dataset, DatasetVersion
+from studio.datasets.views import guard_cell
+from tests.studio.datasets.conftest import Upload, good_rows, jsonl
+from tests.tiny import make_tiny_base
+
+TABS = ("", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
+HOSTILE = ["<script>alert(1)</script>", "{{7*7}}", '<div hx-get="/x" hx-trigger="load">', "\x1b[31m", "a\u202eb"]
+
+
+def page(version: DatasetVersion, tab: str = "") -> str:
+    return f"{version.get_absolute_url()}{tab}"
+
+
+@pytest.mark.parametrize("tab", [*TABS, "mapping/"])
+def test_a_team_sees_its_dataset_and_another_team_gets_404(
+    upload: Upload, bob_client: Client, charlie_client: Client, tab: str
+) -> None:
+    version = upload(jsonl([{"alpha": "a", "beta": "b"}] * 12) if tab == "mapping/" else jsonl(good_rows()))
+    assert bob_client.get(page(version, tab)).status_code == 200
+    assert charlie_client.get(page(version, tab)).status_code == 404
+    assert Client().get(page(version, tab)).status_code == 302
+
+
+def test_the_list_shows_the_teams_datasets_only(
+    upload: Upload, bob_client: Client, charlie_client: Client, django_assert_max_num_queries: object
+) -> None:
+    for number in range(3):
+        upload(jsonl(good_rows(10 + number)), f"faq{number}.jsonl", inspect=False)
+    with django_assert_max_num_queries(8):  # type: ignore[operator]
+        shown = bob_client.get("/datasets/").content.decode()
+    assert all(f"faq{number}" in shown for number in range(3))
+    empty = charlie_client.get("/datasets/").content.decode()
+    assert "faq0" not in empty
+    assert "No datasets yet" in empty
+
+
+def test_the_header_counts_usable_rows_and_rows_set_aside(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl([*good_rows(15), {"prompt": "no answer"}]))
+    shown = bob_client.get(page(version)).content.decode()
+    assert "15 of 16 rows usable" in shown
+    assert "1 set aside" in shown
+
+
+def test_a_viewer_may_not_upload_map_or_delete(upload: Upload, team: Team, bob_client: Client) -> None:
+    version = upload(jsonl(good_rows()))
+    Membership.objects.filter(user__username="bob").update(role=Role.VIEWER)
+    assert bob_client.get("/datasets/upload/").status_code == 403
+    assert bob_client.post(page(version, "mapping/")).status_code == 403
+    assert bob_client.post(f"/datasets/{version.dataset_id}/delete/").status_code == 403
+    assert Dataset.objects.filter(pk=version.dataset_id).exists()
+
+
+def test_hostile_rows_are_shown_as_text(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl([{"prompt": text, "completion": text} for text in HOSTILE] + good_rows()))
+    shown = bob_client.get(page(version)).content.decode()
+    assert "<script>alert" not in shown
+    assert "&lt;script&gt;alert(1)" in shown
+    assert "{{7*7}}" in shown
+    assert '<div hx-get="/x"' not in shown
+    # Hidden characters are written out, and htmx leaves what others wrote alone.
+    assert "\x1b" not in shown
+    assert "␛[31m" in shown
+    assert "a[U+202E RIGHT-TO-LEFT OVERRIDE]b" in shown
+    assert "hx-ignore" in shown
+
+
+def test_hostile_problems_are_shown_as_text(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl([*good_rows(), *({"prompt": text} for text in HOSTILE), {'<img src=x onerror="x">': "1"}]))
+    shown = bob_client.get(page(version, "problems/")).content.decode()
+    assert "<script>alert" not in shown
+    assert "<img src=x" not in shown
+    assert version.num_quarantined == len(HOSTILE) + 1
+
+
+def test_problems_are_filtered_by_rule_and_downloaded_without_formulas(upload: Upload, bob_client: Client) -> None:
+    content = jsonl(good_rows()) + b"=HYPERLINK(1)\n" + jsonl([{"prompt": "x"}])
+    version = upload(content)
+    only = bob_client.get(page(version, "problems/?rule=F002")).content.decode()
+    assert "Line 13" in only
+    assert "Line 14" not in only
+    lines = b"".join(bob_client.get(page(version, "problems.csv")).streaming_content).decode().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 3
+    assert "'=HYPERLINK(1)" in lines[1]
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", " =1"])
+def test_no_cell_is_a_formula(cell: str) -> None:
+    assert guard_cell(cell) == f"'{cell}"
+
+
+def test_the_rows_are_shown_as_a_base_model_reads_them(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
+    base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    version = upload(jsonl([{"prompt": "<script>x</script>", "completion": "fine"}, *good_rows()]))
+    shown = bob_client.get(page(version, f"?base={base.pk}&length=256")).content.decode()
+    assert "end of turn, trained" in shown
+    assert "bg-success text-success-content" in shown
+    assert "<script>x" not in shown
+    statistics = bob_client.get(page(version, "statistics/")).content.decode()
+    assert "Tokens with tiny" in statistics
+    assert "<svg" in statistics
+
+
+def test_a_base_model_whose_folder_is_gone_is_explained(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
+    base = BaseModel.objects.create(name="gone", folder=str(tmp_path / "gone"), revision="r" * 64)
+    version = upload(jsonl(good_rows()))
+    answer = bob_client.get(page(version, f"?base={base.pk}"))
+    assert answer.status_code == 200
+    assert "tokenizer.json" in answer.content.decode()
+
+
+def test_the_inspection_polls_until_it_is_over(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl(good_rows()), inspect=False)
+    running = bob_client.get(page(version, "inspection/"))
+    assert 'hx-trigger="every 1s"' in running.content.decode()
+    assert 'id="inspection"' in bob_client.get(page(version)).content.decode()
+    DatasetVersion.objects.update(state="unreadable", error="broken")
+    over = bob_client.get(page(version, "inspection/"))
+    assert "hx-trigger" not in over.content.decode()
+    assert over["HX-Redirect"] == version.get_absolute_url()
+
+
+def test_a_mapping_is_shown_on_rows_and_then_used(upload: Upload, bob_client: Client, no_broker: list[int]) -> None:
+    version = upload(jsonl([{"alpha": f"ask {n}", "beta": f"tell {n}", "gamma": "g"} for n in range(12)]))
+    assert version.state == "needs_mapping"
+    url = page(version, "mapping/")
+    assert version.columns == {"prompt": "alpha", "completion": "gamma"}
+    assert '<option value="gamma" selected>' in bob_client.get(url).content.decode()
+    swapped = {"prompt": "beta", "completion": "alpha", "action": "show"}
+    fragment = bob_client.post(url, swapped, HTTP_HX_REQUEST="true").content.decode()
+    assert fragment.lstrip().startswith('<section id="mapped-rows"')
+    assert "tell 4" in fragment
+    assert "<html" in bob_client.post(url, swapped).content.decode()
+    version.refresh_from_db()
+    assert version.state == "needs_mapping"
+    from studio.datasets import inspecting
+
+    answer = bob_client.post(url, {**swapped, "action": "use"})
+    assert answer.status_code == 302
+    inspecting.inspect(version.pk)
+    version.refresh_from_db()
+    assert (version.state, version.format, version.num_usable) == ("ready", "mapped", 12)
+    assert version.columns == {"prompt": "beta", "completion": "alpha"}
+
+
+def test_a_mapping_of_one_column_to_both_is_refused(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl([{"alpha": "a", "beta": "b"}] * 12))
+    answer = bob_client.post(page(version, "mapping/"), {"prompt": "alpha", "completion": "alpha", "action": "use"})
+    assert answer.status_code == 422
+    assert "same column" in answer.content.decode()
+    answer = bob_client.post(page(version, "mapping/"), {"prompt": "nope", "completion": "beta", "action": "use"})
+    assert answer.status_code == 422
+
+
+def test_a_dataset_in_use_is_kept_and_says_by_what(upload: Upload, team: Team, alice_client: Client) -> None:
+    version = upload(jsonl(good_rows()))
+    base = BaseModel.objects.create(name="tiny", folder="/nowhere", revision="r" * 64)
+    adapter = Adapter.objects.create(
+        team=team, name="faq-lora", base_model=base, dataset_version=version, method="lora", recipe={},
+        folder="1/x", created_by=version.created_by,
+    )  # fmt: skip
+    answer = alice_client.post(f"/datasets/{version.dataset_id}/delete/")
+    assert answer.status_code == 409
+    assert "faq-lora" in answer.content.decode()
+    assert "faq-lora" in alice_client.get(page(version, "used-by/")).content.decode()
+    assert version.path().exists()
+    assert alice_client.get(page(version, "mapping/")).status_code == 302
+    adapter.delete()
+    assert alice_client.post(f"/datasets/{version.dataset_id}/delete/").status_code == 302
+    assert not Dataset.objects.exists()
+
+
+def test_another_team_cannot_delete_or_map(upload: Upload, charlie_client: Client) -> None:
+    version = upload(jsonl(good_rows()))
+    assert charlie_client.post(f"/datasets/{version.dataset_id}/delete/").status_code == 404
+    assert charlie_client.post(page(version, "mapping/"), {"action": "use"}).status_code == 404
+    assert charlie_client.post("/datasets/upload/", {"dataset": version.dataset_id}).status_code == 404
+    assert Dataset.objects.filter(pk=version.dataset_id).exists()
+
+
+def test_the_file_comes_back_as_an_attachment(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl(good_rows()), "ümlaut.jsonl")
+    answer = bob_client.get(page(version, "file/"))
+    assert b"".join(answer.streaming_content) == jsonl(good_rows())  # type: ignore[attr-defined]
+    assert answer["Content-Disposition"].startswith("attachment; filename*=utf-8''%C3%BCmlaut.jsonl")
+    assert answer["X-Content-Type-Options"] == "nosniff"

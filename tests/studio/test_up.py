@@ -1,0 +1,222 @@
+"""`manage.py up` as people start it: a real process tree over a folder of its own."""
+
+from __future__ import annotations
+
+import http.cookiejar
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from studio.devices import _allowed, find_devices
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINK = re.compile(r"(http://[^/]+)/login/link/\S+/")
+PATIENCE = 120.0
+
+
+class Studio:
+    """A running `up` and what it has printed."""
+
+    started: ClassVar[list[subprocess.Popen[str]]] = []
+
+    def __init__(self, data_dir: Path, **variables: str) -> None:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("STUDIO_") and not k.endswith("_URL")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "manage.py"), "up"],
+            env=kept | {"STUDIO_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"} | variables,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=data_dir.parent, start_new_session=True,
+        )  # fmt: skip
+        self.started.append(self.process)
+        self.said: list[str] = []
+        self.seconds = 0.0
+
+    def wait_for_link(self) -> str:
+        started = time.monotonic()
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if found := LINK.search(line):
+                self.seconds = time.monotonic() - started
+                return found[0]
+        pytest.fail("".join(self.said))
+
+    def wait_for_line(self, words: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if words in line:
+                return line
+        pytest.fail("".join(self.said))
+
+    def tree(self) -> list[psutil.Process]:
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+    def finish(self) -> tuple[int, str]:
+        rest, _ = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, "".join(self.said) + rest
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="pu-"))
+    made.chmod(0o711)
+    yield made / "data"
+    # A test that failed half-way leaves none of its studios running: the children die with the launcher.
+    for process in Studio.started:
+        process.kill()
+        process.wait()
+    Studio.started.clear()
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def sign_in(link: str) -> tuple[int, str]:
+    """Open the link and press its button, as a browser does; the status and text of the page after it."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+    page = browser.open(link, timeout=60).read().decode()
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
+    assert token is not None
+    browser.open(link, urllib.parse.urlencode({"csrfmiddlewaretoken": token[1]}).encode(), timeout=60)
+    account = browser.open(urllib.parse.urljoin(link, "/account/"), timeout=60)
+    return account.status, account.read().decode()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    return not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_it_starts_stops_and_starts_again_with_everything_kept(data_dir: Path) -> None:
+    first = Studio(data_dir)
+    link = first.wait_for_link()
+    status, page = sign_in(link)
+    assert status == 200
+    assert "admin" in page
+    first.wait_for_line("Ctrl-C stops everything")
+    said = "".join(first.said)
+    assert ("No GPU found: training on the CPU (" in said) or re.search(r"^GPU 0: ", said, re.MULTILINE)
+    assert (data_dir / "secret_key").stat().st_mode & 0o777 == 0o600
+    key = (data_dir / "secret_key").read_text()
+    assert len(key) >= 50
+
+    second = Studio(data_dir)
+    code, words = second.finish()
+    assert code != 0
+    assert "already runs" in words
+    assert link.split("/login")[0] in words
+
+    tree = first.tree()
+    names = {" ".join(one.cmdline()) for one in tree}
+    for part in ("studio.serving", " beat", "--queues default", "--queues gpu", "postgres", "valkey"):
+        assert any(part in name for name in names), part
+    first.process.send_signal(signal.SIGINT)
+    code, words = first.finish()
+    assert code == 0, words
+    assert "Nothing of PEFT Studio runs any more" in words
+    assert gone(tree)
+
+    again = Studio(data_dir)
+    fresh = again.wait_for_link()
+    assert fresh != link
+    assert sign_in(fresh)[0] == 200
+    assert (data_dir / "secret_key").read_text() == key
+    again.process.send_signal(signal.SIGTERM)
+    assert again.finish()[0] == 0
+
+
+def test_a_killed_launcher_takes_everything_along_and_blocks_nothing(data_dir: Path) -> None:
+    first = Studio(data_dir)
+    first.wait_for_link()
+    tree = first.tree()
+    first.process.kill()
+    first.process.wait()
+    second = Studio(data_dir)
+    assert sign_in(second.wait_for_link())[0] == 200
+    assert gone(tree)
+    second.process.send_signal(signal.SIGINT)
+    assert second.finish()[0] == 0
+
+
+def test_a_dead_child_and_a_dead_server_are_started_again(data_dir: Path) -> None:
+    studio = Studio(data_dir)
+    link = studio.wait_for_link()
+    [web] = [one for one in studio.tree() if "studio.serving" in " ".join(one.cmdline())]
+    web.kill()
+    assert "SIGKILL" in studio.wait_for_line("web ended")
+    # Over the same address: the launcher holds the socket, and a visitor waits in its queue.
+    assert sign_in(link)[0] == 200
+    [valkey] = [one for one in studio.tree() if "valkey" in one.name()]
+    valkey.kill()
+    studio.wait_for_line("valkey had ended and was started again")
+    studio.process.send_signal(signal.SIGINT)
+    assert studio.finish()[0] == 0
+
+
+def test_two_studios_run_side_by_side_with_the_usual_ports_taken(data_dir: Path) -> None:
+    taken = []
+    for port in (5432, 6379, 8000):
+        listener = socket.socket()
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        except OSError:
+            listener.close()  # somebody else has it: taken is taken
+            continue
+        taken.append(listener)
+    studios = [Studio(data_dir), Studio(data_dir.with_name("other"))]
+    links = [studio.wait_for_link() for studio in studios]
+    assert len({link.split("/login")[0] for link in links} | {"http://127.0.0.1:8000"}) == 3
+    for link in links:
+        assert sign_in(link)[0] == 200
+    for studio in studios:
+        studio.process.send_signal(signal.SIGINT)
+        assert studio.finish()[0] == 0
+    for listener in taken:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"STUDIO_PORT": "99999"}, "a port is between 0 and 65535"),
+        ({"STUDIO_HOST": "192.0.2.1", "STUDIO_PORT": "8123"}, "Cannot listen on 192.0.2.1:8123"),
+        ({"STUDIO_DATA_DIR": "/proc/nowhere"}, "cannot be written"),
+        (
+            {"DATABASE_URL": "postgres://u:p@127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1"},
+            "The database of DATABASE_URL does not answer",
+        ),
+    ],
+)
+def test_what_cannot_start_says_why_without_a_traceback(data_dir: Path, variables: dict[str, str], words: str) -> None:
+    code, said = Studio(data_dir, **variables).finish()
+    assert code != 0
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_cuda_visible_devices_is_read_as_cuda_reads_it() -> None:
+    gpus = [(0, "GPU-aaa", "A"), (1, "GPU-bbb", "B"), (2, "GPU-ccc", "C")]
+    assert _allowed(gpus, None) == gpus
+    assert _allowed(gpus, "") == []
+    assert _allowed(gpus, "2,0") == [gpus[2], gpus[0]]
+    assert _allowed(gpus, "GPU-b,7,0") == [gpus[1]]
+    assert _allowed(gpus, "-1") == []
+
+
+def test_there_is_always_a_device_to_train_on() -> None:
+    devices = find_devices()
+    assert [device.slot for device in devices] == list(range(len(devices)))
+    assert devices[0].sentence()

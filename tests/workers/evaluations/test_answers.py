@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from workers.evaluations import ScoredRow, get_evaluation
+from workers.scoring import compare_rows, samples
+
+
+def row(
+    answer: str | None = None, reference: str = "", *, line: int = 1, loss: float = 0.0, tokens: int = 1
+) -> ScoredRow:
+    return ScoredRow(line, "q", reference, answer, loss, tokens, len(reference.encode()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "exact"),
+    [
+        ("The cat sat.", "a cat sat", 1.0, 1.0),
+        ("cat sat on the mat", "the cat sat", 2 * (2 / 4) * 1 / (2 / 4 + 1), 0.0),
+        ("dog", "cat", 0.0, 0.0),
+        ("", "", 1.0, 1.0),
+        ("", "cat", 0.0, 0.0),
+        ("cat cat cat", "cat", 0.5, 0.0),
+    ],
+)
+def test_answers_are_compared_as_squad_does(answer, reference, f1, exact) -> None:
+    assert get_evaluation("token_f1").row_value(row(answer, reference)).value == pytest.approx(f1)
+    assert get_evaluation("exact_match").row_value(row(answer, reference)).value == exact
+
+
+def test_the_loss_is_a_mean_over_tokens_and_not_over_rows() -> None:
+    base = [row(line=1, loss=10.0, tokens=10), row(line=2, loss=1.0, tokens=90), row(line=3, loss=0.0, tokens=0)]
+    better = [row(line=one.line, loss=one.loss_sum / 2, tokens=one.num_tokens) for one in base]
+    (record,) = compare_rows(base, better, ["loss"])
+    assert record.base_value == pytest.approx(0.11)
+    assert record.value == pytest.approx(0.055)
+    assert record.num_rows == 2
+
+
+def test_a_metric_without_answers_gives_no_record() -> None:
+    assert compare_rows([row()], [row()], ["token_f1"]) == []
+
+
+def test_samples_stand_side_by_side_in_the_order_of_the_file() -> None:
+    base = [row("b9", "r", line=9), row("b2", "r", line=2), row(None, "r", line=4)]
+    adapter = [row("a9", "r", line=9), row("a2", "r", line=2), row("a4", "r", line=4)]
+    assert [(one.line, one.base_answer, one.adapter_answer) for one in samples(base, adapter)] == [
+        (2, "b2", "a2"),
+        (9, "b9", "a9"),
+    ]

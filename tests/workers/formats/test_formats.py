@@ -1,0 +1,178 @@
+"""Every format recognises its own rows and no other's, and names the line of a bad one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.examples import Example
+from workers.formats import formats, get_format
+from workers.reading import column_names, read_examples, recognise_rows
+from workers.rules import RULES
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    "prompt_completion": {"prompt": "hi", "completion": "hello"},
+    "mapped": {"question": "hi", "answer": "hello"},
+}
+
+
+def test_every_format_has_a_sample() -> None:
+    assert set(SAMPLES) == set(formats())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_format_recognises_its_own_sample_best(name: str) -> None:
+    found = recognise_rows([SAMPLES[name]] * 5)
+    assert found is not None
+    assert found.format == name
+    example, problems = get_format(name).parse(SAMPLES[name], 7, found.columns)
+    assert problems == []
+    assert example is not None
+    assert example.line == 7
+    assert [message.role for message in example.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("other", SAMPLES)
+def test_a_row_of_another_format_is_a_problem_with_its_line(name: str, other: str) -> None:
+    columns = {"prompt": "question", "completion": "answer"} if name == "mapped" else {}
+    example, problems = get_format(name).parse(SAMPLES[other], 9, columns)
+    if name == other:
+        assert example is not None
+    else:
+        assert example is None
+        assert all(problem.line == 9 and problem.rule in RULES and problem.fix for problem in problems)
+        assert problems
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "q", "answer": "a"}, {"prompt": "question", "completion": "answer"}),
+        ({"input": "q", "target": "a"}, {"prompt": "input", "completion": "target"}),
+        ({"Question": "q", "ANSWER ": "a", "id": "1"}, {"prompt": "Question", "completion": "ANSWER "}),
+    ],
+)
+def test_pairs_of_the_field_are_mapped_by_the_first_guess(row: dict[str, Any], columns: dict[str, str]) -> None:
+    found = recognise_rows([row] * 3)
+    assert found is not None
+    assert (found.format, found.columns) == ("mapped", columns)
+    assert found.confidence > 0.8
+
+
+def test_alpaca_takes_response_system_and_history() -> None:
+    row = {"instruction": "I", "input": "", "response": "R", "system": "S", "history": [["u", "a"]]}
+    found = recognise_rows([row])
+    assert found is not None
+    assert (found.format, found.columns) == ("alpaca", {"output": "response"})
+    example, _ = get_format("alpaca").parse(row, 1, found.columns)
+    assert example is not None
+    assert [(m.role, m.content) for m in example.messages] == [
+        ("system", "S"), ("user", "u"), ("assistant", "a"), ("user", "I"), ("assistant", "R"),
+    ]  # fmt: skip
+
+
+def test_the_alpaca_prompt_is_the_instruction_a_blank_line_and_the_input() -> None:
+    example, _ = get_format("alpaca").parse(SAMPLES["alpaca"], 1, {})
+    assert example is not None
+    assert example.messages[0].content == "Add.\n\n1 and 2"
+
+
+def user(content: Any = "hi") -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any = "hello", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("turns", "rule", "says"),
+    [
+        ([user()], "C103", "ends with a user turn, so there is nothing to learn"),
+        ([{"role": "system", "content": "s"}], "C103", "no assistant turn"),
+        ([assistant()], "C103", "no user turn before"),
+        ([user(), assistant("")], "C102", 'an empty "messages[1].content"'),
+        ([user(), assistant(None)], "C102", 'null in "messages[1].content"'),
+        ([user(), assistant(["x"])], "C102", "a list in"),
+        ([user(), {"role": "assistant"}], "C102", 'no "messages[1].content"'),
+        ([user(), {"role": "asistant", "content": "x"}], "C101", 'unknown role "asistant"'),
+        ([user(), {"content": "x"}], "C101", 'no "role"'),
+        ([user(), {"role": 1, "content": "x"}], "C101", "a number as the role"),
+        ([user(), "x"], "C102", "text, where an object"),
+        ([], "C102", "an empty list"),
+        ("x", "C102", "text, where a list"),
+        ([user(), assistant(weight=2)], "C106", "is 2; only 0"),
+        ([user(), assistant(weight=0)], "C106", "weight 0, so there is nothing"),
+        ([user(), assistant(None, tool_calls=[{"id": "1"}])], "C107", "calls a tool"),
+    ],
+)
+def test_a_conversation_that_teaches_nothing_is_an_error(turns: Any, rule: str, says: str) -> None:
+    example, problems = get_format("messages").parse({"messages": turns}, 812, {})
+    assert example is None
+    assert [problem.rule for problem in problems] == [rule]
+    assert problems[0].message.startswith("Line 812")
+    assert says in problems[0].message
+
+
+def test_an_unknown_role_gets_the_nearest_one() -> None:
+    _, (problem,) = get_format("messages").parse({"messages": [{"role": "humann", "content": "x"}, assistant()]}, 1, {})
+    assert problem.fix == 'Did you mean "human"?'
+
+
+@pytest.mark.parametrize(
+    ("turns", "rule"),
+    [
+        ([user(), assistant(), user()], "C104"),
+        ([user(), user(), assistant()], "C104"),
+        ([assistant(), user(), assistant()], "C104"),
+        ([user(), {"role": "system", "content": "s"}, assistant()], "C105"),
+    ],
+)
+def test_an_unusual_order_is_usable_with_a_warning(turns: Any, rule: str) -> None:
+    example, problems = get_format("messages").parse({"messages": turns}, 1, {})
+    assert example is not None
+    assert [(problem.rule, problem.level) for problem in problems] == [(rule, "warning")]
+
+
+def test_weights_say_what_is_learned() -> None:
+    turns = [user(), assistant(weight=0), user(), assistant(weight=1)]
+    example, _ = get_format("messages").parse({"messages": turns}, 1, {})
+    assert example is not None
+    assert [message.train for message in example.messages] == [None, False, None, True]
+
+
+def test_every_turn_that_is_wrong_is_reported_at_once() -> None:
+    _, problems = get_format("messages").parse(
+        {"messages": [user(""), assistant(None), {"role": "x", "content": 1}]}, 1, {}
+    )
+    assert [problem.rule for problem in problems] == ["C102", "C102", "C101", "C102"]
+
+
+def test_a_column_may_lie_inside_a_row() -> None:
+    row = {"instruction": "i", "instances": [{"input": "", "output": 42}]}
+    assert column_names([row]) == ["instruction", "instances[0].input", "instances[0].output"]
+    columns = {"prompt": "instruction", "completion": "instances[0].output"}
+    example, _ = get_format("mapped").parse(row, 1, columns)
+    assert example is not None
+    assert example.messages[1].content == "42"
+
+
+def test_usable_and_quarantined_are_all_rows_where_errors_are_planted(tmp_path: Path) -> None:
+    planted = {5: "C102", 17: "F002", 18: "F003", 40: "F004", 77: "C102", 100: "F010"}
+    bad = {
+        5: '{"prompt": "", "completion": "x"}', 17: '{"prompt": "x"', 18: "[]",
+        40: '{"prompt": "x", "prompt": "y", "completion": "z"}', 77: '{"prompt": "x"}', 100: '{"other": 1}',
+    }  # fmt: skip
+    good = json.dumps(SAMPLES["prompt_completion"])
+    path = tmp_path / "rows"
+    path.write_text("\n".join(bad.get(line, good) for line in range(1, 101)))
+    found = list(read_examples(path, "prompt_completion", {}))
+    assert {item.line: item.rule for item in found if not isinstance(item, Example)} == planted
+    assert sorted(item.line or 0 for item in found) == list(range(1, 101))

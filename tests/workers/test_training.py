@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import make_tiny_base, tiny_rows, write_rows
+from workers import training
+from workers.errors import BaseModelError, DatasetError, DivergedError, ExplainedError, RecipeError
+from workers.events import (
+    CheckpointEvent,
+    MessageEvent,
+    PhaseEvent,
+    PlanEvent,
+    ResultEvent,
+    StepEvent,
+    StopMode,
+    StoppedEvent,
+    ValidationEvent,
+)
+from workers.examples import Example, Message
+from workers.recipe import Recipe
+from workers.rendering import Renderer
+from workers.results import Result
+from workers.training import Folders, train
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A tiny base and a dataset; each test brings its own folder for what it makes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return Folders(
+        base_model=make_tiny_base(folder / "base"),
+        dataset=write_rows(folder / "data.jsonl", tiny_rows(40)),
+        out=folder / "unused",
+    )
+
+
+def recipe_of(**training_settings: Any) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "name": "Sounds",
+            "base_model": {"name": "tiny"},
+            "dataset": {"name": "sounds", "format": "alpaca"},
+            "method": "lora",
+            "settings": {"rank": 4, "dropout": 0.1},
+            "precision": "float32",
+            "training": {
+                "learning_rate": 0.01, "batch_size": 4, "micro_batch_size": 2, "max_length": 128, "packing": False,
+                "max_steps": 6, "checkpoint_every_steps": 3, "gradient_checkpointing": False,
+            } | training_settings,
+            "split": {"held_out_share": 0.1},
+            "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+        }
+    )  # fmt: skip
+
+
+@dataclass
+class Log:
+    """Events of a run, and a stop to ask for once a condition holds."""
+
+    events: list[Any] = field(default_factory=list)
+    stop: StopMode | None = None
+    stop_when: Callable[[Any], bool] = lambda event: False
+    asked: bool = False
+
+    def report(self, event: Any) -> None:
+        self.events.append(event)
+        self.asked = self.asked or self.stop_when(event)
+
+    def should_stop(self) -> StopMode | None:
+        return self.stop if self.asked else None
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def losses(self) -> dict[int, float]:
+        return {event.step: event.loss for event in self.of(StepEvent)}
+
+
+def at_step(step: int) -> Callable[[Any], bool]:
+    return lambda event: isinstance(event, StepEvent) and event.step == step
+
+
+def run(tiny: Folders, out: Path, recipe: Recipe, log: Log | None = None, attempt: int = 1) -> tuple[Path | None, Log]:
+    log = log or Log()
+    folders = Folders(tiny.base_model, tiny.dataset, out)
+    return train(recipe, folders, report=log.report, should_stop=log.should_stop, attempt=attempt), log
+
+
+def adapter_bytes(product: Path | None) -> bytes:
+    assert product is not None
+    return (product / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log]:
+    """One whole run that nobody interrupts."""
+    product, log = run(tiny, tmp_path_factory.mktemp("straight"), recipe_of())
+    assert product is not None
+    return product, log
+
+
+def test_a_run_reports_its_phases_its_plan_and_every_step(straight: tuple[Path, Log]) -> None:
+    product, log = straight
+    phases = list(dict.fromkeys(event.phase for event in log.of(PhaseEvent)))
+    assert phases == ["preparing", "loading", "scoring_base", "training", "evaluating", "packaging"]
+    (plan,) = log.of(PlanEvent)
+    assert (plan.num_steps, plan.num_train_rows, plan.num_held_out_rows) == (6, 36, 4)
+    assert [event.step for event in log.of(StepEvent)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in log.of(CheckpointEvent)] == [3, 6]
+    assert log.of(ResultEvent) == [ResultEvent(folder=str(product))]
+
+
+def test_the_loss_falls_and_the_adapter_beats_its_base(straight: tuple[Path, Log]) -> None:
+    product, log = straight
+    losses = log.losses()
+    assert losses[6] < losses[1]
+    result = Result.from_folder(product)
+    loss = next(score for score in result.scores if score.evaluation == "loss")
+    assert loss.value < loss.base_value
+    assert loss.num_rows == 4
+    assert log.of(ValidationEvent)[-1].loss == pytest.approx(loss.value, rel=1e-6)
+    assert len(result.samples) == 2
+    assert result.provenance.first_loss == losses[1]
+    assert result.provenance.last_loss == losses[6]
+    assert result.provenance.num_tokens == log.of(StepEvent)[-1].num_tokens
+
+
+def test_the_first_loss_is_the_base_models_by_transformers_alone(tiny: Folders, straight: tuple[Path, Log]) -> None:
+    """A fresh LoRA changes nothing, so the first step's loss is that of the base on the step's own rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from workers.batching import Plan
+    from workers.splitting import split_lines
+
+    split = split_lines(list(range(1, 41)), recipe_of().split)
+    plan = Plan(len(split.train), 4, 1.0, recipe_of().training.seed)
+    rows = tiny_rows(40)
+    model = AutoModelForCausalLM.from_pretrained(tiny.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.base_model)
+    total, count = 0.0, 0
+    for index in plan.rows(0):
+        row = rows[split.train[index] - 1]
+        question = f"{row['instruction']}\n\n{row['input']}"
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        before = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = tokenizer(f"{row['output']}<|im_end|>", add_special_tokens=False).input_ids
+        ids = torch.tensor([before + answer])
+        labels = torch.tensor([[-100] * len(before) + answer])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * len(answer)
+        count += len(answer)
+    assert straight[1].losses()[1] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_resuming_gives_the_same_adapter_and_losses_as_never_stopping(
+    tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
+) -> None:
+    product, log = straight
+    none, first = run(tiny, tmp_path, recipe_of(), Log(stop="checkpoint", stop_when=at_step(2)))
+    assert none is None
+    assert first.of(StoppedEvent) == [StoppedEvent(mode="checkpoint", step=2)]
+    resumed, second = run(tiny, tmp_path, recipe_of(), attempt=2)
+    assert second.of(PlanEvent)[0].resumed_from_step == 2
+    assert [event.step for event in second.of(StepEvent)] == [3, 4, 5, 6]
+    assert first.losses() | second.losses() == log.losses()
+    assert adapter_bytes(resumed) == adapter_bytes(product)
+    assert "scoring_base" not in {event.phase for event in second.of(PhaseEvent)}, "the base is scored once"
+
+
+def test_a_run_that_had_finished_training_goes_straight_to_its_evaluation(
+    tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
+) -> None:
+    ending = Log(stop="now", stop_when=lambda event: isinstance(event, PhaseEvent) and event.phase == "evaluating")
+    none, _ = run(tiny, tmp_path, recipe_of(), ending)
+    assert none is None
+    product, log = run(tiny, tmp_path, recipe_of(), attempt=2)
+    assert log.of(StepEvent) == []
+    assert adapter_bytes(product) == adapter_bytes(straight[0])
+
+
+def test_a_damaged_checkpoint_is_said_so_and_the_one_before_gives_the_same_adapter(
+    tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
+) -> None:
+    ending = Log(stop="now", stop_when=lambda event: isinstance(event, PhaseEvent) and event.phase == "evaluating")
+    run(tiny, tmp_path, recipe_of(), ending)
+    weights = tmp_path / "checkpoints" / "6-1" / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    product, log = run(tiny, tmp_path, recipe_of(), attempt=2)
+    texts = [event.text for event in log.of(MessageEvent)]
+    assert any(text.startswith("Checkpoint 6 is damaged (") and text.endswith("using 3.") for text in texts)
+    assert adapter_bytes(product) == adapter_bytes(straight[0])
+
+
+def test_stop_now_leaves_no_product(tiny: Folders, tmp_path: Path) -> None:
+    none, log = run(tiny, tmp_path, recipe_of(), Log(stop="now", stop_when=at_step(2)))
+    assert none is None
+    assert log.of(StoppedEvent) == [StoppedEvent(mode="now", step=2)]
+    assert not (tmp_path / "attempts").exists()
+
+
+def test_stop_and_keep_ends_with_the_adapter_of_the_last_step(tiny: Folders, tmp_path: Path) -> None:
+    product, log = run(tiny, tmp_path, recipe_of(), Log(stop="keep", stop_when=at_step(2)))
+    assert product is not None
+    assert log.of(ResultEvent) == [ResultEvent(folder=str(product), stopped_at_step=2)]
+    assert Result.from_folder(product).stopped_at_step == 2
+    assert max(log.losses()) == 2
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"packing": True}])
+def test_micro_batches_and_packing_change_nothing_that_is_learned(
+    tiny: Folders, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Without dropout: 4 x 1 rows, 1 x 4, 2 x 2 and packed rows take the same steps."""
+    recipe = recipe_of(max_steps=3).model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+    changed = recipe_of(max_steps=3, **changes).model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+    product, log = run(tiny, tmp_path / "a", recipe)
+    other, other_log = run(tiny, tmp_path / "b", changed)
+    assert product is not None
+    assert other is not None
+    assert list(other_log.losses().values()) == pytest.approx(list(log.losses().values()), rel=1e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (product, other))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_gradient_checkpointing_changes_nothing_that_is_learned(
+    tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
+) -> None:
+    _, log = run(tiny, tmp_path, recipe_of(gradient_checkpointing=True))
+    assert list(log.losses().values()) == pytest.approx(list(straight[1].losses().values()), rel=1e-5)
+
+
+def test_a_diverging_run_ends_at_once_and_keeps_the_last_finite_checkpoint(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training._forward_backward
+
+    def poisoned(run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
+        took = real(run, model, objective, rows, size, position)
+        if position.step == 4:
+            took.loss_sum.mul_(math.nan)
+        return took
+
+    monkeypatch.setattr(training, "_forward_backward", poisoned)
+    log = Log()
+    with pytest.raises(DivergedError, match="step 5"):
+        run(tiny, tmp_path, recipe_of(), log)
+    assert max(log.losses()) == 4
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
+
+
+def test_a_short_memory_halves_the_micro_batch_and_the_checkpoint_remembers_it(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training._forward_backward
+    sizes: list[int] = []
+
+    def short(run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
+        sizes.append(size)
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(run, model, objective, rows, size, position)
+
+    monkeypatch.setattr(training, "_forward_backward", short)
+    product, log = run(tiny, tmp_path, recipe_of())
+    assert product is not None
+    assert sizes == [2, 1, 1, 1, 1, 1, 1]
+    assert any("going on with 1 rows" in event.text for event in log.of(MessageEvent))
+    position = json.loads((tmp_path / "checkpoints" / "6-1" / "position.json").read_text())
+    assert position["micro_batch_size"] == 1
+
+
+def test_when_memory_cannot_suffice_the_error_says_what_was_used(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training, "_forward_backward", never)
+    with pytest.raises(ExplainedError, match=r"it held \d+\.\d GiB") as caught:
+        run(tiny, tmp_path, recipe_of())
+    assert caught.value.code == "out_of_memory"
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(tiny: Folders, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [*tiny_rows(20), {"instruction": "Why?", "output": ""}]
+    rows[2] = {"instruction": "word " * 300, "output": "meow"}
+    dataset = write_rows(tmp_path / "data.jsonl", rows)
+    folders = Folders(tiny.base_model, dataset, tmp_path / "out")
+    log = Log()
+    assert train(recipe_of(max_steps=1), folders, report=log.report, should_stop=log.should_stop) is not None
+    (plan,) = log.of(PlanEvent)
+    assert plan.num_skipped_rows >= 1
+    assert plan.num_train_rows + plan.num_held_out_rows + plan.num_skipped_rows == 21
+    assert any("Line 3" in event.text for event in log.of(MessageEvent) if event.level == "warning")
+
+
+def test_another_file_than_the_recipes_is_refused(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of()
+    other = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"sha256": "0" * 64})})
+    with pytest.raises(DatasetError, match="not the one that the recipe names"):
+        run(tiny, tmp_path, other)
+
+
+def test_another_base_than_the_recipes_is_refused(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of()
+    other = recipe.model_copy(update={"base_model": recipe.base_model.model_copy(update={"revision": "0" * 64})})
+    with pytest.raises(BaseModelError, match="has changed"):
+        run(tiny, tmp_path, other)
+
+
+def test_a_length_beyond_the_bases_context_is_refused(tiny: Folders, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="512"):
+        run(tiny, tmp_path, recipe_of(max_length=4096))
+
+
+def test_a_dataset_that_is_too_small_is_refused_before_anything_is_loaded(tiny: Folders, tmp_path: Path) -> None:
+    dataset = write_rows(tmp_path / "data.jsonl", tiny_rows(5))
+    log = Log()
+    with pytest.raises(DatasetError, match="5 rows"):
+        train(
+            recipe_of(),
+            Folders(tiny.base_model, dataset, tmp_path / "out"),
+            report=log.report,
+            should_stop=log.should_stop,
+        )
+    assert [event.phase for event in log.of(PhaseEvent)] == ["preparing"]
+
+
+def test_the_adapter_of_a_base_without_a_template_brings_the_one_that_it_was_trained_with(
+    tiny: Folders, tmp_path: Path
+) -> None:
+    """Whoever sets it gets the ids of training, the BOS token that this tokenizer prepends included."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    base = make_tiny_base(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+    product, _ = run(Folders(base, tiny.dataset, tmp_path / "unused"), tmp_path / "out", recipe_of(max_steps=1))
+    assert product is not None
+    turns = [{"role": "user", "content": "Moo?"}, {"role": "assistant", "content": "moo"}]
+    written = (product / "chat_template.jinja").read_text("utf-8")
+    served = AutoTokenizer.from_pretrained(base).apply_chat_template(turns, chat_template=written, return_dict=False)
+    renderer = Renderer(base, max_length=128, loss_on="assistant")
+    example = Example(1, (Message("user", "Moo?"), Message("assistant", "moo")))
+    assert served == renderer.render(example).ids
+    assert served[0] == 1
