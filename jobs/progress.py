@@ -34,6 +34,15 @@ def _client() -> redis.Redis:
     return redis.Redis.from_url(settings.REDIS_URL, socket_timeout=1, socket_connect_timeout=1)
 
 
+def add(job_id: UUID, attempt: int, event: BaseModel) -> None:
+    """Append an event of an attempt to the job's stream; raises redis.RedisError."""
+    key = stream_key(job_id)
+    with _client().pipeline(transaction=False) as pipeline:
+        pipeline.xadd(key, {"attempt": attempt, "event": event.model_dump_json()}, maxlen=MAX_ENTRIES, approximate=True)
+        pipeline.expire(key, KEEP_SECONDS)
+        pipeline.execute()
+
+
 class Publisher(threading.Thread):
     """Publishes one attempt's events from a thread of its own, so that a hanging Redis delays nobody.
 
@@ -42,8 +51,7 @@ class Publisher(threading.Thread):
 
     def __init__(self, job_id: UUID, attempt: int) -> None:
         super().__init__(name=f"publisher-{job_id}", daemon=True)
-        self.key = stream_key(job_id)
-        self.attempt = attempt
+        self.job_id, self.attempt = job_id, attempt
         self.num_dropped = 0
         self._events: queue.Queue[BaseModel | None] = queue.Queue(MAX_WAITING)
 
@@ -67,24 +75,12 @@ class Publisher(threading.Thread):
         while (event := self._events.get()) is not None:
             if time.monotonic() < silent_until:
                 self.num_dropped += 1
-            elif not self._add(event):
+                continue
+            try:
+                add(self.job_id, self.attempt, event)
+            except redis.RedisError as error:
+                if self.num_dropped == 0:
+                    logger.warning("Live progress of job %s is interrupted: %s", self.job_id, error)
+                self.num_dropped += 1
                 # A Redis that timed out is left alone for a while, or the queue would never empty.
                 silent_until = time.monotonic() + SILENT_SECONDS
-
-    def _add(self, event: BaseModel) -> bool:
-        try:
-            with _client().pipeline(transaction=False) as pipeline:
-                pipeline.xadd(
-                    self.key,
-                    {"attempt": self.attempt, "event": event.model_dump_json()},
-                    maxlen=MAX_ENTRIES,
-                    approximate=True,
-                )
-                pipeline.expire(self.key, KEEP_SECONDS)
-                pipeline.execute()
-        except redis.RedisError as error:
-            if self.num_dropped == 0:
-                logger.warning("Live progress of %s is interrupted: %s", self.key, error)
-            self.num_dropped += 1
-            return False
-        return True

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,9 +121,6 @@ class Link(threading.Thread):
             except FencedError:
                 self.shared.is_fenced = True
                 break
-            except DataError:
-                logger.exception("Job %s: %s rows that cannot be stored are dropped", self.job_id, len(self._waiting))
-                self._waiting.clear()
             except (DatabaseError, InterfaceError):
                 # Tried again at the next turn; the other thread stops the trainer if the lease is in danger.
                 connection.close()
@@ -140,10 +137,13 @@ class Link(threading.Thread):
         shared = self.shared
         # Before the call: the lease counts from when it was asked for, not from when the answer came.
         asked_at = boot_clock()
-        shared.answer = lifecycle.heartbeat(
-            self.job_id, self.attempt,
-            Progress(shared.phase, shared.step, shared.num_steps, shared.seconds_left, dict(shared.plan)),
-        )  # fmt: skip
+        progress = Progress(shared.phase, shared.step, shared.num_steps, shared.seconds_left, dict(shared.plan))
+        try:
+            shared.answer = lifecycle.heartbeat(self.job_id, self.attempt, progress)
+        except DataError:
+            # A trainer that says nonsense must not cost the lease.
+            logger.exception("Job %s: progress that cannot be stored is left out", self.job_id)
+            shared.answer = lifecycle.heartbeat(self.job_id, self.attempt)
         shared.renewed_at = asked_at
 
     def _store(self) -> None:
@@ -155,10 +155,20 @@ class Link(threading.Thread):
             self._noted = reached
         if not self._waiting:
             return
-        points = [row for row in self._waiting if isinstance(row, MetricPoint)]
-        messages = [row for row in self._waiting if not isinstance(row, MetricPoint)]
-        lifecycle.store_progress(self.job_id, self.attempt, points, messages)
+        try:
+            self._store_rows(self._waiting)
+        except DataError:
+            for row in self._waiting:
+                try:
+                    self._store_rows([row])
+                except DataError:
+                    logger.exception("Job %s: a row that cannot be stored is dropped", self.job_id)
         self._waiting.clear()
+
+    def _store_rows(self, rows: Sequence[MetricPoint | tuple[str, str]]) -> None:
+        points = [row for row in rows if isinstance(row, MetricPoint)]
+        messages = [row for row in rows if not isinstance(row, MetricPoint)]
+        lifecycle.store_progress(self.job_id, self.attempt, points, messages)
 
 
 def supervise(

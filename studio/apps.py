@@ -1,7 +1,4 @@
-from pathlib import Path
-
 from django.apps import AppConfig
-from django.conf import settings
 from django.contrib.staticfiles.apps import StaticFilesConfig
 
 
@@ -10,7 +7,6 @@ class StudioConfig(AppConfig):
     label = "studio"
 
     def ready(self) -> None:
-        Path(settings.FILE_UPLOAD_TEMP_DIR).mkdir(parents=True, exist_ok=True)
         from studio import checks  # noqa: F401  registers the system checks
 
 

@@ -7,7 +7,7 @@ from django.utils import timezone
 
 from jobs import series
 from jobs.models import Job, JobState, MetricPoint
-from jobs.progress import Publisher
+from jobs.progress import add
 from jobs.series import Point
 from tests.jobs.conftest import MakeJob
 from workers.events import MessageEvent, StepEvent, ValidationEvent
@@ -29,12 +29,11 @@ def store(job: Job, step: int, loss: float | None = 1.0, *, attempt: int = 1, va
 
 def test_the_stream_continues_where_postgres_ends_without_a_gap_or_a_double(make_job: MakeJob) -> None:
     job = make_job()
-    publisher = Publisher(job.pk, 1)
     for step in range(1, 1201):
         if step <= 700:
             store(job, step, loss=2.0)
-        publisher.publish(step_event(step, loss=2.0 if step <= 700 else 1.0))
-    publisher.publish(ValidationEvent(step=1200, loss=1.1, num_tokens=5))
+        add(job.pk, 1, step_event(step, loss=2.0 if step <= 700 else 1.0))
+    add(job.pk, 1, ValidationEvent(step=1200, loss=1.1, num_tokens=5))
     found = series.curve(job)
     assert [point.step for point in found] == list(range(1, 1201))
     assert found[-1].validation_loss == 1.1
@@ -46,16 +45,16 @@ def test_a_step_that_two_attempts_reached_counts_by_the_later_one(make_job: Make
     for step in (1, 2, 3):
         store(job, step, loss=9.0, attempt=1)
     store(job, 2, loss=5.0, attempt=2)
-    Publisher(job.pk, 1).publish(step_event(3, loss=9.0))
-    Publisher(job.pk, 2).publish(step_event(3, loss=4.0))
+    add(job.pk, 1, step_event(3, loss=9.0))
+    add(job.pk, 2, step_event(3, loss=4.0))
     assert [(point.step, point.loss) for point in series.curve(job)] == [(1, 9.0), (2, 5.0), (3, 4.0)]
 
 
 def test_an_entry_that_cannot_be_read_is_left_out(make_job: MakeJob) -> None:
     job = make_job()
     series.stream_client().xadd(series.stream_key(job.pk), {"attempt": "x", "event": "{"})
-    Publisher(job.pk, 1).publish(MessageEvent(text="hello"))
-    Publisher(job.pk, 1).publish(step_event(1))
+    add(job.pk, 1, MessageEvent(text="hello"))
+    add(job.pk, 1, step_event(1))
     assert [point.step for point in series.curve(job)] == [1]
 
 
@@ -75,7 +74,7 @@ def test_without_redis_the_stored_curve_is_shown(make_job: MakeJob, monkeypatch:
 def test_a_finished_job_needs_no_stream(make_job: MakeJob) -> None:
     job = make_job(state=JobState.FAILED)
     store(job, 1)
-    Publisher(job.pk, 1).publish(step_event(2))
+    add(job.pk, 1, step_event(2))
     assert [point.step for point in series.curve(job)] == [1]
 
 

@@ -20,7 +20,7 @@ from django.utils import timezone
 
 from jobs import streams
 from jobs.models import Job, JobState, Worker
-from jobs.progress import Publisher
+from jobs.progress import add
 from jobs.streams import Watcher
 from studio.accounts.models import Membership
 from studio.asgi import application
@@ -104,11 +104,10 @@ def open_stream(server: str, job: Job, client: Client, last_id: str = "") -> Any
 
 def test_reconnecting_loses_no_step_and_doubles_none(server: str, running: Job, alice_client: Client) -> None:
     last_step = 1500
-    publisher = Publisher(running.pk, 1)
 
     def train() -> None:
         for step in range(1, last_step + 1):
-            publisher.publish(step_event(step))
+            add(running.pk, 1, step_event(step))
             time.sleep(0.001)
 
     trainer = threading.Thread(target=train)
@@ -138,9 +137,8 @@ def test_reconnecting_loses_no_step_and_doubles_none(server: str, running: Job, 
 
 
 def test_an_id_that_the_stream_does_not_have_gives_a_snapshot(server: str, running: Job, alice_client: Client) -> None:
-    publisher = Publisher(running.pk, 1)
     for step in (1, 2, 3):
-        publisher.publish(step_event(step))
+        add(running.pk, 1, step_event(step))
     for last_id in ("", "1-0", "nonsense", "99999999999999-0"):
         with open_stream(server, running, alice_client, last_id) as response:
             first = next(read(response))
@@ -157,8 +155,8 @@ def test_it_sends_fragments_and_ends_with_the_job(server: str, running: Job, ali
         for message in read(response):
             found.append(message)
             if len(found) == 2:
-                Publisher(running.pk, 1).publish(PhaseEvent(phase="evaluating"))
-                Publisher(running.pk, 1).publish(step_event(7))
+                add(running.pk, 1, PhaseEvent(phase="evaluating"))
+                add(running.pk, 1, step_event(7))
                 Job.objects.filter(pk=running.pk).update(
                     state=JobState.FAILED, lease_until=None, finished_at=timezone.now(), failure_message="Broken."
                 )
@@ -184,7 +182,7 @@ def test_it_ends_soon_after_membership_ends(
         messages = read(response)
         next(messages)
         Membership.objects.all().delete()
-        Publisher(running.pk, 1).publish(step_event(1))
+        add(running.pk, 1, step_event(1))
         assert [message.event for message in messages][-1] == "end"
 
 
@@ -199,7 +197,7 @@ def test_a_person_has_a_limited_number_of_open_streams(
             assert second.status_code == 429
     until = time.monotonic() + 10
     while streams._open_streams and time.monotonic() < until:
-        Publisher(running.pk, 1).publish(step_event(1))
+        add(running.pk, 1, step_event(1))
         time.sleep(0.1)
     assert not streams._open_streams, "a closed page gives its place back"
 
@@ -254,7 +252,7 @@ def test_a_watcher_that_falls_behind_still_gets_everything(
         messages = read(response)
         next(messages)
         for step in range(1, 301):
-            Publisher(running.pk, 1).publish(step_event(step))
+            add(running.pk, 1, step_event(step))
         for message in messages:
             if message.event == "points":
                 seen += message.steps()

@@ -169,6 +169,8 @@ def test_two_studios_run_side_by_side_with_the_usual_ports_taken(data_dir: Path)
     taken = []
     for port in (5432, 6379, 8000):
         listener = socket.socket()
+        # Connections that an earlier test closed linger on the port; only a listener makes it taken.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
             listener.listen()

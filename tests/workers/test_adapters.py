@@ -86,7 +86,7 @@ def test_the_unzipped_folder_gives_the_same_model_in_plain_peft(name: str, tmp_p
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "studio.json", "eval/scores.json",
-        "eval/samples.jsonl", "result.json", "SHA256SUMS",
+        "eval/samples.jsonl", "eval/held_out.jsonl", "result.json", "SHA256SUMS",
     }  # fmt: skip
     for name_in_folder in names - {"adapter_model.safetensors"}:
         assert str(tmp_path) not in (out / name_in_folder).read_text("utf-8"), name_in_folder
