@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PrefixTuningConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from workers.base_folders import hub_name
 from workers.errors import BaseModelError
-from workers.methods import get_method
+from workers.methods import get_method, method_of_type
 from workers.recipe import Recipe
 from workers.rendering import read_chat_template
 from workers.results import Result
@@ -126,7 +126,8 @@ def prove(model: Any, folder: Path, probe_ids: Sequence[Sequence[int]]) -> tuple
     bare.gradient_checkpointing_disable()
     bare.requires_grad_(False)
     loaded = PeftModel.from_pretrained(bare, str(folder), is_trainable=False)
-    after = [_logits(loaded, ids) for ids in probe_ids]
+    # peft gives logits of virtual tokens too, before those of the prompt.
+    after = [_logits(loaded, ids)[-len(one) :] for ids, one in zip(probe_ids, before, strict=True)]
     difference = max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
     largest = max(1.0, *(float(one.abs().max()) for one in before))
     tolerance = TOLERANCES.get(bare.dtype, TOLERANCES[torch.bfloat16])
@@ -136,12 +137,11 @@ def prove(model: Any, folder: Path, probe_ids: Sequence[Sequence[int]]) -> tuple
 def load(model: Any, folder: Path) -> Any:
     """The base with the saved adapter, not trainable; raises BaseModelError when the two do not fit."""
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if isinstance(config, PrefixTuningConfig):
-            from workers.layers.prefix import load_prefix
-
-            return load_prefix(model, folder, config).eval()
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        method = method_of_type(config["peft_type"])
+        if method is None:
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        return method.load(model, folder).eval()
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise BaseModelError(
             f"The adapter does not fit this base model: {str(error).strip().splitlines()[0]}",

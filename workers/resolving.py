@@ -63,7 +63,8 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
     if method is not None:
         settings = attempt(lambda: read_settings(method, recipe.settings))
         problems |= {name: text for name, text in method.refusals(recipe, shape).items() if name not in problems}
-    problems |= _length_problems(recipe, shape, dataset)
+    num_virtual = method.num_virtual_tokens(settings) if method is not None and settings is not None else 0
+    problems |= _length_problems(recipe, shape, dataset, num_virtual)
     if problems:
         raise RecipeProblems(problems)
     assert method is not None
@@ -129,14 +130,12 @@ def _precision(recipe: Recipe, method: Method, device: DeviceFacts) -> Precision
     return preferred
 
 
-def _length_problems(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts) -> dict[str, str]:
-    """Rows that the base cannot read at once, with room for a prefix."""
-    num_virtual = recipe.settings.get("num_virtual_tokens", 0) if recipe.method == "prefix_tuning" else 0
-    num_virtual = num_virtual if isinstance(num_virtual, int) else 0
+def _length_problems(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, num_virtual: int) -> dict[str, str]:
+    """Rows that the base cannot read at once, with room for virtual tokens."""
     room = shape.context_length - num_virtual
     longest = dataset.longest_after_cut(recipe.training.max_length)
     if dataset.longest > 0 and longest > room:
-        behind = f", {num_virtual} of them taken by the prefix" if num_virtual else ""
+        behind = f", {num_virtual} of them taken by virtual tokens" if num_virtual else ""
         return {
             "training.max_length": (
                 f"The longest row would keep {longest} tokens, but the base model reads {shape.context_length} at "

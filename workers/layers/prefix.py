@@ -231,10 +231,11 @@ def attach_prefix(
     return adapted
 
 
-def load_prefix(model: Any, folder: Path, config: PrefixTuningConfig) -> PrefixTunedModel:
+def load_prefix(model: Any, folder: Path) -> PrefixTunedModel:
     """The base with the prefixes of a saved adapter, not trainable."""
     from safetensors.torch import load_file
 
+    config = PrefixTuningConfig.from_pretrained(str(folder))
     config.inference_mode = True
     adapted = PrefixTunedModel(model, config)
     encoder: Any = adapted.prompt_encoder["default"]

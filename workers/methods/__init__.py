@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,6 +45,8 @@ class Method(ABC):
     can_pack: bool
     can_checkpoint_activations: bool
     can_merge: bool
+    peft_type: str
+    """peft's name for the form in which the adapter is saved, as in adapter_config.json."""
     runs_in: tuple[str, ...]
     """Programs that load the saved adapter as it is: "peft", "vllm", "llama.cpp", ..."""
 
@@ -54,6 +57,16 @@ class Method(ABC):
     @abstractmethod
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
         """Trainable parameters by the method's formula."""
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        """The base with a saved adapter of this method's `peft_type`, not trainable."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+    def num_virtual_tokens(self, settings: Any) -> int:
+        """Tokens of the base's context that the adapter takes for itself."""
+        return 0
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Combinations that cannot work, as {dotted recipe field: why and what to choose instead}."""
@@ -82,6 +95,11 @@ class Method(ABC):
 def methods() -> dict[str, Method]:
     """Every method by name."""
     return discover(__name__, Method)  # type: ignore[type-abstract]
+
+
+def method_of_type(peft_type: str) -> Method | None:
+    """A method that saves its adapters as `peft_type`; None when none does."""
+    return next((method for method in methods().values() if method.peft_type == peft_type), None)
 
 
 def get_method(name: str) -> Method:

@@ -65,6 +65,7 @@ class Lora(Method):
     can_pack = True
     can_checkpoint_activations = True
     can_merge = True
+    peft_type = "LORA"
     runs_in = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -68,6 +69,7 @@ class PrefixTuning(Method):
     can_pack = True
     can_checkpoint_activations = True
     can_merge = False
+    peft_type = "PREFIX_TUNING"
     runs_in = ("peft",)
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -85,6 +87,15 @@ class PrefixTuning(Method):
             projection_size=settings.projection_size,
             init_text=settings.init_text,
         )
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        """The base with a saved prefix, in our own attention instead of peft's cache."""
+        from workers.layers.prefix import load_prefix
+
+        return load_prefix(model, folder)
+
+    def num_virtual_tokens(self, settings: Any) -> int:
+        return int(settings.num_virtual_tokens)
 
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
         """Keys and values of every virtual token in every layer; with projection, its embedding and network."""
