@@ -1,4 +1,8 @@
+from contextlib import suppress
+from pathlib import Path
+
 from django.apps import AppConfig
+from django.conf import settings
 from django.contrib.staticfiles.apps import StaticFilesConfig
 
 
@@ -7,6 +11,9 @@ class StudioConfig(AppConfig):
     label = "studio"
 
     def ready(self) -> None:
+        # Where it cannot be made, `up` and Django's own check of this setting say so in a sentence.
+        with suppress(OSError):
+            Path(settings.FILE_UPLOAD_TEMP_DIR).mkdir(parents=True, exist_ok=True)
         from studio import checks  # noqa: F401  registers the system checks
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from django.conf import settings
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
 Message = Mapping[str, Any]
 django_application = get_asgi_application()
-# Django spools the body of every request there before a view sees it.
-Path(settings.FILE_UPLOAD_TEMP_DIR).mkdir(parents=True, exist_ok=True)
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SENTENCE = b"The studio's disk is full, so nothing was stored. Free some space and try again."

@@ -7,15 +7,9 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 
 from tests.tiny import FAMILIES, make_tiny_base
-from tests.workers.methods.test_every_method import attach, disturb, packed, padded, random_rows
+from tests.workers.methods.trying import attach, disturb, packed, padded, random_rows
 from workers import base_models
 from workers.losses import summed_cross_entropy
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("bases")
-    return {family: make_tiny_base(root / family, family) for family in FAMILIES}
 
 
 def plain(bases, family, folder: Path, precision="float32"):
