@@ -168,12 +168,18 @@ def compare_rows(
     for name in metrics:
         evaluation = get_evaluation(name)
         usable = [pair for pair in pairs if all(_is_usable(row, evaluation.needs) for row in pair)]
-        if not usable:
+        values: list[tuple[RowValue, RowValue]] = [
+            (evaluation.row_value(base), evaluation.row_value(adapter)) for base, adapter in usable
+        ]
+        # A row without weight for either model has no part in the score, so it is no part of n.
+        values = [pair for pair in values if pair[0].weight > 0 or pair[1].weight > 0]
+        if not values:
             continue
-        base_values: list[RowValue] = [evaluation.row_value(base) for base, _ in usable]
-        adapter_values: list[RowValue] = [evaluation.row_value(adapter) for _, adapter in usable]
         found = compare(
-            base_values, adapter_values, present=evaluation.present, bounds=getattr(evaluation, "row_bounds", None)
+            [base for base, _ in values],
+            [adapter for _, adapter in values],
+            present=evaluation.present,
+            bounds=getattr(evaluation, "row_bounds", None),
         )
         records.append(
             ScoreRecord(

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 
-from workers.evaluations import ScoredRow, get_evaluation
+from workers.evaluations import RowValue, ScoredRow, get_evaluation
+from workers.evaluations.numeric_answer import final_number
 from workers.scoring import compare_rows, samples
 
 
@@ -48,3 +51,34 @@ def test_samples_stand_side_by_side_in_the_order_of_the_file() -> None:
         (2, "b2", "a2"),
         (9, "b9", "a9"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 and then 12 left.\n#### 12", "12"),
+        ("#### 1,234.50", "1234.5"),
+        ("So it is -7.", "-7"),
+        ("the answer is 5. Check: 2 + 3\n#### 6\n#### 5", "5"),
+        ("no number", None),
+        ("", None),
+        ("#### none, but 4", "4"),
+    ],
+)
+def test_the_final_number_of_a_text(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_a_number_counts_by_its_value_and_a_reference_without_one_has_no_weight() -> None:
+    numeric = get_evaluation("numeric_answer")
+    assert numeric.row_value(row("It costs 1000", "#### 1,000.0")) == RowValue(1.0)
+    assert numeric.row_value(row("It costs 1001", "#### 1,000")) == RowValue(0.0)
+    assert numeric.row_value(row("", "#### 1,000")) == RowValue(0.0)
+    assert numeric.row_value(row("7", "seven")) == RowValue(0.0, 0.0)
+
+
+def test_rows_that_a_metric_cannot_weigh_are_no_part_of_n() -> None:
+    base = [row("3", "#### 4", line=1), row("4", "#### 4", line=2), row("4", "four", line=3)]
+    (record,) = compare_rows(base, [row("4", one.reference, line=one.line) for one in base], ["numeric_answer"])
+    assert (record.num_rows, record.base_value, record.value) == (2, 0.5, 1.0)
+    assert compare_rows(base[2:], base[2:], ["numeric_answer"]) == []
