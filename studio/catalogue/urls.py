@@ -7,6 +7,7 @@ urlpatterns = [
     path("models/", views.adapters, name="adapters"),
     path("models/<int:adapter_id>/", views.adapter, name="adapter"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
+    path("methods/", views.which_method, name="methods"),
     path("base-models/", views.base_models, name="base_models"),
     path("base-models/register/", views.register_base_model_page, name="register_base_model"),
     path("base-models/<int:base_model_id>/", views.base_model, name="base_model"),

@@ -23,6 +23,8 @@ from studio.catalogue.registering import DamagedAdapterError
 from studio.catalogue.usage import usages
 from workers.errors import ExplainedError
 from workers.evaluations import evaluations
+from workers.measured import measured_methods
+from workers.methods import methods
 
 # Samples on the adapter's page; the whole list is in the zip (eval/samples.jsonl) and the API.
 MAX_SAMPLES = 20
@@ -46,6 +48,17 @@ def adapters(request: TeamRequest) -> HttpResponse:
             "previous_url": listing.page_url(request.GET, filters.page - 1) if filters.page > 1 else "",
             "next_url": listing.page_url(request.GET, filters.page + 1) if page.has_more else "",
         },
+    )
+
+
+@require_GET
+@team_page()
+def which_method(request: TeamRequest) -> HttpResponse:
+    """Which method to choose when: in words, and by our own measurements."""
+    return render(
+        request,
+        "catalogue/methods.html",
+        {"methods": list(methods().values()), "measured": measured_methods()},
     )
 
 

@@ -281,6 +281,12 @@ def signed(value: float | None) -> str:
 
 
 @register.filter
+def percent(share: float | None) -> str:
+    """A share as "1.5 %"."""
+    return "—" if share is None else f"{100 * share:.1f} %"
+
+
+@register.filter
 def short_number(value: int | None) -> str:
     """A count as people say it: 4.9 M, 135 M, 1.5 B."""
     if value is None:

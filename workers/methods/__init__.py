@@ -35,6 +35,8 @@ class Method(ABC):
     label: str
     summary: str
     """One plain sentence: when to choose it."""
+    choose_when: str
+    """Two or three plain sentences for the page that helps to choose: for what it is right, and for what it is not."""
     source: str
     """The paper, as "Authors year, title"."""
     Settings: type[MethodSettings]

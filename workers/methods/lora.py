@@ -57,6 +57,11 @@ class Lora(Method):
     name = "lora"
     label = "LoRA"
     summary = "Small trainable matrices beside the linear layers: the default, and it runs everywhere."
+    choose_when = (
+        "Almost always the first choice: it learns as much as full fine-tuning on datasets of the usual size, "
+        "costs little, merges into the base and is served by every common program. Choose something else only for "
+        "a reason that one of the others names."
+    )
     source = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
     Settings: type[MethodSettings] = LoraSettings
     precisions: tuple[Precision, ...] = ("bfloat16", "float32")

@@ -61,6 +61,11 @@ class PrefixTuning(Method):
     name = "prefix_tuning"
     label = "Prefix tuning"
     summary = "A trained prefix in every layer's memory: very few parameters, the base's weights untouched."
+    choose_when = (
+        "Many small tasks on one base, each with an adapter of a few hundred kilobytes, while the base's weights "
+        "stay untouched. It shifts style and format well and learns less new content than LoRA; it is sensitive to "
+        "the learning rate and cannot be merged."
+    )
     source = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
     Settings: type[MethodSettings] = PrefixTuningSettings
     precisions = ("bfloat16", "float32", "nf4", "int8")
