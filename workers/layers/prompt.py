@@ -75,15 +75,15 @@ class PromptTunedModel(VirtualTokenModel):
         config: Any = self.active_peft_config
         size: int = config.num_virtual_tokens
         mask = inputs.get("attention_mask")
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dim() != 2:
-                raise ValueError(
-                    "A trained prompt needs the attention mask as rows by tokens, not one made for a static cache. "
-                    "Generate with the default cache."
-                )
-            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], size), mask], dim=1)
         positions_BT = inputs.get("position_ids")
         cache = inputs.get("past_key_values")
+        if (cache is not None and cache.is_compileable) or (mask is not None and mask.dim() != 2):
+            raise ValueError(
+                "A static cache, or a mask made for one, has no room for a trained prompt. Generate with the default "
+                "cache and give the mask as rows by tokens."
+            )
+        if mask is not None:
+            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], size), mask], dim=1)
         if cache is not None and cache.get_seq_length() > 0:
             # The prompt is in the cache already.
             if positions_BT is not None:

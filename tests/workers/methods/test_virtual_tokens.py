@@ -85,9 +85,7 @@ def test_plain_peft_gives_our_logits_and_answers(variant: str, family, bases, tm
     torch.testing.assert_close(own_logits(ours, ids_BT), own_logits(theirs, ids_BT), rtol=1e-5, atol=1e-5)
     expected = theirs.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **GREEDY)
     for use_cache in (True, False):
-        found = ours.generate(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=use_cache, **GREEDY
-        )
+        found = ours.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=use_cache, **GREEDY)
         assert torch.equal(found, expected)
 
 
@@ -249,9 +247,7 @@ def test_a_run_that_resumes_ends_with_the_same_bits(variant: str, bases, tmp_pat
 def test_its_loss_falls_at_the_methods_own_learning_rate(variant: str, bases) -> None:
     name, settings = VARIANTS[variant]
     adapted = attach(name, bases["llama"], "float32", settings)
-    optimizer = torch.optim.AdamW(
-        trainable(adapted).values(), lr=get_method(name).learning_rate, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(trainable(adapted).values(), lr=get_method(name).learning_rate, weight_decay=0.0)
     batch = padded(random_rows(24, 17))
     losses = []
     for _ in range(12):
