@@ -49,6 +49,14 @@ class Method(ABC):
     """peft's name for the form in which the adapter is saved, as in adapter_config.json."""
     runs_in: tuple[str, ...]
     """Programs that load the saved adapter as it is: "peft", "vllm", "llama.cpp", ..."""
+    companion_file: Path | None = None
+    """A module that teaches peft this method. A copy lies beside every saved adapter, to be imported before loading;
+    it imports torch, peft and transformers alone. None when peft knows the method."""
+
+    @property
+    def companion_module(self) -> str | None:
+        """The name by which that copy is imported."""
+        return f"peft_{self.name}" if self.companion_file is not None else None
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -66,6 +74,10 @@ class Method(ABC):
 
     def num_virtual_tokens(self, settings: Any) -> int:
         """Tokens of the base's context that the adapter takes for itself."""
+        return 0
+
+    def adapted_features(self, settings: Any, shape: ModelShape) -> int:
+        """Features per token and layer that the backward pass keeps in float32 for adapters not on linear layers."""
         return 0
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
