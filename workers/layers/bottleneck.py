@@ -17,7 +17,6 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
 
-# B rows, T tokens, H features of the residual stream.
+# B rows, T tokens, H features of the residual stream, N features of the bottleneck.
 
 NAME = "bottleneck"
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
@@ -42,7 +41,7 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 PARALLEL_SCALING = 4.0
-"""He et al. 2022, section 4.6: s = 4 for the scaled parallel adapter."""
+"""s = 4, as He et al. 2022 and their code have it for the scaled parallel adapter."""
 
 
 class UnsupportedBlocksError(ValueError):
@@ -104,8 +103,6 @@ def _add_peft_type(name: str) -> PeftType:
         member = str.__new__(PeftType, name)
         member._name_ = name
         member._value_ = name
-        member.__objclass__ = PeftType
-        member._sort_order_ = len(PeftType)
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
@@ -162,7 +159,7 @@ class BottleneckConfig(PeftConfig):
             self.scaling = PARALLEL_SCALING if self.placement == "parallel" else 1.0
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A sublayer with adapters behind or beside it; what it lacks itself, it takes from the sublayer.
 
     Adapters are float32 and compute in float32 whatever the base does, and the sum is rounded once, as in peft's LoRA
@@ -189,14 +186,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def update_layer(self, adapter_name: str, config: BottleneckConfig, hidden_size: int) -> None:
         """Adds an adapter that changes nothing yet.
 
-        W_up begins at zero and W_down as a linear layer does, as in He et al.'s own code and as B and A of LoRA (Hu et
-        al. 2021, section 4.1). Houlsby et al. begin near zero instead (section 3.6), which is not the base exactly.
+        W_up begins at zero and W_down as linear layers do (Kaiming uniform), like B and A of LoRA (Hu et al. 2021,
+        section 4.1); so does He et al.'s own code. Houlsby et al. begin near zero, which is not the base exactly.
         """
         assert config.bottleneck_size is not None
         assert config.scaling is not None
         down = nn.Linear(hidden_size, config.bottleneck_size, dtype=torch.float32)
         up = nn.Linear(config.bottleneck_size, hidden_size, dtype=torch.float32)
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for parameter in (down.bias, up.weight, up.bias):
             nn.init.zeros_(parameter)
         self.bottleneck_down[adapter_name] = down
@@ -219,21 +215,22 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self._adapt(output, residual_BTH, names)
 
     def _adapt(self, output_BTH: Tensor, residual_BTH: Tensor | None, names: list[str]) -> Tensor:
-        if self.placement != "houlsby" and residual_BTH is None:
-            raise RuntimeError("The feed-forward sublayer was called without the norm before it: its input is unknown.")
         dtype = output_BTH.dtype
         for name in names:
-            down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-            if self.placement == "houlsby":
-                input_BTH = output_BTH
-            elif self.placement == "pfeiffer":
-                input_BTH = residual_BTH + output_BTH
-            else:
-                input_BTH = residual_BTH
-            hidden = down(self._cast_input_dtype(input_BTH, down.weight.dtype))
-            change_BTH = up(NON_LINEARITIES[self.non_linearity[name]](hidden)) * self.scaling[name]
+            down: Any = self.bottleneck_down[name]
+            read_BTH = self._cast_input_dtype(self._reads(output_BTH, residual_BTH), down.weight.dtype)
+            hidden_BTN = NON_LINEARITIES[self.non_linearity[name]](down(read_BTH))
+            change_BTH = self.bottleneck_up[name](hidden_BTN) * self.scaling[name]
             output_BTH = output_BTH + self.bottleneck_dropout[name](change_BTH)
         return output_BTH.to(dtype)
+
+    def _reads(self, output_BTH: Tensor, residual_BTH: Tensor | None) -> Tensor:
+        """What an adapter reads: the sublayer's output, the block's output or the stream before the sublayer."""
+        if self.placement == "houlsby":
+            return output_BTH
+        if residual_BTH is None:
+            raise RuntimeError("The feed-forward sublayer was called without the norm before it: its input is unknown.")
+        return residual_BTH + output_BTH if self.placement == "pfeiffer" else residual_BTH
 
     def _keep_residual(self, _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._residual_BTH = None if self.disable_adapters else inputs[0]
@@ -241,9 +238,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves an adapter to where the sublayer is. peft asks the base layer's `weight`, which a sublayer has not."""
         device = device or next(parameter.device for parameter in self.base_layer.parameters())
-        for modules in (self.bottleneck_down, self.bottleneck_up):
-            if device.type != "meta" and modules[adapter_name].weight.device.type != "meta":
-                modules[adapter_name].to(device)
+        for layer in (self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name]):
+            if "meta" not in {device.type, *(parameter.device.type for parameter in layer.parameters())}:
+                layer.to(device)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -267,7 +264,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "bottleneck." + super().__repr__()
 
 
-class BottleneckModel(BaseTuner):  # type: ignore[misc]
+class BottleneckModel(BaseTuner):
     """The tuner that puts bottleneck adapters into a model's blocks."""
 
     prefix = f"{NAME}_"
@@ -275,10 +272,10 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     # A mark by which a second copy of this file knows the first.
     made_by = "peft-studio"
 
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # completed in _prepare_model, which sees the blocks
 
-    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the modules to adapt; those of a saved adapter are kept.
 
         Anything but a string did not come from a person or a file: for some families peft rewrites the expression
@@ -294,15 +291,16 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
             peft_config.residual_module = kind.residual
         peft_config.target_modules = rf"{re.escape(path)}\.\d+\.({'|'.join(names)})"
 
-    def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
+    def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
-        placements = sorted({str(one.placement) for one in self.peft_config.values()})
+        configs: dict[str, Any] = self.peft_config
+        placements = sorted({one.placement for one in configs.values()})
         if len(placements) > 1:
             raise ValueError(f"One model takes adapters of one placement; found {' and '.join(placements)}.")
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -313,7 +311,7 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         layer = target
         if not isinstance(layer, BottleneckLayer):
             norm = None if peft_config.residual_module is None else getattr(parent, peft_config.residual_module)
-            layer = BottleneckLayer(target, str(peft_config.placement), norm)
+            layer = BottleneckLayer(target, peft_config.placement, norm)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config, self.model.config.get_text_config().hidden_size)
         if adapter_name not in self.active_adapters:

@@ -32,7 +32,7 @@ class BottleneckSettings(MethodSettings):
         description="pfeiffer: one adapter behind each block. houlsby: two per block, behind attention and behind "
         "feed-forward, for twice the parameters. parallel: one beside the feed-forward layer.",
         json_schema_extra={
-            "source": "Pfeiffer et al. 2021, AdapterFusion, appendix A: one per block does as well as two"
+            "source": "Pfeiffer et al. 2021 (AdapterFusion): one per block does as well as two, at half the size"
         },
     )
     reduction_factor: int = Field(
@@ -44,8 +44,8 @@ class BottleneckSettings(MethodSettings):
         "memorise the rows. Too high: too little room to learn the task.",
         json_schema_extra={
             "unit": "times",
-            "source": "Pfeiffer et al. 2021, appendix A; 256 of 4096 features, as Hu et al. 2023 (LLM-Adapters) found "
-            "best for LLaMA-7B",
+            "source": "Pfeiffer et al. 2021 (AdapterFusion); it is 256 of 4096 features, the size that LLM-Adapters "
+            "(Hu et al. 2023) takes for LLaMA-7B",
         },
     )
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field(
@@ -53,7 +53,7 @@ class BottleneckSettings(MethodSettings):
         title="Non-linearity",
         description="Between the two projections. relu is fastest; gelu and silu are smooth, as in the base itself; "
         "tanh is bounded and learns slower.",
-        json_schema_extra={"source": "Pfeiffer et al. 2020 (MAD-X), section 3.1; He et al. 2022, table 1"},
+        json_schema_extra={"source": "Pfeiffer et al. 2020 (MAD-X) and He et al. 2022"},
     )
     # Bounds belong to the number: on the union they would be applied to the word "auto" as well.
     scaling: Annotated[float, Field(gt=0, le=64)] | Auto = Field(
@@ -61,7 +61,7 @@ class BottleneckSettings(MethodSettings):
         title="Scaling",
         description='Factor on what an adapter adds; "auto" is 4 in parallel and 1 otherwise. Too low: learns slowly. '
         "Too high: the loss jumps.",
-        json_schema_extra={"unit": "times", "source": "He et al. 2022, section 4.6, for parallel"},
+        json_schema_extra={"unit": "times", "source": "He et al. 2022: 4 in parallel; Houlsby et al. 2019: none"},
     )
     dropout: float = Field(
         0.0,
@@ -81,7 +81,7 @@ class Bottleneck(Method):
     source = "Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP"
     Settings: type[MethodSettings] = BottleneckSettings
     precisions = ("bfloat16", "float32", "nf4", "int8")
-    # Hu et al. 2023 (LLM-Adapters), section 4, for adapters on LLaMA; in the middle of Houlsby et al.'s grid.
+    # Hu et al. 2023 (LLM-Adapters) for bottleneck adapters on LLaMA; also the middle of Houlsby et al.'s grid.
     learning_rate = 3e-4
     can_pack = True
     can_checkpoint_activations = True
