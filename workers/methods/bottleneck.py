@@ -78,6 +78,11 @@ class Bottleneck(Method):
     name = "bottleneck"
     label = "Bottleneck adapters"
     summary = "Small trained networks inside every block: sturdy and well studied, but they stay apart from the base."
+    choose_when = (
+        "A small network inside every layer, the oldest of these methods and still a strong one: it can compute "
+        "something new instead of only shifting weights. It cannot be merged, so every answer is a little slower, "
+        "and only peft loads it."
+    )
     source = "Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP"
     Settings: type[MethodSettings] = BottleneckSettings
     precisions = ("bfloat16", "float32", "nf4", "int8")
