@@ -39,11 +39,11 @@ def test_a_padded_batch_gets_the_answers_of_plain_peft(family, projection: bool,
         assert torch.equal(adapted.generate(**inputs, pad_token_id=0, use_cache=use_cache), answers)
 
 
-def test_it_begins_near_the_base_and_not_at_random(bases) -> None:
+@pytest.mark.parametrize("projection", [False, True])
+def test_it_begins_as_the_base_that_reads_the_text_first(projection: bool, bases) -> None:
     base = base_models.load(bases["llama"], "float32", "cpu", checked=True).model
-    adapted = attach(
-        "prefix_tuning", bases["llama"], "float32", {"init_text": "user assistant", "num_virtual_tokens": 6}
-    )
+    settings = {"init_text": "user assistant", "num_virtual_tokens": 6, "projection": projection, "projection_size": 16}
+    adapted = attach("prefix_tuning", bases["llama"], "float32", settings)
     from tokenizers import Tokenizer
 
     text = Tokenizer.from_file(str(bases["llama"] / "tokenizer.json")).encode("user assistant").ids
@@ -54,6 +54,13 @@ def test_it_begins_near_the_base_and_not_at_random(bases) -> None:
         torch.testing.assert_close(
             adapted.eval()(input_ids=torch.tensor([rows])).logits[0], expected, rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_narrow_projection_begins_as_near_the_text_as_it_can(bases) -> None:
+    settings = {"num_virtual_tokens": 30, "projection_size": 8}
+    exact = attach("prefix_tuning", bases["llama"], "float32", settings).prefix()
+    narrow = attach("prefix_tuning", bases["llama"], "float32", settings | {"projection": True}).prefix()
+    assert 0 < (narrow - exact).norm() < exact.norm()
 
 
 def test_a_sliding_window_counts_the_prefix_as_peft_does(tmp_path: Path) -> None:
