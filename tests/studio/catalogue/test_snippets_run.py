@@ -19,19 +19,20 @@ from workers.methods import get_method
 
 
 @pytest.mark.usefixtures("data_dir")
-def test_the_peft_snippet_runs_as_pasted(team: Team, alice: User, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "chosen"), [("lora", {"rank": 4}), ("bottleneck", {"placement": "parallel"})])
+def test_the_peft_snippet_runs_as_pasted(name: str, chosen: dict, team: Team, alice: User, tmp_path: Path) -> None:
     from workers import adapters, base_models  # heavy: not while tests are collected
 
     base, version = make_base_model(), make_dataset_version(team, alice)
-    method = get_method("lora")
+    method = get_method(name)
     loaded = base_models.load(Path(base.folder), "float32", "cpu")
     saved = tmp_path / "saved"
     saved.mkdir()
-    recipe = make_recipe(base, version, settings={"rank": 4})
-    adapters.save(method.attach(loaded.model, method.read_settings({"rank": 4})), saved, recipe=recipe, hub_id="")
+    recipe = make_recipe(base, version, method=name, settings=chosen)
+    adapters.save(method.attach(loaded.model, method.read_settings(chosen)), saved, recipe=recipe, hub_id="")
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
     adapter = make_adapter(
-        team, alice, base_model=base, dataset_version=version, settings={"rank": 4}, files=files,
+        team, alice, base_model=base, dataset_version=version, method=name, settings=chosen, files=files,
         evaluation={"max_new_tokens": 4},
     )  # fmt: skip
     unpacked = tmp_path / "unpacked"
