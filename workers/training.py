@@ -38,6 +38,7 @@ from workers.events import (
 from workers.examples import Example, Problem
 from workers.losses import head_is_plain
 from workers.memory import DatasetFacts, DeviceFacts
+from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
 from workers.reading import read_examples
@@ -48,8 +49,6 @@ from workers.results import Provenance, Result
 from workers.schedule import learning_rate
 from workers.splitting import split_lines
 
-LOG_SECONDS = 0.2
-"""Least time between two reported steps on a GPU, where reading a loss makes the host wait for it."""
 MAX_VALIDATIONS = 3
 """Validations between the first and the last step; each costs a forward pass over the held-out rows."""
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft-studio")
@@ -321,7 +320,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
 
     model.train()
     validations = _validation_steps(plan, len(data.train), len(data.held_out))
-    meter = _Meter(run.device, plan.num_steps)
+    meter = Meter(run.device, plan.num_steps)
     while position.step < plan.num_steps:
         mode = run.should_stop()
         if mode == "keep" and position.step > 0:
@@ -345,7 +344,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         took = _accumulate(run, model, objective, rows, parameters, position)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         meter.note(took.loss_sum, norm, took.num_tokens)
-        values = meter.read(took) if is_logged else None  # the one moment at which the host waits for the device
+        # The one moment at which the host waits for the device.
+        values = meter.read(took.loss_sum / took.num_loss_tokens) if is_logged else None
         if values is not None and not all(map(math.isfinite, values)):
             _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
         for group in optimizer.param_groups:
@@ -452,65 +452,6 @@ def _forward_backward(
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
     packing = run.recipe.training.packing is True
     return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
-
-
-class _Meter:
-    """Times of steps, and which of them are read. A GPU is read at intervals, a CPU at every step for nothing."""
-
-    def __init__(self, device: torch.device, num_steps: int) -> None:
-        self._device = device
-        self._num_steps = num_steps
-        self._last_read = self._last_lap = time.monotonic()
-        self._skipped = 0.0
-        self._tokens = 0
-        self._steps = 0
-        self._seconds_per_step: float | None = None
-        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
-        self.tokens_per_second = 0.0
-
-    def is_due(self, step: int) -> bool:
-        """Whether the loss of this step is to be read."""
-        return (
-            self._device.type == "cpu"
-            or step in (1, self._num_steps)
-            or time.monotonic() - self._last_read >= LOG_SECONDS
-        )
-
-    def note(self, loss_sum: torch.Tensor, norm: torch.Tensor, num_tokens: int) -> None:
-        """Remembers, on the device, whether every step so far was finite."""
-        self._all_finite &= torch.isfinite(loss_sum) & torch.isfinite(norm)
-        self._norm = norm
-        self._tokens += num_tokens
-        self._steps += 1
-
-    def read(self, took: _Accumulated) -> tuple[float, float]:
-        """Loss per token and gradient norm; NaN when any step since the last reading was not finite."""
-        values = torch.stack([took.loss_sum / took.num_loss_tokens, self._norm.float(), self._all_finite.float()])
-        loss, norm, all_finite = values.tolist()
-        now = time.monotonic()
-        seconds = max(now - self._last_read - self._skipped, 1e-9)
-        self.tokens_per_second = self._tokens / seconds
-        latest = seconds / self._steps
-        previous = self._seconds_per_step
-        self._seconds_per_step = latest if previous is None else 0.9 * previous + 0.1 * latest
-        self._last_read, self._skipped, self._tokens, self._steps = now, 0.0, 0, 0
-        return (loss, norm) if all_finite else (math.nan if math.isfinite(loss) else loss, norm)
-
-    def seconds_left(self, step: int) -> float:
-        """Seconds until the last step at the pace so far."""
-        return (self._num_steps - step) * (self._seconds_per_step or 0.0)
-
-    def lap(self) -> float:
-        """Seconds since the last lap, without what was skipped."""
-        now = time.monotonic()
-        seconds, self._last_lap = now - self._last_lap, now
-        return seconds
-
-    def skip(self) -> None:
-        """Leaves the time since the last lap (checkpoints, validation) out of the pace."""
-        now = time.monotonic()
-        self._skipped += now - self._last_lap
-        self._last_lap = now
 
 
 def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
