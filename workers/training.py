@@ -176,7 +176,8 @@ def prepare(
         )
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
-    lengths = [data.tokens.length(row) for row in data.train]
+    # Held-out rows too: facts are of the whole dataset, as in the form, and are split where they are used.
+    lengths = [data.tokens.length(row) for row in range(len(data.tokens))]
     histogram: dict[int, int] = {}
     for length in lengths:
         upper = 2 ** math.ceil(math.log2(max(length, 16)))
@@ -302,7 +303,12 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     plan = Plan(len(data.train), settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
     parameters = list(checkpoints.trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     position = Position(0, 0, 0, 0, settings.micro_batch_size, 0.0, None, None)
     checkpoint = checkpoints.find(
@@ -337,6 +343,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             peak=settings.learning_rate,
             schedule=settings.schedule,
             warmup_share=settings.warmup_share,
+            decay_share=settings.decay_share,
+            min_share=settings.min_learning_rate_share,
         )
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
         is_logged = meter.is_due(step) or is_checkpoint or step in validations
