@@ -45,7 +45,8 @@ def score_rows(
         should_stop: asked between batches; anything but None ends early with the rows scored so far.
 
     The model is put into eval mode and back into the mode it was in. Rows with no loss-carrying token after
-    cutting have num_tokens 0.
+    cutting have num_tokens 0. Turns of weight 0 are not counted; other weights are for training only, so that a
+    score means the same on every dataset.
     """
     was_training = model.training
     model.eval()

@@ -353,7 +353,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         meter.note(took.loss_sum, norm, took.num_tokens)
         # The one moment at which the host waits for the device.
-        values = meter.read(took.loss_sum / took.num_loss_tokens) if is_logged else None
+        values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
         if values is not None and not all(map(math.isfinite, values)):
             _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
         for group in optimizer.param_groups:
@@ -400,9 +400,10 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
 
 @dataclass(frozen=True)
 class _Accumulated:
-    """What the micro-batches of a step gave. `loss_sum` is on the device, in nats."""
+    """What the micro-batches of a step gave. `loss_sum` is on the device, in nats; `loss_weight` is its divisor."""
 
     loss_sum: torch.Tensor
+    loss_weight: float
     num_loss_tokens: int
     num_tokens: int
     micro_batch_size: int
@@ -441,17 +442,18 @@ def _forward_backward(
 ) -> _Accumulated:
     step_batches = list(_step_batches(run, rows, micro_batch_size))
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
-    num_loss_tokens = sum(batch.num_loss_tokens for batch in step_batches)
+    loss_weight = sum(batch.loss_weight for batch in step_batches)
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
         batch_sum, _ = objective.loss(model, batch.to(run.device))
-        (batch_sum / num_loss_tokens).backward()
+        (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
     return _Accumulated(
         loss_sum=loss_sum,
-        num_loss_tokens=num_loss_tokens,
+        loss_weight=loss_weight,
+        num_loss_tokens=sum(batch.num_loss_tokens for batch in step_batches),
         num_tokens=sum(batch.num_tokens for batch in step_batches),
         micro_batch_size=micro_batch_size,
     )

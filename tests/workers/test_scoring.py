@@ -77,3 +77,19 @@ def test_only_rows_that_both_models_were_scored_on_are_compared(model, renderer,
     adapter_rows = score_rows(model, renderer, examples[1:], **asked)
     assert [record.line for record in held_out(base_rows, adapter_rows)] == [2, 3]
     assert [sample.line for sample in samples(base_rows, adapter_rows)] == [2]
+
+
+def test_a_turn_of_weight_0_is_not_scored_and_other_weights_change_no_score(model, renderer) -> None:
+    def example(first: Message, second: Message) -> Example:
+        return Example(1, (Message("user", "What?"), first, Message("user", "And?"), second))
+
+    def score(*answers: Message) -> tuple[float, int]:
+        (row,) = score_rows(model, renderer, [example(*answers)], generate_lines=[], max_new_tokens=1)
+        return row.loss_sum, row.num_tokens
+
+    plain = score(Message("assistant", "meow"), Message("assistant", "woof"))
+    weighted = score(Message("assistant", "meow", True, 0.25), Message("assistant", "woof", True, 8.0))
+    silenced = score(Message("assistant", "meow", False), Message("assistant", "woof"))
+    assert weighted == plain
+    assert silenced[1] == plain[1] - renderer.count("meow<|im_end|>")
+    assert silenced[0] < plain[0]

@@ -232,6 +232,56 @@ def test_micro_batches_and_packing_change_nothing_that_is_learned(
         assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
 
 
+def chat_rows(*weights: float | None) -> list[dict[str, Any]]:
+    """The tiny rows as chat messages, with these weights in turn on the assistant's turns."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]}
+                | ({} if (weight := weights[index % len(weights)]) is None else {"weight": weight}),
+            ]
+        }
+        for index, row in enumerate(tiny_rows(40))
+    ]
+
+
+def run_chat(tiny: Folders, out: Path, rows: list[dict[str, Any]], **training: Any) -> tuple[Path, Log]:
+    out.mkdir()
+    recipe = recipe_of(max_steps=3, **training).model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+    recipe = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"format": "messages"})})
+    product, log = run(Folders(tiny.base_model, write_rows(out / "rows.jsonl", rows), out), out, recipe)
+    assert product is not None
+    return product, log
+
+
+def test_a_weight_of_1_takes_the_very_steps_of_no_weight(tiny: Folders, tmp_path: Path) -> None:
+    plain, plain_log = run_chat(tiny, tmp_path / "a", chat_rows(None))
+    weighted, weighted_log = run_chat(tiny, tmp_path / "b", chat_rows(1, 1.0))
+    assert weighted_log.losses() == plain_log.losses()
+    assert adapter_bytes(weighted) == adapter_bytes(plain)
+
+
+def test_weights_that_are_all_equal_change_nothing_and_others_do(tiny: Folders, tmp_path: Path) -> None:
+    _, plain = run_chat(tiny, tmp_path / "a", chat_rows(None))
+    _, halved = run_chat(tiny, tmp_path / "b", chat_rows(0.5))
+    _, uneven = run_chat(tiny, tmp_path / "c", chat_rows(0.1, 1.0))
+    assert list(halved.losses().values()) == pytest.approx(list(plain.losses().values()), rel=1e-5)
+    assert uneven.losses()[1] != pytest.approx(plain.losses()[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"packing": True}])
+def test_weighted_steps_are_the_same_in_any_micro_batches(
+    tiny: Folders, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    product, log = run_chat(tiny, tmp_path / "a", chat_rows(0.25, None, 3))
+    other, other_log = run_chat(tiny, tmp_path / "b", chat_rows(0.25, None, 3), **changes)
+    assert list(other_log.losses().values()) == pytest.approx(list(log.losses().values()), rel=1e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (product, other))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
 def test_gradient_checkpointing_changes_nothing_that_is_learned(
     tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
 ) -> None:
