@@ -36,6 +36,7 @@ from workers.events import (
     ValidationEvent,
 )
 from workers.examples import Example, Problem
+from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
 from workers.memory import DatasetFacts, DeviceFacts
 from workers.meter import Meter
@@ -444,11 +445,15 @@ def _forward_backward(
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
     loss_weight = sum(batch.loss_weight for batch in step_batches)
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
+    settings = run.recipe.training
+    noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
-        batch_sum, _ = objective.loss(model, batch.to(run.device))
-        (batch_sum / loss_weight).backward()
+        on_device = batch.to(run.device)
+        with noise.added_to(model, on_device):
+            batch_sum, _ = objective.loss(model, on_device)
+            (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
     return _Accumulated(
         loss_sum=loss_sum,

@@ -282,6 +282,32 @@ def test_weighted_steps_are_the_same_in_any_micro_batches(
         assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
 
 
+def test_noise_on_embeddings_is_the_same_after_a_resume_and_in_any_micro_batches(tiny: Folders, tmp_path: Path) -> None:
+    def noisy(**training: Any) -> Recipe:
+        recipe = recipe_of(neftune_alpha=5.0, **training)
+        return recipe.model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+
+    product, log = run(tiny, tmp_path / "straight", noisy())
+    run(tiny, tmp_path / "broken", noisy(), Log(stop="checkpoint", stop_when=at_step(4)))
+    resumed, _ = run(tiny, tmp_path / "broken", noisy(), attempt=2)
+    assert adapter_bytes(resumed) == adapter_bytes(product)
+    for changes in ({"micro_batch_size": 4}, {"packing": True}, {"gradient_checkpointing": True}):
+        _, other = run(tiny, tmp_path / str(changes), noisy(**changes))
+        assert list(other.losses().values()) == pytest.approx(list(log.losses().values()), rel=1e-4), changes
+
+
+def test_noise_is_for_training_alone(tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]) -> None:
+    product, log = run(tiny, tmp_path, recipe_of(max_steps=1, neftune_alpha=15.0))
+    assert product is not None
+    assert log.losses()[1] != pytest.approx(straight[1].losses()[1], rel=1e-4)
+    (noisy,), (clean,) = (
+        [score.base_value for score in Result.from_folder(folder).scores if score.evaluation == "loss"]
+        for folder in (product, straight[0])
+    )
+    assert noisy == clean
+    assert Result.from_folder(product).provenance.verified is True
+
+
 def test_gradient_checkpointing_changes_nothing_that_is_learned(
     tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
 ) -> None:
