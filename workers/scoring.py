@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workers.batching import Batch
-from workers.evaluations import RowValue, ScoredRow, get_evaluation
+from workers.evaluations import Evaluation, RowValue, ScoredRow, get_evaluation
 from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
@@ -239,6 +239,13 @@ def prompt_text(example: Example) -> str:
     if len(before) == 1:
         return before[0].content
     return "\n\n".join(f"{message.role}: {message.content}" for message in before)
+
+
+def mean_value(rows: Sequence[ScoredRow], evaluation: Evaluation) -> float | None:
+    """What an evaluation gives for one model's rows; None when it can use none of them."""
+    values = [evaluation.row_value(row) for row in rows if _is_usable(row, evaluation.needs)]
+    weight = sum(value.weight for value in values)
+    return evaluation.present(sum(value.value * value.weight for value in values) / weight) if weight else None
 
 
 def _is_usable(row: ScoredRow, needs: str) -> bool:
