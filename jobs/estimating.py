@@ -18,7 +18,7 @@ from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.recipe import Recipe, SplitSettings
 from workers.resolving import resolve
 from workers.shapes import ModelShape
-from workers.splitting import split_lines
+from workers.splitting import num_validation_rows, split_lines
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the vocabularies of today's models; used only until a dataset's tokens are counted."""
@@ -124,6 +124,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         DatasetError: the dataset is too small to split.
     """
     num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
+    if recipe.training.chooses_on_validation:
+        num_validation_rows(num_held_out, recipe.split)
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
     training = resolved.training

@@ -179,7 +179,7 @@ class JobForm(forms.Form):
     def _all_settings(self) -> Iterator[Setting]:
         for key, (_title, model) in GROUPS.items():
             for setting in settings_of(model, key):
-                yield _with_evaluations(setting) if setting.name == "evaluation.metrics" else setting
+                yield _with_evaluations(setting)
         for method in self.methods.values():
             yield from method_settings(method)
 
@@ -297,10 +297,7 @@ class JobForm(forms.Form):
             self.section(
                 key,
                 title,
-                tuple(
-                    _with_evaluations(one) if one.name == "evaluation.metrics" else one
-                    for one in settings_of(model, key)
-                ),
+                tuple(_with_evaluations(one) for one in settings_of(model, key)),
                 values,
             )
             for key, (title, model) in GROUPS.items()
@@ -353,7 +350,12 @@ def method_settings(method: Method) -> tuple[Setting, ...]:
 
 
 def _with_evaluations(setting: Setting) -> Setting:
-    return replace(setting, choices=tuple(evaluations()))
+    """The setting, with the evaluations to choose from where it names some."""
+    if setting.name == "evaluation.metrics":
+        return replace(setting, choices=tuple(evaluations()))
+    if setting.name == "training.best_by":
+        return replace(setting, choices=tuple(evaluations()), kind="choice")
+    return setting
 
 
 def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:

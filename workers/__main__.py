@@ -259,7 +259,8 @@ class Terminal:
                 f"{_minutes(event.seconds_left)} left"
             )
         if isinstance(event, ValidationEvent):
-            return f"  held-out loss {event.loss:.4f} at step {event.step}"
+            score = f", {event.evaluation} {event.score:.4f}" if event.score is not None else ""
+            return f"  held-out loss {event.loss:.4f}{score} at step {event.step}"
         if isinstance(event, CheckpointEvent):
             return f"  checkpoint at step {event.step}: {event.folder}"
         if isinstance(event, MessageEvent):

@@ -23,7 +23,7 @@ from workers.errors import BaseModelError
 from workers.methods import get_method, method_of_type
 from workers.recipe import Recipe
 from workers.rendering import read_chat_template
-from workers.results import Result
+from workers.results import Provenance, Result
 
 CONFIG_FILE = "adapter_config.json"
 CHECKSUM_FILE = "SHA256SUMS"
@@ -265,6 +265,7 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
         f"- digest of the dataset: `{result.provenance.dataset_sha256}`",
         "- recipe, versions and device: `studio.json`; answers of base and adapter: `eval/samples.jsonl`",
     ]
+    body += _choice_lines(recipe, result.provenance)
     if result.stopped_at_step is not None:
         body.append(f"- training was stopped by a person at step {result.stopped_at_step}")
     if result.provenance.verified is not None:
@@ -274,6 +275,27 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
             f"(largest difference {result.provenance.max_logit_difference:.2g})"
         )
     return "\n".join([*front, *body]) + "\n"
+
+
+def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:
+    """What was chosen on validation rows, for the card."""
+    found = []
+    if provenance.early_stopped_at_step is not None:
+        found.append(
+            f"- early stopping ended training at step {provenance.early_stopped_at_step}, after "
+            f"{recipe.training.early_stopping_patience} validations without improvement"
+        )
+    if provenance.best_value is not None and recipe.training.keep_best == "best":
+        found.append(
+            f"- the adapter has the weights of step {provenance.adapter_step or provenance.num_steps} of "
+            f"{provenance.num_steps}, the best validated one: {provenance.best_by} {provenance.best_value:.4f}"
+        )
+    if found or provenance.num_validation_rows:
+        found.append(
+            f"- validation used {provenance.num_validation_rows} held-out rows of its own; the scores above do not"
+            " use them"
+        )
+    return found
 
 
 def _score_table(result: Result) -> list[str]:

@@ -23,8 +23,13 @@ _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def summed_cross_entropy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in nats over the batch's loss-carrying tokens and their number, both on the device."""
+    """Summed cross-entropy in nats over the batch's loss-carrying tokens and their number, both on the device.
+
+    With weights, the sum of weight times cross-entropy, and the sum of weights.
+    """
     losses_N = token_losses(model, batch)
+    if batch.weights_N is not None:
+        return (losses_N * batch.weights_N).sum(), batch.weights_N.sum()
     return losses_N.sum(), torch.tensor(batch.num_loss_tokens, device=losses_N.device)
 
 
