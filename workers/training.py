@@ -303,7 +303,11 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     plan = Plan(len(data.train), settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
     parameters = list(checkpoints.trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True
+        parameter_groups(recipe, model),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     position = Position(0, 0, 0, 0, settings.micro_batch_size, 0.0, None, None)
     checkpoint = checkpoints.find(
@@ -349,7 +353,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         if values is not None and not all(map(math.isfinite, values)):
             _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["learning_rate_factor"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         position = replace(
@@ -388,6 +392,19 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             _validate(run, model, step)
         meter.skip()
     return position, None
+
+
+def parameter_groups(recipe: Recipe, model: Any) -> list[dict[str, Any]]:
+    """The trainable parameters by the share of the learning rate that the method gives them, for the optimizer.
+
+    Their order follows from the recipe alone: a checkpoint keeps the optimizer's state by place, not by name.
+    """
+    method = get_method(recipe.method)
+    settings = method.read_settings(recipe.settings)
+    by_factor: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in checkpoints.trainable_parameters(model).items():
+        by_factor.setdefault(method.learning_rate_factor(name, settings), []).append(parameter)
+    return [{"params": parameters, "learning_rate_factor": factor} for factor, parameters in by_factor.items()]
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,20 @@ def linear_suffixes(model: Any) -> list[str]:
     )
 
 
-def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, target_modules: str | list[str]) -> PeftModel:
-    """The base with LoRA layers; `target_modules` is "all-linear" or a list of last name parts.
+def attach_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | list[str],
+    use_dora: bool = False,
+) -> PeftModel:
+    """The base with LoRA layers, or DoRA layers; `target_modules` is "all-linear" or a list of last name parts.
 
     The names are written out: peft would otherwise save "all-linear" as a set in no order, and programs that
-    size their buffers from the list could not read it. A, B are float32 on every base, so that small steps are
-    not lost to rounding; bfloat16 has 8 bits of them.
+    size their buffers from the list could not read it. A, B and DoRA's magnitudes are float32 on every base, so
+    that small steps are not lost to rounding; bfloat16 has 8 bits of them.
 
     Raises:
         RecipeError: a target module is not a linear layer of the model.
@@ -50,6 +58,7 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, target_m
         target_modules=chosen,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
+        use_dora=use_dora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)

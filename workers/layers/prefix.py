@@ -15,19 +15,18 @@ every token of every packed row sees all of it, and positions begin behind it, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM, PrefixTuningConfig, TaskType
+from peft import PrefixTuningConfig, TaskType
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from workers.errors import RecipeError
+from workers.layers.virtual_tokens import VirtualTokenModel, load_virtual_tokens, text_ids
 
 # B rows, T query tokens, S key tokens, P virtual tokens, L layers, H key-value heads, D features of a head.
 
@@ -41,7 +40,6 @@ class _PrefixSource:
 
     def __init__(self, num_virtual_tokens: int) -> None:
         self.num_virtual_tokens = num_virtual_tokens
-        self.enabled = True
         self.prefix_P2LHD: Tensor | None = None
         self.positions_BT: Tensor | None = None
 
@@ -60,7 +58,7 @@ def prefix_attention(
     or additive, or None for causal.
     """
     source: _PrefixSource | None = getattr(module, MARK, None)
-    if source is None or not source.enabled or source.prefix_P2LHD is None:
+    if source is None or source.prefix_P2LHD is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     prefix_2HPD = source.prefix_P2LHD[:, 2 * layer : 2 * layer + 2].permute(1, 2, 0, 3).to(key.device, key.dtype)
@@ -109,9 +107,8 @@ AttentionInterface.register(ATTENTION, prefix_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-class PrefixTunedModel(PeftModelForCausalLM):
-    """A base with trained prefixes. Forward and generate take what the base takes: positions and masks of the row's
-    own tokens, without the prefix."""
+class PrefixTunedModel(VirtualTokenModel):
+    """A base with trained prefixes, which join in its attention layers."""
 
     def __init__(self, model: Any, peft_config: PrefixTuningConfig, adapter_name: str = "default", **kwargs: Any):
         super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -133,7 +130,8 @@ class PrefixTunedModel(PeftModelForCausalLM):
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes the prefix once per pass and moves the positions behind it."""
         source = self._source
-        if not source.enabled:
+        if self._adapters_disabled:
+            source.prefix_P2LHD = None
             return None
         kwargs = dict(kwargs)
         inputs = args[0] if args else kwargs.get("input_ids")
@@ -158,24 +156,6 @@ class PrefixTunedModel(PeftModelForCausalLM):
             weight = encoder.transform(weight)
         heads = config.num_attention_heads
         return weight.view(config.num_virtual_tokens, config.num_layers * 2, heads, config.token_dim // heads)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward; the prefix joins in its attention layers."""
-        return self.base_model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's generate, with or without a cache."""
-        base: Any = self.base_model
-        return base.generate(*args, **kwargs)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base alone."""
-        before, self._source.enabled = self._source.enabled, False
-        try:
-            yield
-        finally:
-            self._source.enabled = before
 
     def unload(self) -> Any:
         """The base as it was before the prefix was attached."""
@@ -213,7 +193,7 @@ def attach_prefix(
             field="method",
         )
     # Before attaching: the base must be read without a prefix.
-    start_P2LHD = _activations(model, _prefix_ids(model, init_text, num_virtual_tokens))
+    start_P2LHD = _activations(model, text_ids(model, init_text, num_virtual_tokens))
     _, num_slots, heads, features = start_P2LHD.shape
     config = PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -233,18 +213,7 @@ def attach_prefix(
 
 def load_prefix(model: Any, folder: Path) -> PrefixTunedModel:
     """The base with the prefixes of a saved adapter, not trainable."""
-    from safetensors.torch import load_file
-
-    config = PrefixTuningConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    adapted = PrefixTunedModel(model, config)
-    encoder: Any = adapted.prompt_encoder["default"]
-    weight = encoder.embedding.weight
-    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
-    with torch.no_grad():
-        weight.copy_(saved)
-    weight.requires_grad_(False)
-    return adapted
+    return load_virtual_tokens(PrefixTunedModel, PrefixTuningConfig, model, folder)
 
 
 def _attention_modules(model: Any) -> list[Any]:
@@ -254,17 +223,6 @@ def _attention_modules(model: Any) -> list[Any]:
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1] in {"self_attn", "attn", "attention"} and hasattr(module, "layer_idx")
     ]
-
-
-def _prefix_ids(model: Any, text: str, num_virtual_tokens: int) -> list[int]:
-    """`num_virtual_tokens` ids: the text again and again, by the tokenizer in the base's own folder."""
-    from tokenizers import Tokenizer
-
-    path = Path(model.name_or_path) / "tokenizer.json"
-    ids: Sequence[int] = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
-    if not ids:
-        raise RecipeError("The text for the first prefix is empty.", field="settings.init_text")
-    return (list(ids) * (num_virtual_tokens // len(ids) + 1))[:num_virtual_tokens]
 
 
 def _activations(model: Any, ids: list[int]) -> Tensor:

@@ -70,6 +70,10 @@ class Method(ABC):
         """Tokens of the base's context that the adapter takes for itself."""
         return 0
 
+    def learning_rate_factor(self, parameter_name: str, settings: Any) -> float:
+        """Share of the recipe's learning rate at which one trainable parameter learns."""
+        return 1.0
+
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Combinations that cannot work, as {dotted recipe field: why and what to choose instead}."""
         found: dict[str, str] = {}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from workers.methods import Method, MethodSettings
+from workers.methods import MethodSettings
+from workers.methods._virtual_tokens import VirtualTokenMethod
 from workers.recipe import Recipe
 from workers.shapes import ModelShape
 
@@ -57,7 +58,7 @@ class PrefixTuningSettings(MethodSettings):
     )
 
 
-class PrefixTuning(Method):
+class PrefixTuning(VirtualTokenMethod):
     name = "prefix_tuning"
     label = "Prefix tuning"
     summary = "A trained prefix in every layer's memory: very few parameters, the base's weights untouched."
@@ -68,14 +69,9 @@ class PrefixTuning(Method):
     )
     source = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
     Settings: type[MethodSettings] = PrefixTuningSettings
-    precisions = ("bfloat16", "float32", "nf4", "int8")
     # peft's method comparison on MetaMathQA (Llama-3.2-3B): 0.416 with 5e-3 and a prefix from a text, 0.186 with 1e-3.
     learning_rate = 5e-3
-    can_pack = True
-    can_checkpoint_activations = True
-    can_merge = False
     peft_type = "PREFIX_TUNING"
-    runs_in = ("peft",)
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
         """The base with prefixes in float32.
@@ -99,9 +95,6 @@ class PrefixTuning(Method):
 
         return load_prefix(model, folder)
 
-    def num_virtual_tokens(self, settings: Any) -> int:
-        return int(settings.num_virtual_tokens)
-
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
         """Keys and values of every virtual token in every layer; with projection, its embedding and network."""
         num_slots = 2 * shape.num_layers * shape.key_value_size
@@ -113,17 +106,11 @@ class PrefixTuning(Method):
         return int(embedding + first + second)
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
-        """Families whose attention cannot take prefixes, and prefixes that leave no room for a row."""
+        """Also families whose attention cannot take prefixes."""
         found = super().refusals(recipe, shape)
         if shape.family in SOFT_CAPPED_FAMILIES:
             found["method"] = (
                 f"{shape.family} caps its attention scores, which prefixes do not support. Choose LoRA for this base."
-            )
-        num_virtual = recipe.settings.get("num_virtual_tokens", 20)
-        if isinstance(num_virtual, int) and num_virtual >= shape.context_length // 2:
-            found["settings.num_virtual_tokens"] = (
-                f"A prefix of {num_virtual} tokens takes half of the {shape.context_length} that the base can read. "
-                f"Choose at most {shape.context_length // 2 - 1}."
             )
         return found
 
