@@ -50,7 +50,12 @@ def run_python(python: Path, script: Path, *arguments: str, timeout: float = 600
     """What a script prints, run on its own: none of our code can be imported, and no hub is asked for anything."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DJANGO_", "STUDIO_"))
-    } | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    } | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         # -P: the script's own folder does not become importable.
         [str(python), "-P", str(script), *arguments],
