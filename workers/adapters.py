@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ _CORE_KEYS = frozenset(
 def save(model: Any, folder: Path, *, recipe: Recipe, hub_id: str, commit: str = "") -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which is made when missing.
 
+    A method that peft does not know lays the module beside them that teaches it.
     The configuration names the base by `hub_id`, or by the recipe's name for it, never by a path. Its `revision` is
     the hub's commit where that is known, else null: loaders hand it to the hub, which does not know our digests.
     Keys that only repeat peft's defaults are left out, so that older releases of peft can read it.
@@ -66,6 +68,9 @@ def save(model: Any, folder: Path, *, recipe: Recipe, hub_id: str, commit: str =
         if key in _CORE_KEYS or key not in defaults or value != defaults[key]
     }
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
+    method = get_method(recipe.method)
+    if method.companion_file is not None:
+        shutil.copyfile(method.companion_file, folder / f"{method.companion_module}.py")
 
 
 def finish(
@@ -241,6 +246,7 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
         "## Use",
         "",
         "```python",
+        *([f"import {method.companion_module}  # lies in this folder"] if method.companion_module else []),
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

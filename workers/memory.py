@@ -163,6 +163,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     activations = activations_bytes(
         settings,
         shape,
+        adapted_features=method.adapted_features(settings, shape),
         tokens=micro_batch * dataset.longest_after_cut(training.max_length),
         compute_bytes=compute_bytes,
         checkpointing=training.gradient_checkpointing is True,
@@ -220,6 +221,7 @@ def activations_bytes(
     settings: object,
     shape: ModelShape,
     *,
+    adapted_features: int,
     tokens: int,
     compute_bytes: int,
     checkpointing: bool,
@@ -232,6 +234,7 @@ def activations_bytes(
         queries and the attention's output, keys and values                       2 x heads x head + 2 x key-value
         gate, its activation, and the up projection                                3 x intermediate
         inputs of adapters, once as they are and once dropped out, in float32      2 x inputs of the targeted layers
+        what other adapters keep, in float32                                       adapted_features
     With checkpointing each layer keeps its input alone, and one layer at a time everything.
     """
     per_token = (
@@ -241,7 +244,7 @@ def activations_bytes(
         + 3 * shape.intermediate_size
     ) * compute_bytes
     adapted_inputs = _adapted_inputs(settings, shape)
-    per_token += 2 * adapted_inputs * 4
+    per_token += (2 * adapted_inputs + adapted_features) * 4
     if checkpointing:
         blocks = tokens * (shape.num_layers * shape.hidden_size * compute_bytes + per_token)
     else:

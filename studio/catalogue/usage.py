@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = {base!r}  # a model hub's name, or a folder
 ADAPTER = {folder!r}  # the folder in the zip
-
+{companion}
 tokenizer = AutoTokenizer.from_pretrained(BASE)
 model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto")
 model = PeftModel.from_pretrained(model, ADAPTER).eval()
@@ -28,6 +28,13 @@ model = PeftModel.from_pretrained(model, ADAPTER).eval()
 {inputs}
 output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+_COMPANION = """
+import sys
+
+sys.path.insert(0, ADAPTER)
+import {module}  # lies in that folder and teaches peft this method
+
 """
 _CHAT_INPUTS = """\
 messages = [{"role": "user", "content": "Hello! What can you do?"}]
@@ -64,9 +71,12 @@ def _method(adapter: Adapter) -> Method | None:
 
 
 def _peft(adapter: Adapter) -> Usage:
+    method = _method(adapter)
+    companion = method.companion_module if method else None
     code = _PEFT.format(
         base=base_reference(adapter),
         folder=folder_name(adapter),
+        companion=_COMPANION.format(module=companion) if companion else "",
         inputs=_CHAT_INPUTS if adapter.base_model.has_chat_template else _PLAIN_INPUTS,
         max_new_tokens=int(adapter.recipe.get("evaluation", {}).get("max_new_tokens", 128)),
     )

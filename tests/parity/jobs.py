@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.parity.environments import run_python
+from tests.parity.environments import run_alone
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from workers import adapters, training
 from workers.batching import Plan
@@ -23,7 +23,7 @@ from workers.recipe import Recipe
 from workers.schedule import num_warmup_steps
 from workers.training import Folders
 
-PINS = ("trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "torch==2.13.0", "bitsandbytes==0.50.2")
+PINS = ["trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "torch==2.13.0", "bitsandbytes==0.50.2"]
 """The other trainers' environment."""
 NUM_STEPS = 50
 TOLERANCE = 1e-3
@@ -154,7 +154,7 @@ def write_job(recipe: Recipe, folders: Folders, root: Path) -> Path:
 def train_theirs(python: Path, script: Path, job: Path) -> list[Step]:
     """Every step of a job, by a script in an environment of its own."""
     steps = job.with_name("steps.json")
-    run_python(python, script, str(job), str(steps))
+    run_alone(python, script, job, steps, home=job.parent)
     return [Step(**step) for step in json.loads(steps.read_text("utf-8"))]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.environments import python_with
+from tests.parity.environments import environment
 from tests.parity.jobs import PINS, WAYS, Case, Step, compare, make_folders, train_ours, train_theirs, write_job
 from workers.training import Folders
 
@@ -34,7 +34,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case: Case = CASES[request.param]
     root = tmp_path_factory.mktemp("loop")
     folders = make_folders(root, case.family)
-    return case, folders, train_theirs(python_with(*PINS), SCRIPT, write_job(case.recipe(), folders, root))
+    return case, folders, train_theirs(environment("trl", PINS), SCRIPT, write_job(case.recipe(), folders, root))
 
 
 @pytest.mark.parametrize("way", WAYS)

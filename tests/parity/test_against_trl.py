@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.environments import python_with
+from tests.parity.environments import environment
 from tests.parity.jobs import PINS, WAYS, Case, Step, compare, make_folders, train_ours, train_theirs, write_job
 from workers.training import Folders
 
@@ -33,7 +33,7 @@ Curve = tuple[Case, Folders, list[Step]]
 @pytest.fixture(scope="session")
 def trl() -> Path:
     """The Python of an environment with TRL."""
-    return python_with(*PINS)
+    return environment("trl", PINS)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -51,6 +51,14 @@ class Method(ABC):
     """peft's name for the form in which the adapter is saved, as in adapter_config.json."""
     runs_in: tuple[str, ...]
     """Programs that load the saved adapter as it is: "peft", "vllm", "llama.cpp", ..."""
+    companion_file: Path | None = None
+    """A module that teaches peft this method. A copy lies beside every saved adapter, to be imported before loading;
+    it imports torch, peft and transformers alone. None when peft knows the method."""
+
+    @property
+    def companion_module(self) -> str | None:
+        """The name by which that copy is imported."""
+        return f"peft_{self.name}" if self.companion_file is not None else None
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -73,6 +81,10 @@ class Method(ABC):
     def learning_rate_factor(self, parameter_name: str, settings: Any) -> float:
         """Share of the recipe's learning rate at which one trainable parameter learns."""
         return 1.0
+
+    def adapted_features(self, settings: Any, shape: ModelShape) -> int:
+        """Features per token and layer that the backward pass keeps in float32 for adapters not on linear layers."""
+        return 0
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Combinations that cannot work, as {dotted recipe field: why and what to choose instead}."""

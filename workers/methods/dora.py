@@ -43,6 +43,11 @@ class Dora(Lora):
     name = "dora"
     label = "DoRA"
     summary = "LoRA with a trained magnitude per output: often better at small ranks, half as slow again, only in peft."
+    choose_when = (
+        "The last bit of quality at a low rank: it learns a weight's length apart from its direction, and comes "
+        "closer to full fine-tuning than LoRA of the same rank. It trains more slowly, and vLLM, SGLang and "
+        "llama.cpp refuse it, so it must be merged to be served there."
+    )
     source = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation"
     Settings: type[MethodSettings] = DoraSettings
     # Not int8: on a CPU, peft 0.21.2 loses the scales of an int8 layer when it reads its weights for their norms, and

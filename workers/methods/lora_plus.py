@@ -29,6 +29,11 @@ class LoraPlus(Lora):
     name = "lora_plus"
     label = "LoRA+"
     summary = "LoRA that learns up to twice as fast where the task is far from what the base knows; runs everywhere."
+    choose_when = (
+        "LoRA that is to learn faster: the second matrix takes larger steps. The result is a plain LoRA adapter. "
+        "Worth a try when a LoRA run is still improving at its end; with a learning rate that was tuned for LoRA "
+        "it gains little."
+    )
     source = "Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models"
     Settings: type[MethodSettings] = LoraPlusSettings
     precisions: tuple[Precision, ...] = ("bfloat16", "float32", "nf4", "int8")

@@ -52,6 +52,10 @@ class PTuning(VirtualTokenMethod):
     name = "p_tuning"
     label = "P-tuning"
     summary = "A trained prompt made by a small network: steadier than prompt tuning, and as small once trained."
+    choose_when = (
+        "Prompt tuning whose virtual tokens come out of a small network while training, which makes the early "
+        "steps steadier. The network is dropped when saving, so the adapter is as small as a prompt."
+    )
     source = "Liu et al. 2021, GPT Understands, Too"
     Settings: type[MethodSettings] = PTuningSettings
     # peft's method comparison on MetaMathQA (Llama-3.2-3B), MLP: 0.367 with 1e-3, 0.371 with 1e-4, 0.355 with 5e-3;

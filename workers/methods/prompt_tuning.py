@@ -51,6 +51,11 @@ class PromptTuning(VirtualTokenMethod):
     name = "prompt_tuning"
     label = "Prompt tuning"
     summary = "A trained prompt before every row: the fewest parameters, best on large bases and narrow tasks."
+    choose_when = (
+        "A few thousand numbers in front of the request, for the smallest adapter of all and large bases (billions "
+        "of parameters), where it comes close to full fine-tuning. On small bases and with few steps it learns "
+        "least of all methods here."
+    )
     source = "Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning"
     Settings: type[MethodSettings] = PromptTuningSettings
     # peft's method comparison on MetaMathQA (Llama-3.2-3B): 0.391 with AdamW at 1e-3 and tokens drawn from the

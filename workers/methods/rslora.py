@@ -34,6 +34,11 @@ class RsLora(Lora):
     name = "rslora"
     label = "rsLoRA"
     summary = "LoRA for large ranks, 64 and more: its scale keeps them learning. Runs wherever LoRA runs."
+    choose_when = (
+        "High ranks (64 and more), where LoRA's own scale makes each direction learn less and less. At rank 16 or "
+        "below it is LoRA with a larger alpha. It is saved as plain LoRA, so every program that serves LoRA serves "
+        "it."
+    )
     source = "Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"
     Settings: type[MethodSettings] = RsLoraSettings
     precisions: tuple[Precision, ...] = ("bfloat16", "float32", "nf4", "int8")

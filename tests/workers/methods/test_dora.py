@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from tests.tiny import FAMILIES, make_tiny_base
-from tests.workers.methods.test_every_method import attach, disturb, padded, random_rows, recipe_of
+from tests.workers.methods.trying import attach, disturb, padded, random_rows, recipe_of
 from workers import adapters, base_models
 from workers.losses import summed_cross_entropy
 from workers.methods import get_method

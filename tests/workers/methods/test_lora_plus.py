@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
-from tests.workers.methods.test_every_method import attach, disturb, random_rows
+from tests.workers.methods.trying import attach, disturb, random_rows
 from workers import training
 from workers.events import StepEvent, StopMode
 from workers.methods import Method, get_method, methods

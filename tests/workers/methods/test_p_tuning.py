@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.tiny import HIDDEN, make_tiny_base
-from tests.workers.methods.test_every_method import attach, disturb, random_rows, recipe_of, trainable
+from tests.workers.methods.trying import attach, disturb, random_rows, recipe_of, trainable
 from workers import adapters, base_models
 from workers.base_folders import read_base_folder
 from workers.methods import get_method

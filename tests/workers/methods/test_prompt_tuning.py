@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer
 
 from tests.tiny import FAMILIES, make_tiny_base
-from tests.workers.methods.test_every_method import attach, packed, random_rows, recipe_of
+from tests.workers.methods.trying import attach, packed, random_rows, recipe_of
 from workers import adapters, base_models
 from workers.errors import RecipeError
 

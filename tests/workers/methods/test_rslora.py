@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from tests.tiny import make_tiny_base
-from tests.workers.methods.test_every_method import (
+from tests.workers.methods.trying import (
     attach,
     disturb,
     gradients,

@@ -18,7 +18,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from tests.tiny import FAMILIES, make_tiny_base
-from tests.workers.methods.test_every_method import (
+from tests.workers.methods.trying import (
     attach,
     disturb,
     gradients,
