@@ -51,7 +51,7 @@ class Dora(Lora):
     source = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation"
     Settings: type[MethodSettings] = DoraSettings
     # Not int8: on a CPU, peft 0.21.2 loses the scales of an int8 layer when it reads its weights for their norms, and
-    # the second step fails ("'NoneType' object has no attribute 'unsqueeze'").
+    # the second forward pass fails ("'NoneType' object has no attribute 'unsqueeze'").
     precisions: tuple[Precision, ...] = ("bfloat16", "float32", "nf4")
     # The authors' repository advises a little less than LoRA's; peft's method comparison on MetaMathQA has this value.
     learning_rate = 1e-4

@@ -71,7 +71,7 @@ class Lora(Method):
     can_checkpoint_activations = True
     can_merge = True
     peft_type = "LORA"
-    runs_in = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
+    runs_in: tuple[str, ...] = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
         """The base with LoRA layers in float32, whatever the precision of the base.

@@ -52,7 +52,8 @@ class Qlora(Lora):
     precisions = ("nf4", "int8")
     # Dettmers et al. 2023, table 9, for 7B and 13B.
     learning_rate = 2e-4
-    # Merging writes the adapter into 4-bit weights and loses most of it; it is merged on a reloaded full base.
+    # On the base reloaded in full precision (workers.merging): written into 4-bit weights, most of the adapter would be
+    # rounded away. What is merged is then a little different from what was scored, for the base's own weights are.
     can_merge = True
 
 
