@@ -53,7 +53,7 @@ class PrefixTuningSettings(MethodSettings):
         min_length=1,
         max_length=4000,
         title="Starting text",
-        description="Without projection, the prefix begins as what the base makes of this text, repeated to length.",
+        description="The prefix begins as what the base makes of this text, repeated or cut to length.",
         json_schema_extra={"source": "Li and Liang 2021, section 7.4: real words beat random values"},
     )
 

@@ -18,33 +18,26 @@ def plain(bases, family, folder: Path, precision="float32"):
 
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_peft_gives_our_logits_and_answers(family, projection: bool, bases, tmp_path: Path) -> None:
+def test_a_padded_batch_gets_the_answers_of_plain_peft(family, projection: bool, bases, tmp_path: Path) -> None:
     adapted = attach(
         "prefix_tuning", bases[family], "float32", {"projection": projection, "projection_size": 16}
     ).eval()
     disturb(adapted)
     adapted.save_pretrained(str(tmp_path))
-    theirs = plain(bases, family, tmp_path).eval()
     ids_BT = torch.tensor(random_rows(14, 14))
     mask_BT = torch.ones_like(ids_BT)
-    left_BT = mask_BT.clone()
-    left_BT[1, :5] = 0
-    arguments = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        expected = theirs(input_ids=ids_BT).logits
-        torch.testing.assert_close(adapted(input_ids=ids_BT).logits, expected, rtol=1e-5, atol=1e-5)
-    for mask in (mask_BT, left_BT):
-        answers = theirs.generate(input_ids=ids_BT, attention_mask=mask, **arguments)
-        for use_cache in (True, False):
-            ours = adapted.generate(input_ids=ids_BT, attention_mask=mask, use_cache=use_cache, **arguments)
-            assert torch.equal(ours, answers)
+    mask_BT[1, :5] = 0
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "max_new_tokens": 10, "do_sample": False}
+    answers = plain(bases, family, tmp_path).eval().generate(**inputs, pad_token_id=0)
+    for use_cache in (True, False):
+        assert torch.equal(adapted.generate(**inputs, pad_token_id=0, use_cache=use_cache), answers)
 
 
-def test_it_begins_near_the_base_and_not_at_random(bases) -> None:
+@pytest.mark.parametrize("projection", [False, True])
+def test_it_begins_as_the_base_that_reads_the_text_first(projection: bool, bases) -> None:
     base = base_models.load(bases["llama"], "float32", "cpu", checked=True).model
-    adapted = attach(
-        "prefix_tuning", bases["llama"], "float32", {"init_text": "user assistant", "num_virtual_tokens": 6}
-    )
+    settings = {"init_text": "user assistant", "num_virtual_tokens": 6, "projection": projection, "projection_size": 16}
+    adapted = attach("prefix_tuning", bases["llama"], "float32", settings)
     from tokenizers import Tokenizer
 
     text = Tokenizer.from_file(str(bases["llama"] / "tokenizer.json")).encode("user assistant").ids
@@ -55,6 +48,13 @@ def test_it_begins_near_the_base_and_not_at_random(bases) -> None:
         torch.testing.assert_close(
             adapted.eval()(input_ids=torch.tensor([rows])).logits[0], expected, rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_narrow_projection_begins_as_near_the_text_as_it_can(bases) -> None:
+    settings = {"num_virtual_tokens": 30, "projection_size": 8}
+    exact = attach("prefix_tuning", bases["llama"], "float32", settings).prefix()
+    narrow = attach("prefix_tuning", bases["llama"], "float32", settings | {"projection": True}).prefix()
+    assert 0 < (narrow - exact).norm() < exact.norm()
 
 
 def test_a_sliding_window_counts_the_prefix_as_peft_does(tmp_path: Path) -> None:

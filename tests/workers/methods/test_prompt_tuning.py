@@ -143,6 +143,15 @@ def test_a_mask_says_that_restarting_positions_are_one_row(bases) -> None:
     torch.testing.assert_close(found, expected[:, COUNT:], rtol=1e-5, atol=1e-5)
 
 
+def test_packed_rows_need_no_word_about_the_cache(bases) -> None:
+    # The base makes a cache when nothing is said, and then masks packed rows as one.
+    adapted = attach("prompt_tuning", bases["llama"], "float32", TEXT).eval()
+    batch = packed(random_rows(9, 5))
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    with torch.no_grad():
+        assert torch.equal(adapted(**inputs).logits, adapted(**inputs, use_cache=False).logits)
+
+
 # --- what is wrong in peft 0.21.2, which workers/layers/prompt.py answers; when one of these fails, peft was mended ---
 
 
