@@ -184,9 +184,7 @@ class Alternative:
     estimate: Estimate
 
 
-def alternatives(
-    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts
-) -> list[Alternative]:
+def alternatives(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> list[Alternative]:
     """What the methods that a recipe's own names as cheaper would need instead, at their own default settings."""
     found = []
     for name in get_method(recipe.method).cheaper:

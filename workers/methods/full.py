@@ -62,9 +62,7 @@ class FullFineTuning(Method):
         """The base with its own weights trainable, in float32."""
         from workers.layers.full import attach_full
 
-        return attach_full(
-            model, train_embeddings=settings.train_embeddings, mixed_precision=settings.mixed_precision
-        )
+        return attach_full(model, train_embeddings=settings.train_embeddings, mixed_precision=settings.mixed_precision)
 
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
         """All parameters; without embeddings, less vocabulary x hidden size, twice where the output has its own."""
