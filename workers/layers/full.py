@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from workers import base_models, devices
+from workers.recipe import Precision
 
 SHARD_BYTES = "2GB"
 """Largest file of weights: a zip without 64-bit records can still hold it."""
@@ -129,6 +130,6 @@ def reload_full(tuned: FullyTunedModel, folder: Path) -> Any:
 
 def load_full(model: Any, folder: Path) -> FullyTunedModel:
     """The saved model, not trainable, in the precision and on the device of the base that it was made from."""
-    precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+    precision: Precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     saved = base_models.load(folder, precision, model.device)
     return FullyTunedModel(saved.model, base_folder=Path(model.name_or_path), mixed_precision=False)

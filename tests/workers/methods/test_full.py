@@ -143,7 +143,8 @@ def test_its_card_says_what_it_is_and_how_it_loads(bases: dict[str, Path], tmp_p
     card = (tmp_path / "model" / "README.md").read_text()
     for words in (
         'base_model: "owner/base"', "base_model_relation: finetune", "library_name: transformers",
-        "base_model:finetune:owner/base", "Full fine-tuning of `owner/base`", 'AutoModelForCausalLM.from_pretrained(".")',
+        "base_model:finetune:owner/base", "Full fine-tuning of `owner/base`",
+        'AutoModelForCausalLM.from_pretrained(".")',
         "loaded in plain transformers, gives the same logits", "| measure | base | model |",
     ):  # fmt: skip
         assert words in card
