@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from workers.errors import RecipeError
 from workers.evaluations import evaluations, get_evaluation
-from workers.memory import TIGHT_SHARE, DatasetFacts, DeviceFacts, estimate
+from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
 from workers.recipe import Precision, Recipe, problems_by_field
@@ -48,6 +49,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
 
     Raises:
         RecipeProblems: unknown plug-ins or settings, values out of bounds, combinations that cannot work; all at once.
+            Or the run cannot fit the device's memory, and its method says that it must.
     """
     problems: dict[str, str] = {}
 
@@ -99,7 +101,11 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
         }
     )
     chosen = _fit_memory(chosen, method, shape, dataset, device, longest)
-    num_steps = estimate(chosen, shape, dataset, device).num_steps
+    needed = estimate(chosen, shape, dataset, device)
+    if method.must_fit and device.memory_bytes and needed.verdict == "too_large":
+        others = alternatives(recipe, shape, dataset, device)
+        raise RecipeProblems({"method": _too_large(method, needed, others, device)})
+    num_steps = needed.num_steps
     if training.checkpoint_every_steps == "auto":
         every = min(MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, num_steps // CHECKPOINTS_PER_RUN))
         chosen = _with_training(chosen, checkpoint_every_steps=every)
@@ -202,6 +208,48 @@ def _fit_memory(
                 return tried
     # Nothing fits: the smallest, whose estimate says so and what to do.
     return _with_training(recipe, micro_batch_size=sizes[-1], gradient_checkpointing=choices[-1])
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A cheaper method on the same rows: its recipe without any "auto", and what that will need."""
+
+    method: Method
+    recipe: Recipe
+    estimate: Estimate
+
+
+def alternatives(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> list[Alternative]:
+    """What the methods that a recipe's own names as cheaper would need instead, at their own default settings."""
+    found = []
+    for name in get_method(recipe.method).cheaper:
+        other = _with_training(recipe, learning_rate="auto").model_copy(
+            update={"method": name, "settings": {}, "precision": "auto"}
+        )
+        try:
+            resolved = resolve(other, shape, dataset, device)
+        except RecipeProblems:
+            continue  # this base or these rows are not for that method: then it is no alternative
+        found.append(Alternative(get_method(name), resolved, estimate(resolved, shape, dataset, device)))
+    return found
+
+
+def _too_large(method: Method, needed: Estimate, others: list[Alternative], device: DeviceFacts) -> str:
+    """Why a run that must fit is refused, and the nearest method that fits."""
+    what = "the card" if device.kind == "cuda" else "this machine"
+    found = (
+        f"{method.label} of this base needs about {needed.total_bytes / GIB:.1f} GiB, and {what} has "
+        f"{device.memory_bytes / GIB:.1f} GiB."
+    )
+    fitting = next((other for other in others if other.estimate.verdict != "too_large"), None)
+    if fitting is None:
+        less = "".join(f" {one.method.label} needs {one.estimate.total_bytes / GIB:.1f} GiB." for one in others)
+        return f"{found}{less} Choose a smaller base model."
+    other = fitting.estimate
+    return (
+        f"{found} Choose {fitting.method.label}, which needs about {other.total_bytes / GIB:.1f} GiB and trains "
+        f"{other.num_trainable:,} parameters ({100 * other.trainable_share:.2g} %), or a smaller base model."
+    )
 
 
 def _halves(number: int) -> list[int]:

@@ -96,7 +96,9 @@ class Provenance(_Part):
     base_revision: str = ""
     recipe_sha256: str = ""
     num_adapter_bytes: int = 0
-    verified: bool | None = Field(None, description="The saved folder was reloaded in plain peft and compared.")
+    verified: bool | None = Field(
+        None, description="The saved folder was reloaded without the studio's code and compared."
+    )
     max_logit_difference: float | None = Field(
         None, description="Largest absolute difference of logits between training and the reloaded folder."
     )
