@@ -13,7 +13,7 @@ from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
 from jobs.models import Job
-from jobs.settings_form import Setting, SettingField, SettingManyField, form_name, make_field, settings_of, to_text
+from jobs.settings_form import SettingField, SettingManyField, form_name, make_field
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
@@ -22,6 +22,7 @@ from workers.evaluations import evaluations
 from workers.methods import Method, methods
 from workers.recipe import EvaluationSettings, Recipe, SplitSettings, TrainingSettings, problems_by_field
 from workers.resolving import RecipeProblems, read_settings
+from workers.setting import Setting, settings_of, to_text
 
 GROUPS: dict[str, tuple[str, type[BaseModelSettings]]] = {
     "training": ("Training", TrainingSettings),

@@ -23,13 +23,14 @@ from jobs.forms import GOALS, GROUPS, JobForm, bound_copy, fresh_form, method_se
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
 from jobs.scheduling import QueueSnapshot, explain_wait, look_at_queue
-from jobs.settings_form import form_name, settings_of
+from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.events import PHASES
 from workers.methods import get_method, methods
+from workers.setting import settings_of
 
 MAX_LISTED = 200
 """Rows of finished jobs on the page; the API has the rest."""

@@ -52,6 +52,8 @@ class Method(ABC):
 
     name: str
     label: str
+    order: int = 100
+    """Where it stands in lists, the lowest first."""
     summary: str
     """One plain sentence: when to choose it."""
     choose_when: str
@@ -151,8 +153,9 @@ class Method(ABC):
 
 @cache
 def methods() -> dict[str, Method]:
-    """Every method by name."""
-    return discover(__name__, Method)  # type: ignore[type-abstract]
+    """Every method by name, the most usual first."""
+    found = discover(__name__, Method)  # type: ignore[type-abstract]
+    return dict(sorted(found.items(), key=lambda pair: pair[1].order))
 
 
 def method_of_type(peft_type: str) -> Method | None:

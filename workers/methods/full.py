@@ -37,6 +37,7 @@ class FullSettings(MethodSettings):
 class FullFineTuning(Method):
     name = "full"
     label = "Full fine-tuning"
+    order = 900
     summary = "Every weight of the base is trained: the last resort, at many times the memory and disk of an adapter."
     choose_when = (
         "A large dataset (hundreds of thousands of rows) teaches much that the base does not know, such as a new "

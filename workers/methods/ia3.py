@@ -56,6 +56,7 @@ LAYOUTS = (
 class Ia3(Method):
     name = "ia3"
     label = "IA3"
+    order = 70
     summary = "Three trained vectors per block: the fewest parameters of all, for small datasets and near tasks."
     choose_when = (
         "The smallest adapters that still reach every layer: one number per feature, tens of kilobytes a task. "

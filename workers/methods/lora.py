@@ -58,6 +58,7 @@ class LoraSettings(MethodSettings):
 class Lora(Method):
     name = "lora"
     label = "LoRA"
+    order = 10
     summary = "Small trainable matrices beside the linear layers: the default, and it runs everywhere."
     choose_when = (
         "Almost always the first choice: it learns as much as full fine-tuning on datasets of the usual size, "

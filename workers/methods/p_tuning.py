@@ -51,6 +51,7 @@ class PTuningSettings(MethodSettings):
 class PTuning(VirtualTokenMethod):
     name = "p_tuning"
     label = "P-tuning"
+    order = 62
     summary = "A trained prompt made by a small network: steadier than prompt tuning, and as small once trained."
     choose_when = (
         "Prompt tuning whose virtual tokens come out of a small network while training, which makes the early "

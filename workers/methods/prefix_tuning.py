@@ -64,6 +64,7 @@ class PrefixTuningSettings(MethodSettings):
 class PrefixTuning(VirtualTokenMethod):
     name = "prefix_tuning"
     label = "Prefix tuning"
+    order = 50
     summary = "A trained prefix in every layer's memory: very few parameters, the base's weights untouched."
     choose_when = (
         "Many small tasks on one base, each with an adapter of a few hundred kilobytes, while the base's weights "

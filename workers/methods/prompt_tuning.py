@@ -50,6 +50,7 @@ class PromptTuningSettings(MethodSettings):
 class PromptTuning(VirtualTokenMethod):
     name = "prompt_tuning"
     label = "Prompt tuning"
+    order = 60
     summary = "A trained prompt before every row: the fewest parameters, best on large bases and narrow tasks."
     choose_when = (
         "A few thousand numbers in front of the request, for the smallest adapter of all and large bases (billions "

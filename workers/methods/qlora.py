@@ -42,6 +42,7 @@ class QloraSettings(LoraSettings):
 class Qlora(Lora):
     name = "qlora"
     label = "QLoRA"
+    order = 20
     summary = "LoRA on a base held in 4 bits: a quarter of the memory, a little slower and less exact."
     choose_when = (
         "The base does not fit into the GPU in 16 bits. It needs a quarter of the memory for the base and learns "
