@@ -93,7 +93,9 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
             "training": training.model_copy(
                 update={
                     "learning_rate": (
-                        method.learning_rate if training.learning_rate == "auto" else training.learning_rate
+                        method.default_learning_rate(settings)
+                        if training.learning_rate == "auto"
+                        else training.learning_rate
                     ),
                     "packing": packing,
                 }

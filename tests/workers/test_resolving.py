@@ -138,3 +138,10 @@ def test_the_parts_add_up_and_time_grows_with_epochs() -> None:
     assert one.num_steps == 113  # 900 rows in batches of 8
     assert two.num_steps == 225
     assert two.seconds_high > 1.3 * one.seconds_high
+
+
+def test_a_setting_may_ask_for_another_automatic_learning_rate() -> None:
+    plain = resolve(recipe(method="prefix_tuning"), SEVEN_B, ROWS, GPU)
+    projected = resolve(recipe(method="prefix_tuning", settings={"projection": True}), SEVEN_B, ROWS, GPU)
+    assert plain.training.learning_rate == pytest.approx(5e-3)
+    assert projected.training.learning_rate == pytest.approx(5e-4)

@@ -116,6 +116,10 @@ class Method(ABC):
         """The precision whose speed and activations training has, on a base that is held at `precision`."""
         return precision
 
+    def default_learning_rate(self, settings: Any) -> float:
+        """What "auto" comes to; for a method whose settings ask for another rate than its usual one."""
+        return self.learning_rate
+
     def num_virtual_tokens(self, settings: Any) -> int:
         """Tokens of the base's context that the adapter takes for itself."""
         return 0

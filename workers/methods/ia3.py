@@ -57,7 +57,7 @@ class Ia3(Method):
     name = "ia3"
     label = "IA3"
     order = 70
-    summary = "Three trained vectors per block: the fewest parameters of all, for small datasets and near tasks."
+    summary = "Three trained vectors per block: tiny and quick, for small datasets and tasks near what the base can do."
     choose_when = (
         "The smallest adapters that still reach every layer: one number per feature, tens of kilobytes a task. "
         "Good for nudging style and format with few rows, and merges into a full-precision base; it cannot teach "
