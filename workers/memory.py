@@ -178,13 +178,16 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         adapted_features=method.adapted_features(settings, shape),
         tokens=micro_batch * dataset.longest_after_cut(training.max_length),
         compute_bytes=training_bytes,
+        residual_bytes=compute_bytes,
         checkpointing=checkpointing,
         device_kind=device.kind,
         weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
     )
     if training_bytes < compute_bytes:
-        # The backward pass multiplies by the same 16-bit copies of the weights as the forward pass.
+        # The backward pass multiplies by the same 16-bit copies of the weights as the forward pass; the output
+        # layer's has a gradient beside it.
         activations += training_bytes * num_linear_parameters(shape) // (shape.num_layers if checkpointing else 1)
+        activations += 2 * training_bytes * shape.vocabulary_size * shape.hidden_size
     runtime = CPU_BASELINE_BYTES if device.kind == "cpu" else CUDA_BASELINE_BYTES
     total = weights + adapter + optimizer + activations + runtime
     share = total / device.memory_bytes if device.memory_bytes else math.inf
@@ -244,6 +247,7 @@ def activations_bytes(
     adapted_features: int,
     tokens: int,
     compute_bytes: int,
+    residual_bytes: int,
     checkpointing: bool,
     device_kind: Literal["cuda", "cpu"],
     weight_inputs_bytes: int = 0,
@@ -268,7 +272,7 @@ def activations_bytes(
     adapted_inputs = _adapted_inputs(settings, shape)
     per_token += (2 * adapted_inputs + adapted_features) * 4 + weight_inputs_bytes
     if checkpointing:
-        blocks = tokens * (shape.num_layers * shape.hidden_size * compute_bytes + per_token)
+        blocks = tokens * (shape.num_layers * shape.hidden_size * residual_bytes + per_token)
     else:
         blocks = tokens * shape.num_layers * per_token
     logits = min(tokens * shape.vocabulary_size * 4 * 3, LOGIT_BYTES[device_kind])

@@ -109,7 +109,10 @@ def attach_full(model: Any, *, train_embeddings: bool, mixed_precision: bool) ->
 
 
 def save_full(tuned: FullyTunedModel, folder: Path) -> None:
-    """Writes the whole model into `folder`, in float32: config.json, weights in shards, tokenizer, chat template.
+    """Writes the whole model into `folder`: config.json, weights in shards, tokenizer, chat template.
+
+    Weights are stored in float32, also where the base's own files have 16 bits: these were trained and scored, and a
+    step at a small learning rate is often less than 16 bits can tell apart.
 
     Raises:
         OSError: the disk has no room for it; nothing was written.
