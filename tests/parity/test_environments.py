@@ -35,7 +35,6 @@ def test_without_a_registry_it_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_version_that_does_not_exist_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline as well: an index that is only a folder, and an empty one."""
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
