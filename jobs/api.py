@@ -122,6 +122,7 @@ class MethodOut(Out):
     learning_rate: float
     can_pack: bool
     can_merge: bool
+    makes: str = Field(description='What it leaves: an "adapter" for the base, or a "model" of its own.')
     runs_in: list[str]
     settings: dict[str, Any]
 
@@ -151,6 +152,7 @@ def list_methods(request: ApiRequest) -> list[dict[str, Any]]:
             "learning_rate": one.learning_rate,
             "can_pack": one.can_pack,
             "can_merge": one.can_merge,
+            "makes": one.product.noun,
             "runs_in": list(one.runs_in),
             "settings": one.Settings.model_json_schema(),
         }

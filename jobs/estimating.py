@@ -15,10 +15,11 @@ from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
+from workers.methods import get_method
 from workers.recipe import Recipe, SplitSettings
-from workers.resolving import resolve
+from workers.resolving import Alternative, alternatives, resolve
 from workers.shapes import ModelShape
-from workers.splitting import split_lines
+from workers.splitting import num_validation_rows, split_lines
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the vocabularies of today's models; used only until a dataset's tokens are counted."""
@@ -47,6 +48,14 @@ class Plan:
     """Tokens of the training rows over all epochs, after cutting."""
     is_counted: bool
     """Whether the dataset was counted in this base model's tokens; else they are guessed from characters."""
+    instead: Alternative | None = None
+    """The first of the cheaper methods that the recipe's own names, on the same rows."""
+
+    @property
+    def product_bytes(self) -> int:
+        """Size of what the run leaves: the trained weights and, in a whole model, those that were not trained."""
+        is_whole = get_method(self.recipe.method).product.is_whole_model
+        return self.estimate.adapter_bytes + (self.estimate.weights_bytes if is_whole else 0)
 
     @property
     def cut_share(self) -> float:
@@ -124,6 +133,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         DatasetError: the dataset is too small to split.
     """
     num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
+    if recipe.training.chooses_on_validation:
+        num_validation_rows(num_held_out, recipe.split)
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
     training = resolved.training
@@ -137,6 +148,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         num_cut_rows=sum(rows for bound, rows in dataset.lengths.items() if bound > training.max_length),
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
+        instead=next(iter(alternatives(recipe, shape, dataset, device.facts)), None),
     )
 
 

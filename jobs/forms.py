@@ -13,7 +13,7 @@ from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
 from jobs.models import Job
-from jobs.settings_form import Setting, SettingField, SettingManyField, form_name, make_field, settings_of, to_text
+from jobs.settings_form import SettingField, SettingManyField, form_name, make_field
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
@@ -22,6 +22,7 @@ from workers.evaluations import evaluations
 from workers.methods import Method, methods
 from workers.recipe import EvaluationSettings, Recipe, SplitSettings, TrainingSettings, problems_by_field
 from workers.resolving import RecipeProblems, read_settings
+from workers.setting import Setting, settings_of, to_text
 
 GROUPS: dict[str, tuple[str, type[BaseModelSettings]]] = {
     "training": ("Training", TrainingSettings),
@@ -179,7 +180,7 @@ class JobForm(forms.Form):
     def _all_settings(self) -> Iterator[Setting]:
         for key, (_title, model) in GROUPS.items():
             for setting in settings_of(model, key):
-                yield _with_evaluations(setting) if setting.name == "evaluation.metrics" else setting
+                yield _with_evaluations(setting)
         for method in self.methods.values():
             yield from method_settings(method)
 
@@ -297,10 +298,7 @@ class JobForm(forms.Form):
             self.section(
                 key,
                 title,
-                tuple(
-                    _with_evaluations(one) if one.name == "evaluation.metrics" else one
-                    for one in settings_of(model, key)
-                ),
+                tuple(_with_evaluations(one) for one in settings_of(model, key)),
                 values,
             )
             for key, (title, model) in GROUPS.items()
@@ -353,7 +351,12 @@ def method_settings(method: Method) -> tuple[Setting, ...]:
 
 
 def _with_evaluations(setting: Setting) -> Setting:
-    return replace(setting, choices=tuple(evaluations()))
+    """The setting, with the evaluations to choose from where it names some."""
+    if setting.name == "evaluation.metrics":
+        return replace(setting, choices=tuple(evaluations()))
+    if setting.name == "training.best_by":
+        return replace(setting, choices=tuple(evaluations()), kind="choice")
+    return setting
 
 
 def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:

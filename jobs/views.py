@@ -23,13 +23,14 @@ from jobs.forms import GOALS, GROUPS, JobForm, bound_copy, fresh_form, method_se
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
 from jobs.scheduling import QueueSnapshot, explain_wait, look_at_queue
-from jobs.settings_form import form_name, settings_of
+from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.events import PHASES
-from workers.methods import methods
+from workers.methods import get_method, methods
+from workers.setting import settings_of
 
 MAX_LISTED = 200
 """Rows of finished jobs on the page; the API has the rest."""
@@ -164,7 +165,13 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
             "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
             "trainable_percent": significant(100 * plan.estimate.trainable_share),
             "cut_percent": significant(100 * plan.cut_share, 2),
+            "product_noun": get_method(plan.recipe.method).product.noun,
         }
+        if plan.instead is not None:
+            context |= {
+                "instead_memory": showing.gibibytes(plan.instead.estimate.total_bytes),
+                "instead_percent": significant(100 * plan.instead.estimate.trainable_share),
+            }
     return context
 
 
@@ -204,7 +211,7 @@ def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     whole = max(needed.total_bytes, plan.device.facts.memory_bytes, 1)
     parts = [
         ("Base weights", needed.weights_bytes),
-        ("Adapter", needed.adapter_bytes),
+        (get_method(plan.recipe.method).product.noun.capitalize(), needed.adapter_bytes),
         ("Optimizer", needed.optimizer_bytes),
         ("Activations", needed.activations_bytes),
         ("Runtime", needed.runtime_bytes),
@@ -212,6 +219,8 @@ def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     left = 0.0
     for index, (label, num_bytes) in enumerate(parts):
+        if not num_bytes:
+            continue  # full fine-tuning has no weights of a base beside its own
         width = 100 * num_bytes / whole
         found.append(
             {
@@ -285,7 +294,15 @@ def _queue(request: TeamRequest) -> HttpResponse:
 
 def estimate_values(plan: Plan) -> dict[str, Any]:
     """A plan's estimate as JSON types, for the job's row and the API."""
-    return {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
+    values = {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
+    if plan.instead is not None:
+        other = plan.instead.estimate
+        values["instead"] = {
+            "method": plan.instead.method.name,
+            "total_bytes": other.total_bytes,
+            "num_trainable": other.num_trainable,
+        }
+    return values
 
 
 @require_POST

@@ -1,5 +1,7 @@
 """`python -m workers recipe.json --out DIR`: one training run, by hand or under a supervisor.
 
+`python -m workers describe [NAME ...]` lists the methods, or the settings of those named.
+
 Exit status: 0 with a product, 1 failed, 75 stopped because it was asked to.
 """
 
@@ -51,6 +53,9 @@ PHASE_WORDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and gives its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["describe"]:
+        return _describe(given[1:])
     options = _parse(arguments)
     control = Control()
     if options.supervised:
@@ -89,9 +94,22 @@ def main(arguments: list[str] | None = None) -> int:
     return EXIT_STOPPED if product is None else 0
 
 
+def _describe(names: list[str]) -> int:
+    from workers.describing import describe
+
+    try:
+        print(describe(names))
+    except ExplainedError as error:
+        print(f"{error.message} {error.next_step}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m workers", description="Train an adapter as a recipe says, and score it beside its base."
+        prog="python -m workers",
+        description="Train an adapter as a recipe says, and score it beside its base.",
+        epilog='"python -m workers describe" lists the methods and their settings.',
     )
     parser.add_argument("recipe", type=Path, help="recipe file (JSON); paths in it are relative to it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes checkpoints and the adapter")
@@ -259,7 +277,8 @@ class Terminal:
                 f"{_minutes(event.seconds_left)} left"
             )
         if isinstance(event, ValidationEvent):
-            return f"  held-out loss {event.loss:.4f} at step {event.step}"
+            score = f", {event.evaluation} {event.score:.4f}" if event.score is not None else ""
+            return f"  held-out loss {event.loss:.4f}{score} at step {event.step}"
         if isinstance(event, CheckpointEvent):
             return f"  checkpoint at step {event.step}: {event.folder}"
         if isinstance(event, MessageEvent):

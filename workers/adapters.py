@@ -1,4 +1,4 @@
-"""The finished adapter on disk: a folder that plain transformers and peft load, with its scores and its history.
+"""The finished product on disk: a folder that plain transformers and peft load, with its scores and its history.
 
 Weights are stored as they were trained, in float32: rounded to bfloat16 they would give other logits than those that
 were scored. Programs that serve in 16 bits round them on loading.
@@ -10,20 +10,19 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from workers.base_folders import hub_name
 from workers.errors import BaseModelError
 from workers.methods import get_method, method_of_type
 from workers.recipe import Recipe
 from workers.rendering import read_chat_template
-from workers.results import Result
+from workers.results import Provenance, Result
 
 CONFIG_FILE = "adapter_config.json"
 CHECKSUM_FILE = "SHA256SUMS"
@@ -43,21 +42,32 @@ _CORE_KEYS = frozenset(
 
 
 def save(model: Any, folder: Path, *, recipe: Recipe, hub_id: str, commit: str = "") -> None:
-    """Writes adapter_config.json and adapter_model.safetensors into `folder`, which is made when missing.
+    """Writes what the recipe's method has trained into `folder`, which is made when missing.
 
-    A method that peft does not know lays the module beside them that teaches it.
-    The configuration names the base by `hub_id`, or by the recipe's name for it, never by a path. Its `revision` is
-    the hub's commit where that is known, else null: loaders hand it to the hub, which does not know our digests.
-    Keys that only repeat peft's defaults are left out, so that older releases of peft can read it.
+    The base is named by `hub_id`, or by the recipe's name for it, never by a path. A method that peft does not know
+    lays the module beside it that teaches it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    method = get_method(recipe.method)
+    method.save(model, folder, base=hub_id or recipe.base_model.name, commit=commit)
+    if method.companion_file is not None:
+        shutil.copyfile(method.companion_file, folder / f"{method.companion_module}.py")
+
+
+def save_with_peft(model: Any, folder: Path, *, base: str, commit: str) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors.
+
+    The configuration's `revision` is the hub's commit where that is known, else null: loaders hand it to the hub,
+    which does not know our digests. Keys that only repeat peft's defaults are left out, so that older releases of
+    peft can read it.
+    """
     # Without save_embedding_layers=False peft asks the model hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # peft's card names the base by its local path.
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text("utf-8"))
-    config["base_model_name_or_path"] = hub_id or recipe.base_model.name
+    config["base_model_name_or_path"] = base
     config["revision"] = commit or None
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -68,9 +78,6 @@ def save(model: Any, folder: Path, *, recipe: Recipe, hub_id: str, commit: str =
         if key in _CORE_KEYS or key not in defaults or value != defaults[key]
     }
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
-    method = get_method(recipe.method)
-    if method.companion_file is not None:
-        shutil.copyfile(method.companion_file, folder / f"{method.companion_module}.py")
 
 
 def finish(
@@ -85,10 +92,10 @@ def finish(
     licence: str = "",
     probe_ids: Sequence[Sequence[int]] = (),
 ) -> Result:
-    """Makes `folder` the finished product: saves the adapter, proves it, writes the card, scores and checksums.
+    """Makes `folder` the finished product: saves what was trained, proves it, writes card, scores and checksums.
 
-    The proof takes the adapter off, loads the saved folder onto the bare base with plain peft and compares logits
-    with those before. Afterwards `model` can no longer be used.
+    The proof loads the saved folder as other programs do, with plain peft onto the bare base or, for a whole model,
+    with plain transformers, and compares logits with those before. Afterwards `model` can no longer be used.
 
     Args:
         template: the chat template that the rows were rendered with; kept in the folder when the base has none.
@@ -98,9 +105,10 @@ def finish(
     """
     _, commit = hub_name(base_model_folder)
     save(model, folder, recipe=recipe, hub_id=hub_id, commit=commit)
-    provenance: dict[str, Any] = {"num_adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
+    weights = folder.glob("*.safetensors")
+    provenance: dict[str, Any] = {"num_adapter_bytes": sum(path.stat().st_size for path in weights)}
     if probe_ids:
-        verified, difference = prove(model, folder, probe_ids)
+        verified, difference = prove(model, folder, probe_ids, reload=get_method(recipe.method).reload)
         provenance |= {"verified": verified, "max_logit_difference": difference}
     result = result.model_copy(update={"provenance": result.provenance.model_copy(update=provenance)})
     if read_chat_template(base_model_folder) is None:
@@ -120,30 +128,46 @@ def finish(
     return result
 
 
-def prove(model: Any, folder: Path, probe_ids: Sequence[Sequence[int]]) -> tuple[bool, float]:
-    """Whether the saved folder gives the model's logits again in plain peft, and by how much they differ at most.
-
-    Takes the adapter off `model`; the base stays usable, with the saved adapter on it.
-    """
-    before = [_logits(model, ids) for ids in probe_ids]
+def reload_with_peft(model: Any, folder: Path) -> Any:
+    """The saved adapter in plain peft, on the base that `model` was made of."""
     bare = model.unload()
     # peft refuses to load a prefix onto a base that has it switched on.
     bare.gradient_checkpointing_disable()
     bare.requires_grad_(False)
-    loaded = PeftModel.from_pretrained(bare, str(folder), is_trainable=False)
+    return PeftModel.from_pretrained(bare, str(folder), is_trainable=False)
+
+
+def prove(
+    model: Any,
+    folder: Path,
+    probe_ids: Sequence[Sequence[int]],
+    *,
+    reload: Callable[[Any, Path], Any] = reload_with_peft,
+) -> tuple[bool, float]:
+    """Whether the saved folder, reloaded, gives the model's logits again, and by how much they differ at most.
+
+    Takes the adapter off `model`; the base stays usable, with the saved adapter on it.
+    """
+    before = [_logits(model, ids) for ids in probe_ids]
+    loaded = reload(model, folder)
     # peft gives logits of virtual tokens too, before those of the prompt.
     after = [_logits(loaded, ids)[-len(one) :] for ids, one in zip(probe_ids, before, strict=True)]
     difference = max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
     largest = max(1.0, *(float(one.abs().max()) for one in before))
-    tolerance = TOLERANCES.get(bare.dtype, TOLERANCES[torch.bfloat16])
+    tolerance = TOLERANCES.get(loaded.dtype, TOLERANCES[torch.bfloat16])
     return difference <= tolerance * largest, difference
 
 
 def load(model: Any, folder: Path) -> Any:
-    """The base with the saved adapter, not trainable; raises BaseModelError when the two do not fit."""
+    """The base with the saved adapter, or the whole model that was made of it, not trainable.
+
+    Raises:
+        BaseModelError: what was saved and the base do not fit.
+    """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        method = method_of_type(config["peft_type"])
+        is_whole = not (folder / CONFIG_FILE).exists() and (folder / "config.json").exists()
+        peft_type = "" if is_whole else json.loads((folder / CONFIG_FILE).read_text("utf-8"))["peft_type"]
+        method = method_of_type(peft_type)
         if method is None:
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
         return method.load(model, folder).eval()
@@ -205,14 +229,14 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
     """README.md as model hubs read it. Every string in the front matter is JSON, which YAML contains."""
     base = hub_id or recipe.base_model.name
     method = get_method(recipe.method)
+    product = method.product
     quoted = json.dumps
-    pinned = f", revision={quoted(commit)}" if commit else ""
-    tags = [recipe.method, recipe.objective, "peft-studio", f"base_model:adapter:{base}"]
+    tags = [recipe.method, recipe.objective, "peft-studio", f"base_model:{product.relation}:{base}"]
     front = [
         "---",
         f"base_model: {quoted(base)}",
-        "base_model_relation: adapter",
-        "library_name: peft",
+        f"base_model_relation: {product.relation}",
+        f"library_name: {product.library}",
         "pipeline_tag: text-generation",
         *([f"license: {quoted(licence)}"] if licence else []),
         f"tags: {quoted(tags)}",
@@ -238,21 +262,17 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
         "",
         f"# {_one_line(recipe.name)}",
         "",
-        f"A {method.label} adapter for `{base}`, trained on {_one_line(recipe.dataset.name)} "
+        f"{product.described.format(label=method.label, base=f'`{base}`')}, trained on "
+        f"{_one_line(recipe.dataset.name)} "
         f"({result.provenance.num_train_rows} rows, {result.provenance.num_steps} steps, "
         f"{result.num_trainable} trained parameters). {method.source}.",
         "",
-        *_score_table(result),
+        *_score_table(result, product.noun),
         "## Use",
         "",
         "```python",
         *([f"import {method.companion_module}  # lies in this folder"] if method.companion_module else []),
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({quoted(base)}{pinned})",
-        'model = PeftModel.from_pretrained(base, ".")',
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted(base)})",
+        *_USE[product.library](base, commit),
         "```",
         "",
         f"Loads in: {', '.join(method.runs_in)}.",
@@ -263,20 +283,67 @@ def _card(recipe: Recipe, result: Result, hub_id: str, licence: str, commit: str
         f"batch size: {recipe.training.batch_size}; epochs: {result.provenance.epochs:.3g}",
         f"- digest of the base's files: `{result.provenance.base_revision}`",
         f"- digest of the dataset: `{result.provenance.dataset_sha256}`",
-        "- recipe, versions and device: `studio.json`; answers of base and adapter: `eval/samples.jsonl`",
+        f"- recipe, versions and device: `studio.json`; answers of base and {product.noun}: `eval/samples.jsonl`",
     ]
+    body += _choice_lines(recipe, result.provenance)
     if result.stopped_at_step is not None:
         body.append(f"- training was stopped by a person at step {result.stopped_at_step}")
     if result.provenance.verified is not None:
         outcome = "gives the same logits" if result.provenance.verified else "does NOT give the same logits"
         body.append(
-            f"- this folder, loaded in plain peft, {outcome} as in training "
+            f"- this folder, loaded in plain {product.library}, {outcome} as in training "
             f"(largest difference {result.provenance.max_logit_difference:.2g})"
         )
     return "\n".join([*front, *body]) + "\n"
 
 
-def _score_table(result: Result) -> list[str]:
+def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:
+    """What was chosen on validation rows, for the card."""
+    found = []
+    if provenance.early_stopped_at_step is not None:
+        found.append(
+            f"- early stopping ended training at step {provenance.early_stopped_at_step}, after "
+            f"{recipe.training.early_stopping_patience} validations without improvement"
+        )
+    if provenance.best_value is not None and recipe.training.keep_best == "best":
+        found.append(
+            f"- the adapter has the weights of step {provenance.adapter_step or provenance.num_steps} of "
+            f"{provenance.num_steps}, the best validated one: {provenance.best_by} {provenance.best_value:.4f}"
+        )
+    if found or provenance.num_validation_rows:
+        found.append(
+            f"- validation used {provenance.num_validation_rows} held-out rows of its own; the scores above do not"
+            " use them"
+        )
+    return found
+
+
+def _use_with_peft(base: str, commit: str) -> list[str]:
+    pinned = f", revision={json.dumps(commit)}" if commit else ""
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{pinned})",
+        'model = PeftModel.from_pretrained(base, ".")',
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
+    ]
+
+
+def _use_with_transformers(base: str, commit: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+    ]
+
+
+_USE = {"peft": _use_with_peft, "transformers": _use_with_transformers}
+"""Lines that load the folder from within, by the library that does so."""
+
+
+def _score_table(result: Result, noun: str) -> list[str]:
     if not result.scores:
         return []
     rows = [
@@ -288,7 +355,7 @@ def _score_table(result: Result) -> list[str]:
     return [
         "On held-out rows, with 95 % intervals; the difference is paired by row:",
         "",
-        "| measure | base | adapter | difference | rows |",
+        f"| measure | base | {noun} | difference | rows |",
         "| --- | --- | --- | --- | --- |",
         *rows,
         "",

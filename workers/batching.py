@@ -23,7 +23,7 @@ from workers.rendering import Renderer
 
 
 class TokenRows:
-    """Rendered rows as flat arrays on disk: 5 bytes a token, mapped into memory.
+    """Rendered rows as flat arrays on disk: 5 bytes a token, 9 in rows with weights, mapped into memory.
 
     Flat arrays with offsets, not an Arrow data set: any row is one slice, so a resumed run goes to its place at
     once, and nothing is decoded on the way. The file has no name, so a killed trainer leaves nothing behind.
@@ -34,6 +34,11 @@ class TokenRows:
         self._trained_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._ids: Any = np.zeros(0, np.int32)
         self._trained: Any = np.zeros(0, np.bool_)
+        # Rows with weights are few, so theirs lie apart: where each begins there, by row.
+        self._weights_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._weights: Any = np.zeros(0, np.float32)
+        self._weight_starts: dict[int, int] = {}
+        self._num_weights = 0
         self.starts: list[int] = [0]
         self.lines: list[int] = []
 
@@ -56,11 +61,17 @@ class TokenRows:
                 continue
             num_cut += rendered.num_cut > 0
             assert isinstance(row, Example)
-            found._append(row.line, rendered.ids, rendered.trained)
+            found._append(row.line, rendered.ids, rendered.trained, rendered.weights)
         found._close()
         return found, problems, num_cut
 
-    def _append(self, line: int, ids: Sequence[int], trained: Sequence[bool]) -> None:
+    def _append(
+        self, line: int, ids: Sequence[int], trained: Sequence[bool], weights: Sequence[float] | None = None
+    ) -> None:
+        if weights is not None:
+            self._weights_file.write(np.asarray(weights, np.float32).tobytes())
+            self._weight_starts[len(self.lines)] = self._num_weights
+            self._num_weights += len(weights)
         self._ids_file.write(np.asarray(ids, np.int32).tobytes())
         self._trained_file.write(np.asarray(trained, np.bool_).tobytes())
         self.starts.append(self.starts[-1] + len(ids))
@@ -69,9 +80,12 @@ class TokenRows:
     def _close(self) -> None:
         self._ids_file.flush()
         self._trained_file.flush()
+        self._weights_file.flush()
         if self.starts[-1]:
             self._ids = np.memmap(self._ids_file, np.int32, mode="r")
             self._trained = np.memmap(self._trained_file, np.bool_, mode="r")
+        if self._num_weights:
+            self._weights = np.memmap(self._weights_file, np.float32, mode="r")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -83,6 +97,11 @@ class TokenRows:
     def trained(self, row: int) -> np.ndarray:
         """Which tokens of a row carry loss."""
         return np.asarray(self._trained[self.starts[row] : self.starts[row + 1]])
+
+    def weights(self, row: int) -> np.ndarray | None:
+        """What each token of a row counts in the loss; None when each counts 1."""
+        start = self._weight_starts.get(row)
+        return None if start is None else np.asarray(self._weights[start : start + self.length(row)])
 
     def length(self, row: int) -> int:
         """Tokens of a row."""
@@ -144,7 +163,8 @@ class Batch:
     `positions_N` are indices into the flattened tokens whose next token carries loss, `targets_N` are those next
     tokens, `rows_N` say which row each belongs to. `position_ids` is None for padded rows, which count from 0 by
     themselves. There is no attention mask: padding stands on the right, where a causal model never looks from a real
-    token, and packed rows are told apart by position ids that restart.
+    token, and packed rows are told apart by position ids that restart. `weights_N` is what each loss counts, or None
+    where each counts 1.
     """
 
     input_ids: Tensor
@@ -153,6 +173,7 @@ class Batch:
     targets_N: Tensor  # noqa: N815
     rows_N: Tensor  # noqa: N815
     lengths: tuple[int, ...]
+    weights_N: Tensor | None = None  # noqa: N815
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +184,11 @@ class Batch:
     def num_loss_tokens(self) -> int:
         """Tokens that carry loss."""
         return int(self.targets_N.shape[0])
+
+    @property
+    def loss_weight(self) -> float:
+        """What the summed loss is divided by for a mean: the sum of weights, or the number of loss-carrying tokens."""
+        return self.num_loss_tokens if self.weights_N is None else float(self.weights_N.double().sum())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; copies to a GPU do not wait."""
@@ -179,6 +205,7 @@ class Batch:
             positions_N=move(self.positions_N),
             targets_N=move(self.targets_N),
             rows_N=move(self.rows_N),
+            weights_N=None if self.weights_N is None else move(self.weights_N),
         )
 
 
@@ -192,7 +219,8 @@ def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: in
     width = 0 if packing else max(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packing else np.arange(len(rows)) * width
     ids = np.full(sum(lengths) if packing else len(rows) * width, pad_id, np.int64)
-    positions, targets, owners = [], [], []
+    positions, targets, owners, weights = [], [], [], []
+    has_weights = any(tokens.weights(row) is not None for row in rows)
     for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
         own = tokens.ids(row)
         ids[start : start + len(own)] = own
@@ -200,6 +228,9 @@ def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: in
         positions.append(start + carrying)
         targets.append(own[carrying + 1])
         owners.append(np.full(len(carrying), index))
+        if has_weights:
+            own_weights = tokens.weights(row)
+            weights.append(np.ones(len(carrying)) if own_weights is None else own_weights[carrying + 1])
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None] if packing else None,
@@ -207,6 +238,7 @@ def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: in
         targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         rows_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
         lengths=lengths,
+        weights_N=torch.from_numpy(np.concatenate(weights).astype(np.float32)) if has_weights else None,
     )
 
 

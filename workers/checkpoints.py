@@ -14,18 +14,21 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from workers.errors import CheckpointError, ExplainedError
+from workers.stopping import Watch
 
 MANIFEST = "MANIFEST.json"
+BEST = "best.safetensors"
+REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json")
 NUM_KEPT = 2
 _NAME = re.compile(r"(\d+)-(\d+)")
 
@@ -41,7 +44,7 @@ class Position:
     """Where a run stands. `step` counts finished optimizer steps; the rest is summed over all of them.
 
     `row` is the place in the seeded stream of rows at which the next step begins; `train_seconds` is time spent in
-    steps, over all attempts.
+    steps, over all attempts; `watch` is what validations have shown.
     """
 
     step: int
@@ -52,6 +55,12 @@ class Position:
     train_seconds: float
     first_loss: float | None
     last_loss: float | None
+    watch: Watch = field(default_factory=Watch)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Position:
+        """The position that `dataclasses.asdict` made plain; raises TypeError for other fields."""
+        return cls(**(value | {"watch": Watch(**value.get("watch", {}))}))
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,12 @@ def save(
     versions: dict[str, str],
     model: Any,
     optimizer: torch.optim.Optimizer,
+    best_weights: dict[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint under `root` and removes all but the newest two.
+
+    `best_weights`, those of the best step so far, go into the checkpoint: it must not depend on files that change
+    while an older one may still be needed.
 
     Raises:
         DiskFullError: no room; what was begun is removed and the older checkpoints are untouched.
@@ -89,6 +102,8 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write_files(aside, position, model, optimizer)
+        if best_weights is not None:
+            save_file(best_weights, aside / BEST)
         _write_manifest(aside, position, recipe_sha256, versions)
         if folder.exists():  # this attempt came here before: resumed from an older one after damage
             shutil.rmtree(folder)
@@ -161,6 +176,12 @@ def restore(checkpoint: Checkpoint, *, model: Any, optimizer: torch.optim.Optimi
     np.random.set_state(("MT19937", numpy_keys, place, has_gauss, cached))
 
 
+def best_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
+    """The weights of the best step, on the CPU; None when the checkpoint keeps none."""
+    path = checkpoint.folder / BEST
+    return load_file(path) if path.is_file() else None
+
+
 def disk_error(error: OSError, what: str) -> ExplainedError:
     """An error of the file system in words; its code is disk_full when there is no room."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -220,7 +241,8 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
         raise CheckpointError(f"its {MANIFEST} cannot be read") from error
     if of_recipe != recipe_sha256:
         raise CheckpointError("it belongs to another recipe")
-    for name in ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json"):
+    has_best = BEST in listed or (folder / BEST).exists()
+    for name in (*REQUIRED, BEST) if has_best else REQUIRED:
         if name not in listed:
             raise CheckpointError(f"{name} is not in its {MANIFEST}")
         path = folder / name
@@ -231,14 +253,18 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
         if _sha256(path) != listed[name][1]:
             raise CheckpointError(f"{name} does not match its checksum")
     try:
-        position = Position(**json.loads((folder / "position.json").read_text("utf-8")))
-        with safe_open(folder / "adapter.safetensors", framework="pt") as weights:
-            found = {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        position = Position.from_dict(json.loads((folder / "position.json").read_text("utf-8")))
+        found = [_shapes(folder / name) for name in (("adapter.safetensors", BEST) if has_best else REQUIRED[:1])]
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("its files cannot be read") from error
-    if found != keys:
+    if any(shapes != keys for shapes in found):
         raise CheckpointError("its weights do not fit this adapter")
     return Checkpoint(folder, position)
+
+
+def _shapes(path: Path) -> dict[str, torch.Size]:
+    with safe_open(path, framework="pt") as weights:
+        return {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
 
 def _remove_old(root: Path, *, keep: Path) -> None:

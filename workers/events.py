@@ -67,12 +67,17 @@ class StepEvent(_Event):
 
 
 class ValidationEvent(_Event):
-    """Loss on the held-out rows at a step, in nats per token."""
+    """Loss on the held-out rows at a step, in nats per token.
+
+    `score` is that of `evaluation`, where the run chooses by another measure; None when no row could be used.
+    """
 
     type: Literal["validation"] = "validation"
     step: int
     loss: float
     num_tokens: int
+    evaluation: str = ""
+    score: float | None = None
 
 
 class CheckpointEvent(_Event):

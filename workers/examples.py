@@ -11,11 +11,15 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train` overrides whether an assistant's turn carries loss; None leaves it to the recipe."""
+    """One turn. `train` overrides whether an assistant's turn carries loss; None leaves it to the recipe.
+
+    `weight`, above 0, is what each of its tokens counts in the training loss; a turn of weight 0 has train False.
+    """
 
     role: Role
     content: str
     train: bool | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

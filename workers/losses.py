@@ -6,6 +6,7 @@ positions that are needed. Letters of shapes: B rows, T tokens, N loss-carrying 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +24,13 @@ _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def summed_cross_entropy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in nats over the batch's loss-carrying tokens and their number, both on the device."""
+    """Summed cross-entropy in nats over the batch's loss-carrying tokens and their number, both on the device.
+
+    With weights, the sum of weight times cross-entropy, and the sum of weights.
+    """
     losses_N = token_losses(model, batch)
+    if batch.weights_N is not None:
+        return (losses_N * batch.weights_N).sum(), batch.weights_N.sum()
     return losses_N.sum(), torch.tensor(batch.num_loss_tokens, device=losses_N.device)
 
 
@@ -48,7 +54,8 @@ def token_losses(model: Any, batch: Batch) -> Tensor:
     with _Gathering(head, batch.positions_N, keep=True) as gathered:
         model(**inputs)
     assert gathered.hidden_NH is not None
-    return _chunked(head, gathered.hidden_NH, batch.targets_N, _width(head, model))
+    with _autocast(model):
+        return _chunked(head, gathered.hidden_NH, batch.targets_N, _width(head, model))
 
 
 def head_is_plain(model: Any) -> bool:
@@ -81,6 +88,12 @@ def head_is_plain(model: Any) -> bool:
         expected = known.to(logits_BTV.dtype).expand_as(logits_BTV) if logits_BTV.shape[-1] == width else None
         _is_plain[head] = bool(seen) and expected is not None and torch.equal(logits_BTV, expected)
     return _is_plain[head]
+
+
+def _autocast(model: Any) -> AbstractContextManager[None]:
+    """The mixed precision that the model's own forward has, for the output layer that runs outside of it."""
+    found: AbstractContextManager[None] = model.autocast() if hasattr(model, "autocast") else nullcontext()
+    return found
 
 
 def _output_layer(model: Any) -> nn.Module | None:

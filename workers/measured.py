@@ -34,7 +34,8 @@ class Figure(_Part):
 
 
 class MeasuredMethod(_Part):
-    """One method with its default settings. Memory in bytes, speed in real tokens per second of training."""
+    """One method with its default settings. Memory in bytes; speed in real tokens per second of
+    training with nothing beside it, None where that was not measured."""
 
     method: str
     label: str
@@ -42,7 +43,7 @@ class MeasuredMethod(_Part):
     num_trainable: int
     adapter_bytes: int
     peak_memory_bytes: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     precision: str
     learning_rate: float
     loss: Figure

@@ -106,6 +106,7 @@ class Estimate:
     """What a run will need. Bytes at the peak of training; seconds from loading the base to the last score.
 
     `optimizer_bytes` holds the gradients and both moments of AdamW, `adapter_bytes` the trained weights in float32.
+    `weights_bytes` are those that are not trained: of the base that full fine-tuning trains, none.
     """
 
     weights_bytes: int
@@ -121,6 +122,11 @@ class Estimate:
     seconds_high: float
     verdict: Literal["fits", "tight", "too_large"]
     advice: list[str]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size on disk of one checkpoint: the trained weights and both moments."""
+        return 12 * self.num_trainable
 
 
 def cpu_has_fast_bfloat16() -> bool:
@@ -151,6 +157,9 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     micro_batch = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
     micro_batch = min(micro_batch, training.batch_size)
     compute_bytes = compute_bytes_of(precision, device)
+    is_whole = method.product.is_whole_model
+    training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
+    training_bytes = compute_bytes_of(training_precision, device)
 
     num_held_out = min(recipe.split.max_held_out, round(dataset.num_rows * recipe.split.held_out_share))
     num_train = max(1, dataset.num_rows - num_held_out)
@@ -160,22 +169,33 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     weights = weights_bytes(shape, precision, compute_bytes)
     adapter = 4 * num_trainable
     optimizer = 12 * num_trainable
+    if is_whole:
+        weights -= compute_bytes * num_trainable  # counted as the trained weights
+    checkpointing = training.gradient_checkpointing is True
     activations = activations_bytes(
         settings,
         shape,
         adapted_features=method.adapted_features(settings, shape),
         tokens=micro_batch * dataset.longest_after_cut(training.max_length),
-        compute_bytes=compute_bytes,
-        checkpointing=training.gradient_checkpointing is True,
+        compute_bytes=training_bytes,
+        checkpointing=checkpointing,
         device_kind=device.kind,
+        weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
     )
+    if training_bytes < compute_bytes:
+        # The backward pass multiplies by the same 16-bit copies of the weights as the forward pass.
+        activations += training_bytes * num_linear_parameters(shape) // (shape.num_layers if checkpointing else 1)
     runtime = CPU_BASELINE_BYTES if device.kind == "cpu" else CUDA_BASELINE_BYTES
     total = weights + adapter + optimizer + activations + runtime
     share = total / device.memory_bytes if device.memory_bytes else math.inf
     verdict: Literal["fits", "tight", "too_large"] = (
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
     )
-    seconds = _seconds(recipe, shape, dataset, device, precision, num_steps, num_held_out, micro_batch, num_trainable)
+    seconds = _seconds(
+        recipe, shape, dataset, device, precision, training_precision, num_steps, num_held_out, micro_batch,
+        num_trainable, is_whole=is_whole,
+    )  # fmt: skip
+    fixed = adapter + optimizer if is_whole else weights
     return Estimate(
         weights_bytes=weights,
         adapter_bytes=adapter,
@@ -189,7 +209,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         seconds_low=seconds * 0.6,
         seconds_high=seconds * 1.8,
         verdict=verdict,
-        advice=_advice(verdict, recipe, micro_batch, weights, activations, total, device),
+        advice=_advice(verdict, recipe, micro_batch, fixed, activations, total, device),
     )
 
 
@@ -226,6 +246,7 @@ def activations_bytes(
     compute_bytes: int,
     checkpointing: bool,
     device_kind: Literal["cuda", "cpu"],
+    weight_inputs_bytes: int = 0,
 ) -> int:
     """What the backward pass keeps for `tokens` tokens of one micro-batch, and the logits of one chunk of the loss.
 
@@ -235,6 +256,7 @@ def activations_bytes(
         gate, its activation, and the up projection                                3 x intermediate
         inputs of adapters, once as they are and once dropped out, in float32      2 x inputs of the targeted layers
         what other adapters keep, in float32                                       adapted_features
+        inputs of trained layers that are not counted above                        weight_inputs_bytes
     With checkpointing each layer keeps its input alone, and one layer at a time everything.
     """
     per_token = (
@@ -244,13 +266,24 @@ def activations_bytes(
         + 3 * shape.intermediate_size
     ) * compute_bytes
     adapted_inputs = _adapted_inputs(settings, shape)
-    per_token += (2 * adapted_inputs + adapted_features) * 4
+    per_token += (2 * adapted_inputs + adapted_features) * 4 + weight_inputs_bytes
     if checkpointing:
         blocks = tokens * (shape.num_layers * shape.hidden_size * compute_bytes + per_token)
     else:
         blocks = tokens * shape.num_layers * per_token
     logits = min(tokens * shape.vocabulary_size * 4 * 3, LOGIT_BYTES[device_kind])
     return round((blocks + logits) * (1 + FRAGMENTATION))
+
+
+def weight_inputs_bytes(shape: ModelShape, training_bytes: int) -> int:
+    """Bytes per token and layer that are kept because the layers' own weights are trained.
+
+    In float32 these are the inputs of the down projection; the others are the norms' outputs and the attention's,
+    which are kept anyway. In mixed precision each layer keeps its own input in 16 bits.
+    """
+    if training_bytes == 4:
+        return 4 * shape.intermediate_size
+    return training_bytes * sum(linear.in_features for linear in shape.linears)
 
 
 def _adapted_inputs(settings: object, shape: ModelShape) -> int:
@@ -267,10 +300,13 @@ def _seconds(
     dataset: DatasetFacts,
     device: DeviceFacts,
     precision: Precision,
+    training_precision: Precision,
     num_steps: int,
     num_held_out: int,
     micro_batch: int,
     num_trainable: int,
+    *,
+    is_whole: bool,
 ) -> float:
     """Expected seconds from loading to the last score."""
     training = recipe.training
@@ -281,8 +317,9 @@ def _seconds(
     attention = 2 * mean * shape.num_heads * shape.head_size * shape.num_layers  # multiply-adds, causal half
     # A frozen layer has a forward product and one for the gradient of its input, none for its weights.
     passes = 3 if training.gradient_checkpointing is True else 2
-    per_token = 2 * passes * shape.num_parameters + 6 * num_trainable + 3 * 2 * attention
-    train = rows * padded * per_token / rate
+    # An adapter has all three beside it; a weight of the base that is trained has one more.
+    per_token = 2 * passes * shape.num_parameters + (2 if is_whole else 6) * num_trainable + 3 * 2 * attention
+    train = rows * padded * per_token / flops_per_second(device, training_precision)
     num_micro = num_steps * math.ceil(training.batch_size / micro_batch)
     if device.kind == "cuda":
         train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
@@ -340,6 +377,9 @@ def _advice(
             found.append("Hold the base in nf4: a quarter of its memory in bfloat16.")
         elif recipe.method == "lora":
             found.append("Choose QLoRA: it holds the base in 4 bits.")
+        elif get_method(recipe.method).cheaper:
+            labels = [get_method(name).label for name in get_method(recipe.method).cheaper]
+            found.append(f"Choose {' or '.join(labels)}.")
     elif weights > activations:
         found.append("Choose a smaller base model.")
     return found

@@ -43,10 +43,44 @@ class SplitSettings(_Part):
     """Which rows are held out. The same seed and dataset always hold out the same rows."""
 
     held_out_share: float = Field(
-        0.1, gt=0, lt=1, title="Held-out share", description="Part of the rows kept from training."
+        0.1,
+        gt=0,
+        lt=1,
+        title="Held-out share",
+        description="Part of the rows kept from training. Too low: wide intervals around every score. Too high: rows "
+        "to learn from are missing.",
+        json_schema_extra={"source": "usual practice: a tenth for measuring"},
     )
-    max_held_out: int = Field(200, ge=2, le=100_000, title="Held-out rows at most", json_schema_extra={"unit": "rows"})
-    seed: int = Field(17, ge=0, le=2**31 - 1, title="Split seed")
+    max_held_out: int = Field(
+        200,
+        ge=2,
+        le=100_000,
+        title="Held-out rows at most",
+        description="Every held-out row is read by base and adapter. Too few: wide intervals. Too many: scoring takes "
+        "longer than training.",
+        json_schema_extra={
+            "unit": "rows",
+            "source": "arithmetic: the 95 % interval of a share measured on 200 rows is at most 0.07 to either side",
+        },
+    )
+    validation_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        title="Validation share",
+        description="Part of the held-out rows that early stopping and keeping the best step choose on; the final "
+        "scores use the rest, because the rows that chose would flatter. Counts only with one of the two. Too low: "
+        "the choice is noise. Too high: wide intervals around the final scores.",
+        json_schema_extra={"source": "even halves: neither the choice nor the scores come first"},
+    )
+    seed: int = Field(
+        17,
+        ge=0,
+        le=2**31 - 1,
+        title="Split seed",
+        description="Another number holds out other rows. Keep it to compare runs on the same rows.",
+        json_schema_extra={"source": "any number; fixed, so that runs share their held-out rows"},
+    )
 
 
 class TrainingSettings(_Part):
@@ -60,83 +94,269 @@ class TrainingSettings(_Part):
         json_schema_extra={"source": "the method's own default"},
     )
     epochs: float = Field(
-        1.0, gt=0, le=100, title="Epochs", description="Passes over the training rows. More than 3 often memorises."
+        1.0,
+        gt=0,
+        le=100,
+        title="Epochs",
+        description="Passes over the training rows. Too low: little is learned. Too high: rows are memorised, often "
+        "from the fourth pass on, and the held-out loss rises.",
+        json_schema_extra={
+            "unit": "passes",
+            "source": "InstructGPT (Ouyang et al. 2022), section 3.5: overfit after 1",
+        },
     )
     max_steps: int | None = Field(
         None,
         ge=1,
         le=10_000_000,
         title="Stop after",
-        description="Optimizer steps at most; empty for as many as the epochs need.",
-        json_schema_extra={"unit": "steps"},
+        description="Optimizer steps at most; empty for as many as the epochs need. The schedule ends with them.",
+        json_schema_extra={"unit": "steps", "source": "empty: the epochs decide"},
     )
     batch_size: int = Field(
         8,
         ge=1,
         le=4096,
         title="Batch size",
-        description="Rows per optimizer step, whatever fits in memory at once.",
-        json_schema_extra={"unit": "rows"},
+        description="Rows per optimizer step, whatever fits in memory at once. Too low: noisy steps. Too high: few "
+        "steps, so a small dataset is hardly learned.",
+        json_schema_extra={
+            "unit": "rows",
+            "source": "small datasets need many steps; QLoRA (2023), appendix B, uses 16",
+        },
     )
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | Auto = Field(
         "auto",
         title="Micro-batch",
-        description="Rows in memory at once. Changes memory and speed, not what is learned.",
-        json_schema_extra={"unit": "rows"},
+        description="Rows in memory at once. Changes memory and speed, not what is learned. Too high: memory runs "
+        "out. Too low: the device waits.",
+        json_schema_extra={"unit": "rows", "source": "the largest that the memory estimate allows"},
     )
     max_length: int = Field(
         1024,
         ge=16,
         le=1_048_576,
         title="Maximum length",
-        description="Longer rows are cut at this many tokens; the dataset page counts how many.",
-        json_schema_extra={"unit": "tokens"},
+        description="Longer rows are cut at this many tokens; the dataset page counts how many. Too low: answers lose "
+        "their ends. Too high: one long row takes all the memory.",
+        json_schema_extra={"unit": "tokens", "source": "rows of instruction datasets are rarely longer"},
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", title="Schedule", description="How the learning rate falls after the warm-up."
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
+        "cosine",
+        title="Schedule",
+        description="How the learning rate goes on after the warm-up: down along half a cosine, down in a line, never "
+        "down, or, with warmup stable decay, level until a line down at the very end. Falling rates settle better; "
+        "a level one leaves room to train on.",
+        json_schema_extra={"source": "Loshchilov and Hutter 2017 (SGDR); Hu et al. 2024 (MiniCPM) for the last"},
     )
     warmup_share: float = Field(
         0.03,
         ge=0,
         le=0.5,
         title="Warm-up",
-        description="Share of the steps over which the learning rate rises from 0.",
-        json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B"},
+        description="Share of the steps over which the learning rate rises from 0. Too low: the first steps may "
+        "diverge. Too high: steps are wasted at a low rate.",
+        json_schema_extra={"unit": "share of steps", "source": "QLoRA (Dettmers et al. 2023), appendix B"},
     )
-    weight_decay: float = Field(0.0, ge=0, le=1, title="Weight decay")
+    decay_share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        title="Decay",
+        description="Share of the steps at the end over which warmup stable decay lets the learning rate fall. Too "
+        "low: the loss stays high. Too high: it becomes the linear schedule.",
+        json_schema_extra={
+            "unit": "share of steps",
+            "source": "Hu et al. 2024 (MiniCPM), section 4: a tenth is enough, a fortieth is not",
+        },
+    )
+    min_learning_rate_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        title="Lowest learning rate",
+        description="Share of the learning rate at which falling schedules end. 0 lets the last steps settle. Too "
+        "high: the loss keeps jittering; 1 is a constant rate.",
+        json_schema_extra={
+            "unit": "share of the peak",
+            "source": "Loshchilov and Hutter 2017 (SGDR): a lowest rate of 0",
+        },
+    )
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        title="Weight decay",
+        description="Share of each trained weight, times the learning rate, that every step takes away. Too high: the "
+        "adapter is pulled back to nothing. 0 is usual for adapters.",
+        json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), the authors' scripts: 0"},
+    )
     max_grad_norm: float = Field(
-        1.0, gt=0, le=1000, title="Gradient clipping", description="Largest norm of a step's gradient."
+        1.0,
+        gt=0,
+        le=1000,
+        title="Gradient clipping",
+        description="Largest norm of a step's gradient; larger ones are scaled down. Too low: every step is cut short. "
+        "Too high: one odd batch can ruin the adapter. QLoRA's authors use 0.3.",
+        json_schema_extra={"source": "Touvron et al. 2023 (LLaMA), section 2.3"},
+    )
+    adam_beta1: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        title="AdamW beta 1",
+        description="How much of the average gradient the next step keeps. Too low: noisy steps. Too high: the "
+        "direction lags behind.",
+        json_schema_extra={"source": "Kingma and Ba 2015 (Adam), algorithm 1"},
+    )
+    adam_beta2: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        title="AdamW beta 2",
+        description="How much of the average squared gradient the next step keeps. Too low: the step size jumps. Too "
+        "high: it adapts late; long runs of large batches use 0.95.",
+        json_schema_extra={"source": "Kingma and Ba 2015 (Adam), algorithm 1; QLoRA (2023), appendix B"},
+    )
+    adam_epsilon: float = Field(
+        1e-8,
+        gt=0,
+        le=1,
+        title="AdamW epsilon",
+        description="Added to the root of the average squared gradient before dividing by it. Too low: division by "
+        "nearly nothing. Too high: small gradients stop counting.",
+        json_schema_extra={"source": "Kingma and Ba 2015 (Adam), algorithm 1"},
+    )
+    neftune_alpha: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        title="Embedding noise (NEFTune)",
+        description="Strength of the random noise on the input embeddings while training; 0 is off. It keeps answers "
+        "from copying the training rows. Too high: rows become unreadable; the paper tries 5, 10 and 15.",
+        json_schema_extra={"source": "off: a plain run first; Jain et al. 2023 (NEFTune) for 5 to 15"},
     )
     packing: bool | Auto = Field(
-        "auto", title="Packing", description="Several rows share one sequence without seeing each other: less padding."
+        "auto",
+        title="Packing",
+        description="Several rows share one sequence without seeing each other: less padding.",
+        json_schema_extra={"source": "on for rows of uneven length on a GPU; a CPU is faster without"},
     )
     gradient_checkpointing: bool | Auto = Field(
         "auto",
         title="Gradient checkpointing",
-        description="Recompute activations instead of keeping them: less memory, slower.",
+        description="Recompute activations instead of keeping them: less memory, about a third slower.",
+        json_schema_extra={"source": "on only when the memory estimate needs it; Chen et al. 2016"},
     )
     loss_on: Literal["assistant", "all"] = Field(
-        "assistant", title="Loss on", description="Learn only the assistant's turns, or every token."
+        "assistant",
+        title="Loss on",
+        description="Learn only the assistant's turns, or every token. All tokens also teach how people ask, which a "
+        "chat rarely needs.",
+        json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B: targets alone score higher"},
+    )
+    validate_every_steps: Annotated[int, Field(ge=0, le=1_000_000)] | Auto = Field(
+        "auto",
+        title="Validate every",
+        description="Steps between two looks at the held-out rows; 0 looks only after training. Too low: looking takes "
+        "longer than training. Too high: the best step goes by unseen.",
+        json_schema_extra={
+            "unit": "steps",
+            "source": "auto: at most 3 looks within a tenth of the training time; 10 looks when they choose",
+        },
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        title="Early stopping",
+        description="Validations in a row without improvement after which training ends; empty for never. Too low: "
+        "one unlucky validation ends it. Too high: steps are wasted. Some held-out rows are set aside for it.",
+        json_schema_extra={"unit": "validations", "source": "empty: the planned steps are taken"},
+    )
+    early_stopping_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        title="Least improvement",
+        description="What a validation must improve by to count for early stopping, in nats per token, or in the unit "
+        "of the score that chooses. Too high: slow progress counts as none.",
+        json_schema_extra={"unit": "nats/token", "source": "any improvement counts"},
+    )
+    keep_best: Literal["last", "best"] = Field(
+        "last",
+        title="Adapter of",
+        description="The last step, or the best validated one. The best helps when the held-out loss rises again; some "
+        "held-out rows are set aside to find it.",
+        json_schema_extra={"source": "last: nothing chooses, so every held-out row can score"},
+    )
+    best_by: str = Field(
+        "loss",
+        max_length=64,
+        title="Best by",
+        description="What early stopping and the best step are judged by: the held-out loss, or another measure. "
+        "Measures of answers need many rows and much time to tell steps apart.",
+        json_schema_extra={"source": "the loss uses every token, so it tells steps apart with the fewest rows"},
+    )
+    num_validated_answers: int = Field(
+        8,
+        ge=1,
+        le=1000,
+        title="Answers per validation",
+        description="Validation rows that the model answers each time when a measure of answers chooses. Too few: the "
+        "choice is noise. Too many: validations take longer than training.",
+        json_schema_extra={"unit": "rows", "source": "a batch of answers, which costs about one long answer's time"},
     )
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
-        "auto", title="Checkpoint every", json_schema_extra={"unit": "steps"}
+        "auto",
+        title="Checkpoint every",
+        description="Steps between two states on disk that a run can go on from. Too low: time goes into writing. Too "
+        "high: an interruption costs many steps.",
+        json_schema_extra={"unit": "steps", "source": "a tenth of the run, 200 steps at most"},
     )
-    seed: int = Field(17, ge=0, le=2**31 - 1, title="Seed")
+    seed: int = Field(
+        17,
+        ge=0,
+        le=2**31 - 1,
+        title="Seed",
+        description="Decides the adapter's first values, the order of rows, dropout and noise. The same seed on the "
+        "same device gives the same adapter.",
+        json_schema_extra={"source": "any number; fixed, so that runs can be repeated"},
+    )
+
+    @property
+    def chooses_on_validation(self) -> bool:
+        """Whether validations decide when training ends or which step becomes the adapter."""
+        return self.early_stopping_patience is not None or self.keep_best == "best"
 
 
 class EvaluationSettings(_Part):
     """What is measured on the held-out rows, for the untouched base and for the adapter alike."""
 
-    metrics: tuple[str, ...] = Field(("loss", "token_f1"), title="Metrics")
+    metrics: tuple[str, ...] = Field(
+        ("loss", "token_f1"),
+        title="Metrics",
+        description="Figures of merit, each with its interval for base and adapter.",
+        json_schema_extra={"source": "the loss for every row, and words in common for the answers"},
+    )
     num_generated: int = Field(
         32,
         ge=0,
         le=10_000,
         title="Answers to generate",
-        description="Held-out rows that both models answer; metrics on answers use these.",
-        json_schema_extra={"unit": "rows"},
+        description="Held-out rows that both models answer; metrics on answers use these. Too few: wide intervals. Too "
+        "many: writing takes longer than training.",
+        json_schema_extra={"unit": "rows", "source": "two batches of answers on a GPU"},
     )
-    max_new_tokens: int = Field(128, ge=1, le=8192, title="Answer length", json_schema_extra={"unit": "tokens"})
+    max_new_tokens: int = Field(
+        128,
+        ge=1,
+        le=8192,
+        title="Answer length",
+        description="Tokens after which an answer is cut off. Too low: right answers lose their ends. Too high: a "
+        "model that never stops takes long.",
+        json_schema_extra={"unit": "tokens", "source": "about a hundred words; raise it for longer answers"},
+    )
 
 
 class Recipe(_Part):
@@ -149,7 +369,10 @@ class Recipe(_Part):
     method: str = Field("lora", title="Method")
     settings: dict[str, Any] = Field(default_factory=dict, description="The method's own settings.")
     precision: Precision | Auto = Field(
-        "auto", title="Precision of the base", description="How the frozen base is held in memory while training."
+        "auto",
+        title="Precision of the base",
+        description="How the frozen base is held in memory while training.",
+        json_schema_extra={"source": "the method's first on a GPU; on a CPU what it computes in hardware"},
     )
     objective: str = Field("sft", title="Objective")
     training: TrainingSettings = TrainingSettings()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,8 @@ class Rendered:
 
     `ids`, `trained` and `offsets` have one entry per token that is left after cutting; `trained` says whether the
     token carries loss; `offsets` are character ranges in `text`, which is not cut. `num_cut` counts tokens removed
-    from the right. `problem` is set when the row cannot be used for training.
+    from the right. `problem` is set when the row cannot be used for training. `weights` says what each token counts
+    in the training loss, and is None where each counts 1; evaluation does not use it.
     """
 
     ids: list[int]
@@ -66,6 +67,7 @@ class Rendered:
     num_cut: int
     offsets: list[tuple[int, int]]
     problem: Problem | None = field(default=None, compare=False)
+    weights: list[float] | None = None
 
     @property
     def num_trained(self) -> int:
@@ -235,6 +237,7 @@ class Renderer:
             text=text,
             num_cut=max(0, len(ids) - self.max_length),
             offsets=offsets[: self.max_length],
+            weights=self._weights(example, text, as_text, blocks, offsets[: self.max_length]),
         )
         if rendered.num_trained:
             return rendered
@@ -248,7 +251,7 @@ class Renderer:
             message = "No turn of the row is marked for training, so there is nothing to learn."
             fix = "Train at least one assistant turn, or remove the row."
         problem = Problem(rule="no_trainable_tokens", message=message, fix=fix, line=example.line)
-        return Rendered(rendered.ids, rendered.trained, text, rendered.num_cut, rendered.offsets, problem)
+        return replace(rendered, problem=problem)
 
     def try_render(self, example: Example) -> Rendered | Problem:
         """The example rendered, or why it cannot be trained on."""
@@ -384,14 +387,48 @@ class Renderer:
             wanted = [index for index in turns if example.messages[index].train is False]
         else:
             wanted = [index for index in turns if example.messages[index].train is not False]
-        if not wanted:
-            return []
+        if self._has_generation_tag and len(wanted) == len(turns) != len(blocks) and blocks:
+            return blocks
+        return self._spans_of(example, wanted, text, as_text, blocks)
+
+    def _spans_of(
+        self,
+        example: Example,
+        wanted: list[int],
+        text: str,
+        as_text: list[tuple[int, int]],
+        blocks: list[tuple[int, int]],
+    ) -> list[tuple[int, int]]:
+        """Where each of the wanted assistant turns stands in the rendered text."""
+        turns = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
         if self._has_generation_tag and len(blocks) == len(turns):
             chosen = dict(zip(turns, blocks, strict=True))
             return [chosen[index] for index in wanted]
-        if self._has_generation_tag and len(wanted) == len(turns) and blocks:
-            return blocks
         return [self._turn_span(example, index, text, as_text) for index in wanted]
+
+    def _weights(
+        self,
+        example: Example,
+        text: str,
+        as_text: list[tuple[int, int]],
+        blocks: list[tuple[int, int]],
+        offsets: list[tuple[int, int]],
+    ) -> list[float] | None:
+        """What each token counts in the training loss; None when no learned turn has a weight of its own."""
+        weighted = [
+            index
+            for index, message in enumerate(example.messages)
+            if message.role == "assistant" and message.train is not False and message.weight != 1.0
+        ]
+        if not weighted:
+            return None
+        found = [1.0] * len(offsets)
+        spans = self._spans_of(example, weighted, text, as_text, blocks)
+        for index, span in zip(weighted, spans, strict=True):
+            for token, offset in enumerate(offsets):
+                if _overlaps(offset, [span]):
+                    found[token] = example.messages[index].weight
+        return found
 
     def _turn_span(self, example: Example, index: int, text: str, as_text: list[tuple[int, int]]) -> tuple[int, int]:
         """Where an assistant's turn stands in the rendered text, its end-of-turn token included."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from workers.errors import RecipeError
-from workers.evaluations import get_evaluation
-from workers.memory import TIGHT_SHARE, DatasetFacts, DeviceFacts, estimate
+from workers.evaluations import evaluations, get_evaluation
+from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
 from workers.recipe import Precision, Recipe, problems_by_field
@@ -23,6 +25,10 @@ UNEVEN = 1.25
 """Longest row over mean row from which padding wastes more than packing costs."""
 CHECKPOINTS_PER_RUN = 10
 MAX_STEPS_BETWEEN_CHECKPOINTS = 200
+MAX_VALIDATIONS = 3
+"""Validations between the first and the last step that only show how it goes; each reads the held-out rows."""
+CHOOSING_VALIDATIONS = 10
+"""Validations of a run in which they choose: with fewer the best step is likely to lie between two."""
 
 
 class RecipeProblems(RecipeError):  # noqa: N818 - it holds several
@@ -43,6 +49,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
 
     Raises:
         RecipeProblems: unknown plug-ins or settings, values out of bounds, combinations that cannot work; all at once.
+            Or the run cannot fit the device's memory, and its method says that it must.
     """
     problems: dict[str, str] = {}
 
@@ -59,6 +66,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
     attempt(lambda: get_objective(recipe.objective))
     for name in recipe.evaluation.metrics:
         attempt(partial(get_evaluation, name))
+    problems |= _choosing_problems(recipe)
     settings: MethodSettings | None = None
     if method is not None:
         settings = attempt(lambda: read_settings(method, recipe.settings))
@@ -93,10 +101,16 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
         }
     )
     chosen = _fit_memory(chosen, method, shape, dataset, device, longest)
+    needed = estimate(chosen, shape, dataset, device)
+    if method.must_fit and device.memory_bytes and needed.verdict == "too_large":
+        others = alternatives(recipe, shape, dataset, device)
+        raise RecipeProblems({"method": _too_large(method, needed, others, device)})
+    num_steps = needed.num_steps
     if training.checkpoint_every_steps == "auto":
-        num_steps = estimate(chosen, shape, dataset, device).num_steps
         every = min(MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, num_steps // CHECKPOINTS_PER_RUN))
         chosen = _with_training(chosen, checkpoint_every_steps=every)
+    if training.validate_every_steps == "auto":
+        chosen = _with_training(chosen, validate_every_steps=_validation_interval(recipe, num_steps, dataset.num_rows))
     return chosen
 
 
@@ -145,6 +159,34 @@ def _length_problems(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, n
     return {}
 
 
+def _choosing_problems(recipe: Recipe) -> dict[str, str]:
+    """Early stopping and best-step selection that have nothing to go by."""
+    training = recipe.training
+    found: dict[str, str] = {}
+    if training.best_by not in evaluations():
+        found["training.best_by"] = (
+            f'There is no evaluation "{training.best_by}". Choose among {", ".join(evaluations())}.'
+        )
+    if training.early_stopping_patience is not None and training.validate_every_steps == 0:
+        found["training.validate_every_steps"] = (
+            "Early stopping goes by validations, and there are none during training. Set the steps between two of "
+            'them, or leave it on "auto".'
+        )
+    return found
+
+
+def _validation_interval(recipe: Recipe, num_steps: int, num_rows: int) -> int:
+    """Steps between two validations; 0 for none before the end."""
+    training = recipe.training
+    if training.chooses_on_validation:
+        return max(1, num_steps // CHOOSING_VALIDATIONS)
+    num_held_out = min(round(num_rows * recipe.split.held_out_share), recipe.split.max_held_out)
+    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * max(1, num_rows - num_held_out)))
+    # A row costs a third forward of what it costs to train: validations take a tenth of the training at most.
+    count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_held_out)))
+    return math.ceil(num_steps / (count + 1)) if count else 0
+
+
 def _fit_memory(
     recipe: Recipe, method: Method, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts, longest: int
 ) -> Recipe:
@@ -166,6 +208,48 @@ def _fit_memory(
                 return tried
     # Nothing fits: the smallest, whose estimate says so and what to do.
     return _with_training(recipe, micro_batch_size=sizes[-1], gradient_checkpointing=choices[-1])
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A cheaper method on the same rows: its recipe without any "auto", and what that will need."""
+
+    method: Method
+    recipe: Recipe
+    estimate: Estimate
+
+
+def alternatives(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> list[Alternative]:
+    """What the methods that a recipe's own names as cheaper would need instead, at their own default settings."""
+    found = []
+    for name in get_method(recipe.method).cheaper:
+        other = _with_training(recipe, learning_rate="auto").model_copy(
+            update={"method": name, "settings": {}, "precision": "auto"}
+        )
+        try:
+            resolved = resolve(other, shape, dataset, device)
+        except RecipeProblems:
+            continue  # this base or these rows are not for that method: then it is no alternative
+        found.append(Alternative(get_method(name), resolved, estimate(resolved, shape, dataset, device)))
+    return found
+
+
+def _too_large(method: Method, needed: Estimate, others: list[Alternative], device: DeviceFacts) -> str:
+    """Why a run that must fit is refused, and the nearest method that fits."""
+    what = "the card" if device.kind == "cuda" else "this machine"
+    found = (
+        f"{method.label} of this base needs about {needed.total_bytes / GIB:.1f} GiB, and {what} has "
+        f"{device.memory_bytes / GIB:.1f} GiB."
+    )
+    fitting = next((other for other in others if other.estimate.verdict != "too_large"), None)
+    if fitting is None:
+        less = "".join(f" {one.method.label} needs {one.estimate.total_bytes / GIB:.1f} GiB." for one in others)
+        return f"{found}{less} Choose a smaller base model."
+    other = fitting.estimate
+    return (
+        f"{found} Choose {fitting.method.label}, which needs about {other.total_bytes / GIB:.1f} GiB and trains "
+        f"{other.num_trainable:,} parameters ({100 * other.trainable_share:.2g} %), or a smaller base model."
+    )
 
 
 def _halves(number: int) -> list[int]:

@@ -84,12 +84,21 @@ class Provenance(_Part):
     num_steps: int = 0
     epochs: float = 0.0
     num_train_rows: int = 0
-    num_held_out_rows: int = 0
+    num_held_out_rows: int = Field(0, description="Held-out rows that the scores are from.")
+    num_validation_rows: int = Field(
+        0, description="Further held-out rows, on which early stopping and the best step were chosen."
+    )
+    best_by: str = Field("", description="What chose: the name of an evaluation; empty when nothing was chosen.")
+    best_value: float | None = Field(None, description="Its value on the validation rows at the best step.")
+    adapter_step: int | None = Field(None, description="Step whose weights the adapter has, when not the last.")
+    early_stopped_at_step: int | None = Field(None, description="Step after which early stopping ended training.")
     dataset_sha256: str = ""
     base_revision: str = ""
     recipe_sha256: str = ""
     num_adapter_bytes: int = 0
-    verified: bool | None = Field(None, description="The saved folder was reloaded in plain peft and compared.")
+    verified: bool | None = Field(
+        None, description="The saved folder was reloaded without the studio's code and compared."
+    )
     max_logit_difference: float | None = Field(
         None, description="Largest absolute difference of logits between training and the reloaded folder."
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workers.batching import Batch
-from workers.evaluations import RowValue, ScoredRow, get_evaluation
+from workers.evaluations import Evaluation, RowValue, ScoredRow, get_evaluation
 from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
@@ -45,7 +45,8 @@ def score_rows(
         should_stop: asked between batches; anything but None ends early with the rows scored so far.
 
     The model is put into eval mode and back into the mode it was in. Rows with no loss-carrying token after
-    cutting have num_tokens 0.
+    cutting have num_tokens 0. Turns of weight 0 are not counted; other weights are for training only, so that a
+    score means the same on every dataset.
     """
     was_training = model.training
     model.eval()
@@ -244,6 +245,13 @@ def prompt_text(example: Example) -> str:
     if len(before) == 1:
         return before[0].content
     return "\n\n".join(f"{message.role}: {message.content}" for message in before)
+
+
+def mean_value(rows: Sequence[ScoredRow], evaluation: Evaluation) -> float | None:
+    """What an evaluation gives for one model's rows; None when it can use none of them."""
+    values = [evaluation.row_value(row) for row in rows if _is_usable(row, evaluation.needs)]
+    weight = sum(value.weight for value in values)
+    return evaluation.present(sum(value.value * value.weight for value in values) / weight) if weight else None
 
 
 def _is_usable(row: ScoredRow, needs: str) -> bool:

@@ -51,8 +51,30 @@ def split_lines(lines: Sequence[int], settings: SplitSettings) -> Split:
     return Split(train=tuple(sorted(chosen[num_held_out:])), held_out=tuple(sorted(chosen[:num_held_out])))
 
 
-def _digest(seed: int, line: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{line}".encode(), digest_size=8).digest()
+def num_validation_rows(num_held_out: int, settings: SplitSettings) -> int:
+    """Held-out rows that choose (early stopping, the best step) and are therefore not scored.
+
+    Raises:
+        DatasetError: too few are held out to choose on some and score the others.
+    """
+    if num_held_out < 2 * MIN_HELD_OUT:
+        raise _too_small(
+            f"Early stopping and keeping the best step choose on some held-out rows and score the others, which takes "
+            f"at least {2 * MIN_HELD_OUT}; {num_held_out} are held out.",
+            "Raise the held-out share, upload more rows, or keep the last step without early stopping.",
+        )
+    return max(MIN_HELD_OUT, min(num_held_out - MIN_HELD_OUT, round(num_held_out * settings.validation_share)))
+
+
+def validation_lines(held_out: Sequence[int], settings: SplitSettings) -> tuple[int, ...]:
+    """The held-out lines that choose, in ascending order, by a digest of seed and line; raises DatasetError."""
+    num = num_validation_rows(len(held_out), settings)
+    chosen = sorted(held_out, key=lambda line: (_digest(settings.seed, line, "validation:"), line))
+    return tuple(sorted(chosen[:num]))
+
+
+def _digest(seed: int, line: int, purpose: str = "") -> bytes:
+    return hashlib.blake2b(f"{purpose}{seed}:{line}".encode(), digest_size=8).digest()
 
 
 def _too_small(message: str, next_step: str) -> DatasetError:

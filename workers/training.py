@@ -33,11 +33,12 @@ from workers.events import (
     StepEvent,
     StopMode,
     StoppedEvent,
-    ValidationEvent,
 )
 from workers.examples import Example, Problem
+from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
 from workers.memory import DatasetFacts, DeviceFacts
+from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
 from workers.reading import read_examples
@@ -46,12 +47,10 @@ from workers.rendering import Renderer
 from workers.resolving import resolve
 from workers.results import Provenance, Result
 from workers.schedule import learning_rate
-from workers.splitting import split_lines
+from workers.splitting import split_lines, validation_lines
+from workers.stopping import is_out_of_patience, step_of_adapter
+from workers.validating import Validator, validation_event
 
-LOG_SECONDS = 0.2
-"""Least time between two reported steps on a GPU, where reading a loss makes the host wait for it."""
-MAX_VALIDATIONS = 3
-"""Validations between the first and the last step; each costs a forward pass over the held-out rows."""
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft-studio")
 
 
@@ -66,11 +65,16 @@ class Folders:
 
 @dataclass(frozen=True)
 class Data:
-    """The dataset as training needs it. `train` indexes `tokens`; `held_out` are whole examples."""
+    """The dataset as training needs it. `train` indexes `tokens`; the others are whole examples.
+
+    `held_out` are the rows of the scores. `validation` are those looked at during training: the same, unless they
+    choose something, which would flatter the scores; then they are other held-out rows.
+    """
 
     tokens: TokenRows
     train: list[int]
     held_out: list[Example]
+    validation: list[Example]
     num_skipped: int
     num_cut: int
     sha256: str
@@ -177,7 +181,8 @@ def prepare(
         )
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
-    lengths = [data.tokens.length(row) for row in data.train]
+    # Held-out rows too: facts are of the whole dataset, as in the form, and are split where they are used.
+    lengths = [data.tokens.length(row) for row in range(len(data.tokens))]
     histogram: dict[int, int] = {}
     for length in lengths:
         upper = 2 ** math.ceil(math.log2(max(length, 16)))
@@ -220,11 +225,21 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
         report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
     split = split_lines(tokens.lines, recipe.split)
     held_out = set(split.held_out)
+    choosing = set(validation_lines(split.held_out, recipe.split)) if recipe.training.chooses_on_validation else set()
+    if choosing:
+        text = (
+            f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
+            f"{len(held_out) - len(choosing)} give the scores."
+        )
+        report(MessageEvent(text=text))
     index_of = {line: index for index, line in enumerate(tokens.lines)}
+    examples = [row for row in rows() if isinstance(row, Example) and row.line in held_out]
+    scored = [row for row in examples if row.line not in choosing]
     return Data(
         tokens=tokens,
         train=[index_of[line] for line in split.train],
-        held_out=[row for row in rows() if isinstance(row, Example) and row.line in held_out],
+        held_out=scored,
+        validation=[row for row in examples if row.line in choosing] or scored,
         num_skipped=len(bad_lines),
         num_cut=num_cut,
         sha256=sha256,
@@ -300,12 +315,13 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     assert settings.micro_batch_size != "auto"
     assert settings.checkpoint_every_steps != "auto"
     objective = get_objective(recipe.objective)
-    plan = Plan(len(data.train), settings.batch_size, settings.epochs, settings.seed, settings.max_steps)
+    plan = _plan(run)
     parameters = list(checkpoints.trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(
         parameter_groups(recipe, model),
         lr=settings.learning_rate,
-        betas=(0.9, 0.999),
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
         fused=True,
     )
@@ -316,23 +332,33 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         tell=lambda sentence: run.say(sentence[0].upper() + sentence[1:], is_warning=True),
         keys_of=lambda: {name: one.shape for name, one in checkpoints.trainable_parameters(model).items()},
     )
+    validator = Validator(
+        recipe,
+        num_steps=plan.num_steps,
+        renderer=run.renderer,
+        examples=data.validation,
+        report=run.report,
+        must_end=run.must_end,
+    )
     if checkpoint is not None:
         checkpoints.restore(checkpoint, model=model, optimizer=optimizer)
+        validator.best_weights = checkpoints.best_weights(checkpoint)
         position = checkpoint.position
         run.say(f"Resumed at step {position.step}.")
     run.report(_plan_event(run, plan, parameters, position))
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
     model.train()
-    validations = _validation_steps(plan, len(data.train), len(data.held_out))
-    meter = _Meter(run.device, plan.num_steps)
-    while position.step < plan.num_steps:
+    meter = Meter(run.device, plan.num_steps)
+    position = validator.validate(model, position)  # an earlier attempt may have ended before it could
+    while not validator.is_over(position):
         mode = run.should_stop()
         if mode == "keep" and position.step > 0:
+            validator.take_best(model, position)
             return position, position.step
         if mode is not None:
             if mode == "checkpoint" and position.step > 0:
-                _save_checkpoint(run, model, optimizer, position)
+                _save_checkpoint(run, model, optimizer, position, validator.best_weights)
             raise _Stopped(mode, position.step)
 
         step = position.step + 1
@@ -342,14 +368,17 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             peak=settings.learning_rate,
             schedule=settings.schedule,
             warmup_share=settings.warmup_share,
+            decay_share=settings.decay_share,
+            min_share=settings.min_learning_rate_share,
         )
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
-        is_logged = meter.is_due(step) or is_checkpoint or step in validations
+        is_logged = meter.is_due(step) or is_checkpoint or validator.is_due(step)
         rows = [data.train[row] for row in plan.rows(position.step)]
         took = _accumulate(run, model, objective, rows, parameters, position)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         meter.note(took.loss_sum, norm, took.num_tokens)
-        values = meter.read(took) if is_logged else None  # the one moment at which the host waits for the device
+        # The one moment at which the host waits for the device.
+        values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
         if values is not None and not all(map(math.isfinite, values)):
             _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
         for group in optimizer.param_groups:
@@ -386,11 +415,12 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
                     peak_memory_bytes=devices.peak_memory_bytes(run.device),
                 )
             )
-        if is_checkpoint:
-            _save_checkpoint(run, model, optimizer, position)
-        if step in validations:
-            _validate(run, model, step)
+        # Validation first: a checkpoint holds what it showed, and a run resumed from there decides the same.
+        position = validator.validate(model, position)
+        if is_checkpoint or validator.is_over(position):
+            _save_checkpoint(run, model, optimizer, position, validator.best_weights)
         meter.skip()
+    validator.take_best(model, position)
     return position, None
 
 
@@ -409,9 +439,10 @@ def parameter_groups(recipe: Recipe, model: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Accumulated:
-    """What the micro-batches of a step gave. `loss_sum` is on the device, in nats."""
+    """What the micro-batches of a step gave. `loss_sum` is on the device, in nats; `loss_weight` is its divisor."""
 
     loss_sum: torch.Tensor
+    loss_weight: float
     num_loss_tokens: int
     num_tokens: int
     micro_batch_size: int
@@ -450,17 +481,22 @@ def _forward_backward(
 ) -> _Accumulated:
     step_batches = list(_step_batches(run, rows, micro_batch_size))
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
-    num_loss_tokens = sum(batch.num_loss_tokens for batch in step_batches)
+    loss_weight = sum(batch.loss_weight for batch in step_batches)
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
+    settings = run.recipe.training
+    noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
-        batch_sum, _ = objective.loss(model, batch.to(run.device))
-        (batch_sum / num_loss_tokens).backward()
+        on_device = batch.to(run.device)
+        with noise.added_to(model, on_device):
+            batch_sum, _ = objective.loss(model, on_device)
+            (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
     return _Accumulated(
         loss_sum=loss_sum,
-        num_loss_tokens=num_loss_tokens,
+        loss_weight=loss_weight,
+        num_loss_tokens=sum(batch.num_loss_tokens for batch in step_batches),
         num_tokens=sum(batch.num_tokens for batch in step_batches),
         micro_batch_size=micro_batch_size,
     )
@@ -471,63 +507,9 @@ def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[
     return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
 
 
-class _Meter:
-    """Times of steps, and which of them are read. A GPU is read at intervals, a CPU at every step for nothing."""
-
-    def __init__(self, device: torch.device, num_steps: int) -> None:
-        self._device = device
-        self._num_steps = num_steps
-        self._last_read = self._last_lap = time.monotonic()
-        self._skipped = 0.0
-        self._tokens = 0
-        self._steps = 0
-        self._seconds_per_step: float | None = None
-        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
-        self.tokens_per_second = 0.0
-
-    def is_due(self, step: int) -> bool:
-        """Whether the loss of this step is to be read."""
-        return (
-            self._device.type == "cpu"
-            or step in (1, self._num_steps)
-            or time.monotonic() - self._last_read >= LOG_SECONDS
-        )
-
-    def note(self, loss_sum: torch.Tensor, norm: torch.Tensor, num_tokens: int) -> None:
-        """Remembers, on the device, whether every step so far was finite."""
-        self._all_finite &= torch.isfinite(loss_sum) & torch.isfinite(norm)
-        self._norm = norm
-        self._tokens += num_tokens
-        self._steps += 1
-
-    def read(self, took: _Accumulated) -> tuple[float, float]:
-        """Loss per token and gradient norm; NaN when any step since the last reading was not finite."""
-        values = torch.stack([took.loss_sum / took.num_loss_tokens, self._norm.float(), self._all_finite.float()])
-        loss, norm, all_finite = values.tolist()
-        now = time.monotonic()
-        seconds = max(now - self._last_read - self._skipped, 1e-9)
-        self.tokens_per_second = self._tokens / seconds
-        latest = seconds / self._steps
-        previous = self._seconds_per_step
-        self._seconds_per_step = latest if previous is None else 0.9 * previous + 0.1 * latest
-        self._last_read, self._skipped, self._tokens, self._steps = now, 0.0, 0, 0
-        return (loss, norm) if all_finite else (math.nan if math.isfinite(loss) else loss, norm)
-
-    def seconds_left(self, step: int) -> float:
-        """Seconds until the last step at the pace so far."""
-        return (self._num_steps - step) * (self._seconds_per_step or 0.0)
-
-    def lap(self) -> float:
-        """Seconds since the last lap, without what was skipped."""
-        now = time.monotonic()
-        seconds, self._last_lap = now - self._last_lap, now
-        return seconds
-
-    def skip(self) -> None:
-        """Leaves the time since the last lap (checkpoints, validation) out of the pace."""
-        now = time.monotonic()
-        self._skipped += now - self._last_lap
-        self._last_lap = now
+def _plan(run: Run) -> Plan:
+    training = run.recipe.training
+    return Plan(len(run.data.train), training.batch_size, training.epochs, training.seed, training.max_steps)
 
 
 def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
@@ -546,7 +528,13 @@ def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], posi
     )
 
 
-def _save_checkpoint(run: Run, model: Any, optimizer: torch.optim.Optimizer, position: Position) -> Checkpoint:
+def _save_checkpoint(
+    run: Run,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    best_weights: dict[str, torch.Tensor] | None,
+) -> Checkpoint:
     saved = checkpoints.save(
         run.folders.out / "checkpoints",
         attempt=run.attempt,
@@ -555,31 +543,11 @@ def _save_checkpoint(run: Run, model: Any, optimizer: torch.optim.Optimizer, pos
         versions=versions(),
         model=model,
         optimizer=optimizer,
+        best_weights=best_weights,
     )
     num_bytes = sum(path.stat().st_size for path in saved.folder.iterdir())
     run.report(CheckpointEvent(step=position.step, folder=str(saved.folder), num_bytes=num_bytes))
     return saved
-
-
-def _validation_steps(plan: Plan, num_train: int, num_held_out: int) -> set[int]:
-    """Steps after which the held-out rows are looked at: few, so that they take a tenth of the training at most."""
-    num_rows = min(plan.num_steps * plan.batch_size, math.ceil(plan.epochs * num_train))
-    # A row costs a third forward of what it costs to train.
-    count = min(MAX_VALIDATIONS, int(0.3 * num_rows / num_held_out))
-    return {round(plan.num_steps * place / (count + 1)) for place in range(1, count + 1)} - {0, plan.num_steps}
-
-
-def _validate(run: Run, model: Any, step: int) -> None:
-    rows = scoring.score_rows(
-        model, run.renderer, run.data.held_out, generate_lines=(), max_new_tokens=1, should_stop=run.must_end
-    )
-    if not run.must_end():
-        run.report(_validation_event(step, rows))
-
-
-def _validation_event(step: int, rows: list[ScoredRow]) -> ValidationEvent:
-    num_tokens = sum(row.num_tokens for row in rows)
-    return ValidationEvent(step=step, loss=sum(row.loss_sum for row in rows) / num_tokens, num_tokens=num_tokens)
 
 
 def _diverged(step: int, values: tuple[float, float], checkpoints_folder: Path) -> NoReturn:
@@ -599,7 +567,8 @@ def _diverged(step: int, values: tuple[float, float], checkpoints_folder: Path) 
 def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     """The adapter on the rows that the base was scored on."""
     rows = _score(run, model, "evaluating", step=position.step)
-    run.report(_validation_event(position.step, rows))
+    if not run.recipe.training.chooses_on_validation:  # else the curve is of other rows
+        run.report(validation_event(position.step, rows))
     return rows
 
 
@@ -637,6 +606,7 @@ def package(
             epochs=plan_epochs,
             num_train_rows=len(run.data.train),
             num_held_out_rows=len(run.data.held_out),
+            **_choice(run, position),
             dataset_sha256=run.data.sha256,
             base_revision=run.base.revision,
             recipe_sha256=run.recipe.sha256(),
@@ -663,6 +633,22 @@ def package(
         shutil.rmtree(folder)
     aside.replace(folder)
     return folder
+
+
+def _choice(run: Run, position: Position) -> dict[str, Any]:
+    """What was chosen on validation rows, as fields of the provenance; none when nothing was."""
+    training, watch = run.recipe.training, position.watch
+    if not training.chooses_on_validation:
+        return {}
+    step = step_of_adapter(watch, training)
+    is_early = is_out_of_patience(watch, training) and position.step < _plan(run).num_steps
+    return {
+        "num_validation_rows": len(run.data.validation),
+        "best_by": training.best_by,
+        "best_value": watch.best_value,
+        "adapter_step": None if step == position.step else step,
+        "early_stopped_at_step": position.step if is_early else None,
+    }
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

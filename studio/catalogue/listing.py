@@ -11,7 +11,7 @@ from django.http import QueryDict
 from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, Score
 from workers.evaluations import evaluations
-from workers.methods import methods
+from workers.methods import ADAPTER, Product, methods
 
 PAGE_SIZE = 50
 DEFAULT_SORT = "loss"
@@ -135,6 +135,12 @@ def method_label(name: str) -> str:
     """A method as people call it; its name where the plug-in is not installed any more."""
     method = methods().get(name)
     return method.label if method else name
+
+
+def product_of(name: str) -> Product:
+    """What a method leaves; an adapter where the plug-in is not installed any more."""
+    method = methods().get(name)
+    return method.product if method else ADAPTER
 
 
 def _choices(labels: dict[str, str]) -> list[Choice]:

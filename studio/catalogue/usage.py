@@ -36,6 +36,19 @@ sys.path.insert(0, ADAPTER)
 import {module}  # lies in that folder and teaches peft this method
 
 """
+_TRANSFORMERS = """\
+# pip install transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL = {folder!r}  # the folder in the zip
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+
+{inputs}
+output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
 _CHAT_INPUTS = """\
 messages = [{"role": "user", "content": "Hello! What can you do?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
@@ -55,6 +68,9 @@ class Usage:
 
 def usages(adapter: Adapter) -> list[Usage]:
     """What to paste where, one entry per program."""
+    method = _method(adapter)
+    if method is not None and method.product.is_whole_model:
+        return [_transformers(adapter), _vllm_whole(adapter)]
     return [_peft(adapter), _vllm(adapter)]
 
 
@@ -73,14 +89,30 @@ def _method(adapter: Adapter) -> Method | None:
 def _peft(adapter: Adapter) -> Usage:
     method = _method(adapter)
     companion = method.companion_module if method else None
-    code = _PEFT.format(
-        base=base_reference(adapter),
-        folder=folder_name(adapter),
-        companion=_COMPANION.format(module=companion) if companion else "",
-        inputs=_CHAT_INPUTS if adapter.base_model.has_chat_template else _PLAIN_INPUTS,
-        max_new_tokens=int(adapter.recipe.get("evaluation", {}).get("max_new_tokens", 128)),
-    )
+    teaching = _COMPANION.format(module=companion) if companion else ""
+    code = _PEFT.format(base=base_reference(adapter), companion=teaching, **_shared(adapter))
     return Usage("peft", "PEFT", "Python", code)
+
+
+def _transformers(adapter: Adapter) -> Usage:
+    return Usage("transformers", "Transformers", "Python", _TRANSFORMERS.format(**_shared(adapter)))
+
+
+def _shared(adapter: Adapter) -> dict[str, object]:
+    """What every Python snippet is filled in with."""
+    return {
+        "folder": folder_name(adapter),
+        "inputs": _CHAT_INPUTS if adapter.base_model.has_chat_template else _PLAIN_INPUTS,
+        "max_new_tokens": int(adapter.recipe.get("evaluation", {}).get("max_new_tokens", 128)),
+    }
+
+
+def _vllm_whole(adapter: Adapter) -> Usage:
+    # The weights are stored in float32; without the flag a server may choose float16, whose range is too small for
+    # the activations of models that were trained in bfloat16.
+    name = folder_name(adapter)
+    code = f"vllm serve {shlex.quote(f'./{name}')} --served-model-name {shlex.quote(name)} --dtype bfloat16\n"
+    return Usage("vllm", "vLLM", "Shell", code)
 
 
 def _vllm(adapter: Adapter) -> Usage:

@@ -77,6 +77,7 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "adapter": found,
             "job": job,
             "method_label": listing.method_label(found.method),
+            "product": listing.product_of(found.method),
             "scores": scores,
             "primary": scores[0] if scores else None,
             "samples": samples[:MAX_SAMPLES],

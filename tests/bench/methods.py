@@ -29,7 +29,7 @@ from typing import Any
 from workers.evaluations import RowValue, ScoredRow, get_evaluation
 from workers.measured import FILE, Figure, MeasuredMethod, MeasuredTable
 from workers.methods import get_method, methods
-from workers.results import Result
+from workers.results import Result, SampleRecord
 from workers.statistics import compare
 
 LOSS, NUMBER = "loss", "numeric_answer"
@@ -99,24 +99,53 @@ def row(name: str, seed: int, options: Options) -> Path:
     if file.exists():
         return file
     product = train(name, f"{name}-{seed}", recipe_of(name, seed, options), options.out)
-    result = Result.from_folder(product)
-    kept = {
-        "method": name,
-        "seed": seed,
-        "num_trainable": result.num_trainable,
-        "provenance": result.provenance.model_dump(mode="json"),
-        "held_out": [record.model_dump(mode="json") for record in result.held_out],
-        "samples": [record.model_dump(mode="json") for record in result.samples],
-        "rows": options.num_rows,
-        "recipe": json.loads((product / "studio.json").read_text())["recipe"],
-    }
+    kept = summarise(product, name, seed)
     aside = file.with_suffix(".new")
-    aside.write_text(json.dumps(kept))
+    aside.write_text(json.dumps(kept) + "\n")
     aside.replace(file)
     shutil.rmtree(options.out / "runs" / f"{name}-{seed}" / "checkpoints", ignore_errors=True)
-    scores = {score.evaluation: (round(score.base_value, 4), round(score.value, 4)) for score in result.scores}
-    print(f"{name} seed {seed}: {scores}", flush=True)
+    right = [sum(one[place] for one in kept["answered"]) / max(1, len(kept["answered"])) for place in (1, 2)]
+    losses = [sum(one[place] for one in kept["held_out"]) / sum(one[1] for one in kept["held_out"]) for place in (2, 3)]
+    print(f"{name} {seed}: loss {losses[0]:.4f} -> {losses[1]:.4f}, right {right[0]:.1%} -> {right[1]:.1%}", flush=True)
     return file
+
+
+def summarise(product: Path, name: str, seed: int) -> dict[str, Any]:
+    """What the table needs of a finished run. `held_out` has [line, tokens, summed loss of the base, of the adapter];
+    `answered` has [line, whether the base's number is right, the adapter's]."""
+    result = Result.from_folder(product)
+    made = result.provenance
+    recipe = json.loads((product / "studio.json").read_text())["recipe"]
+    held_out = [json.loads(line) for line in (product / "eval" / "held_out.jsonl").read_text().splitlines()]
+    assert held_out, "a run without held-out rows says nothing"
+    evaluation = get_evaluation(NUMBER)
+
+    def is_right(sample: SampleRecord, answer: str) -> int:
+        return int(evaluation.row_value(ScoredRow(sample.line, "", sample.reference, answer, 0.0, 0, 0)).value)
+
+    return {
+        "method": name,
+        "seed": seed,
+        "device": made.device,
+        "versions": {package: found for package, found in made.versions.items() if package in PACKAGES},
+        "base_model": recipe["base_model"]["name"],
+        "dataset": recipe["dataset"]["name"],
+        "precision": recipe["precision"],
+        "learning_rate": recipe["training"]["learning_rate"],
+        "num_train_rows": made.num_train_rows,
+        "num_tokens": made.num_tokens,
+        "num_trainable": result.num_trainable,
+        "adapter_bytes": made.num_adapter_bytes,
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "tokens_per_second": round(made.tokens_per_second, 1),
+        "held_out": [
+            [one["line"], one["num_tokens"], round(one["base_loss_sum"], 4), round(one["adapter_loss_sum"], 4)]
+            for one in held_out
+        ],
+        "answered": [
+            [one.line, is_right(one, one.base_answer), is_right(one, one.adapter_answer)] for one in result.samples
+        ],
+    }
 
 
 def speed(name: str, options: Options) -> None:
@@ -140,46 +169,44 @@ def merge(out: Path) -> MeasuredTable:
     the seeds; the seeds' own spread stands beside it."""
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(out.glob("*-[0-9]*.json")):
-        if not file.name.startswith("rows-"):
-            kept = json.loads(file.read_text())
-            found.setdefault(kept["method"], []).append(kept)
+        kept = json.loads(file.read_text())
+        found.setdefault(kept["method"], []).append(kept)
     if not found:
         raise SystemExit(f"{out} has no rows yet.")
+    any_row = next(iter(found.values()))[0]
     rows = []
     for name, seeds in found.items():
         first = seeds[0]
-        fast = out / f"{name}-speed.json"
-        solo = json.loads(fast.read_text()) if fast.exists() else first["provenance"]
-        loss, number = loss_figure(seeds), number_figure(seeds)
+        for key in ("device", "base_model", "dataset", "num_train_rows"):
+            if any(one[key] != any_row[key] for one in seeds):
+                raise SystemExit(f"The rows of {name} have another {key} than the others: they cannot be compared.")
+        alone = out / f"{name}-speed.json"
+        speed_row = json.loads(alone.read_text()) if alone.exists() else None
         rows.append(
             MeasuredMethod(
                 method=name,
                 label=get_method(name).label,
                 num_seeds=len(seeds),
                 num_trainable=first["num_trainable"],
-                adapter_bytes=first["provenance"]["num_adapter_bytes"],
-                peak_memory_bytes=solo["peak_memory_bytes"],
-                tokens_per_second=solo["tokens_per_second"],
-                precision=first["recipe"]["precision"],
-                learning_rate=first["recipe"]["training"]["learning_rate"],
-                loss=loss,
-                numeric_answer=number,
+                adapter_bytes=first["adapter_bytes"],
+                peak_memory_bytes=first["peak_memory_bytes"],
+                tokens_per_second=speed_row["tokens_per_second"] if speed_row else None,
+                precision=first["precision"],
+                learning_rate=first["learning_rate"],
+                loss=loss_figure(seeds),
+                numeric_answer=number_figure(seeds),
             )
         )
-    any_row = next(iter(found.values()))[0]
-    made = any_row["provenance"]
     rows.sort(key=lambda one: one.loss.value)
     return MeasuredTable(
         measured_on=datetime.now(UTC).date(),
-        device=made["device"],
-        versions={
-            name: made["versions"][name] for name in ("torch", "transformers", "peft") if name in made["versions"]
-        },
-        base_model=any_row["recipe"]["base_model"]["name"],
-        dataset=any_row["recipe"]["dataset"]["name"],
-        num_train_rows=made["num_train_rows"],
-        num_held_out_rows=made["num_held_out_rows"],
-        num_train_tokens=made["num_tokens"],
+        device=any_row["device"],
+        versions=any_row["versions"],
+        base_model=any_row["base_model"],
+        dataset=any_row["dataset"],
+        num_train_rows=any_row["num_train_rows"],
+        num_held_out_rows=len(any_row["held_out"]),
+        num_train_tokens=any_row["num_tokens"],
         command="python -m tests.bench.methods all --base DIR --data train.jsonl --out DIR",
         rows=rows,
     )
@@ -187,36 +214,29 @@ def merge(out: Path) -> MeasuredTable:
 
 def loss_figure(seeds: Sequence[dict[str, Any]]) -> Figure:
     """Held-out loss in nats per token, the mean over the seeds of each row."""
-    per_seed = [{record["line"]: record for record in one["held_out"]} for one in seeds]
+    per_seed = [{line: values for line, *values in one["held_out"]} for one in seeds]
     lines = sorted(set.intersection(*(set(one) for one in per_seed)))
-    base, adapter = [], []
-    for line in lines:
-        count = per_seed[0][line]["num_tokens"]
-        mean = sum(one[line]["adapter_loss_sum"] for one in per_seed) / len(per_seed)
-        base.append(RowValue(per_seed[0][line]["base_loss_sum"] / count, count))
-        adapter.append(RowValue(mean / count, count))
-    values = [
-        sum(one[line]["adapter_loss_sum"] for line in lines) / sum(one[line]["num_tokens"] for line in lines)
-        for one in per_seed
-    ]
-    return figure(base, adapter, values)
+
+    def values(place: int) -> list[RowValue]:
+        return [
+            RowValue(sum(one[line][place] for one in per_seed) / len(per_seed) / count, count)
+            for line in lines
+            if (count := per_seed[0][line][0])
+        ]
+
+    totals = [sum(one[line][2] for line in lines) / sum(one[line][0] for line in lines) for one in per_seed]
+    return figure(values(1), values(2), totals)
 
 
 def number_figure(seeds: Sequence[dict[str, Any]]) -> Figure:
     """Share of right final numbers, the mean over the seeds of each row."""
-    evaluation = get_evaluation(NUMBER)
-
-    def value(sample: dict[str, Any], answer: str) -> RowValue:
-        return evaluation.row_value(ScoredRow(sample["line"], "", sample["reference"], sample[answer], 0.0, 0, 0))
-
-    per_seed = [{sample["line"]: sample for sample in one["samples"]} for one in seeds]
+    per_seed = [{line: values for line, *values in one["answered"]} for one in seeds]
     lines = sorted(set.intersection(*(set(one) for one in per_seed)))
-    base = [value(per_seed[0][line], "base_answer") for line in lines]
-    adapter = [
-        RowValue(sum(value(one[line], "adapter_answer").value for one in per_seed) / len(per_seed)) for line in lines
-    ]
-    values = [sum(value(one[line], "adapter_answer").value for line in lines) / len(lines) for one in per_seed]
-    return figure(base, adapter, values)
+
+    def values(place: int) -> list[RowValue]:
+        return [RowValue(sum(one[line][place] for one in per_seed) / len(per_seed)) for line in lines]
+
+    return figure(values(0), values(1), [sum(one[line][1] for line in lines) / len(lines) for one in per_seed])
 
 
 def figure(base: list[RowValue], adapter: list[RowValue], per_seed: list[float]) -> Figure:
@@ -240,14 +260,15 @@ def print_table(table: MeasuredTable) -> None:
         f"{table.base_model}, {table.dataset}: {table.num_train_rows} rows, {table.num_train_tokens} tokens trained, "
         f"{table.num_held_out_rows} held out; {table.device}; {table.measured_on}"
     )
-    print("| method | held-out loss | right numbers | trained parameters | adapter | peak memory | tokens/s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| method | held-out loss | right numbers | trained parameters | adapter | peak memory | tokens/s | seeds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for one in table.rows:
         loss, number = one.loss, one.numeric_answer
         print(
             f"| {one.label} | {loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}] | {number.value:.1%} "
             f"[{number.low:.1%}, {number.high:.1%}] | {one.num_trainable:,} | {one.adapter_bytes / 1e6:.2f} MB | "
-            f"{one.peak_memory_bytes / 2**30:.2f} GiB | {one.tokens_per_second:,.0f} |"
+            f"{one.peak_memory_bytes / 2**30:.2f} GiB | "
+            f"{f'{one.tokens_per_second:,.0f}' if one.tokens_per_second else 'not measured'} | {one.num_seeds} |"
         )
     first = table.rows[0]
     print(f"| (base) | {first.loss.base_value:.4f} | {first.numeric_answer.base_value:.1%} | | | | |")

@@ -6,12 +6,13 @@ import pytest
 from django.test import Client
 from django.utils import timezone
 
-from jobs.models import Job, JobState, MetricPoint
+from jobs.models import Job, JobState, MetricPoint, Worker
 from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from tests.factories import make_dataset_version
 from tests.jobs.conftest import MakeJob
+from tests.workers.test_resolving import SEVEN_B
 from workers.methods import methods
 
 
@@ -74,6 +75,27 @@ def test_a_bad_body_is_refused_by_field(
     assert not Job.objects.exists()
 
 
+def test_full_fine_tuning_that_cannot_fit_is_refused_with_what_fits(
+    bob_api: Client, base_model: BaseModel, version: DatasetVersion
+) -> None:
+    Worker.objects.create(
+        host="box", slot=0, process_id=1, device="NVIDIA L4", device_kind="cuda", memory_bytes=24 * 2**30,
+        version="1", last_seen=timezone.now(),
+    )  # fmt: skip
+    tiny = post(bob_api, "jobs/", job_body(base_model, version, method="full"))
+    assert tiny.status_code == 201, tiny.text
+    assert tiny.json()["estimate"]["instead"]["method"] == "lora"
+    assert tiny.json()["estimate"]["instead"]["num_trainable"] < tiny.json()["estimate"]["num_trainable"]
+    base_model.shape = SEVEN_B.model_dump(mode="json")
+    base_model.save()
+    answer = post(bob_api, "jobs/", job_body(base_model, version, method="full"))
+    assert answer.status_code == 422
+    assert answer.json()["error"]["field"] == "method"
+    assert "the card has 24.0 GiB. Choose LoRA, which needs about" in answer.json()["error"]["message"]
+    assert Job.objects.count() == 1
+    assert post(bob_api, "jobs/", job_body(base_model, version, method="lora")).status_code == 201
+
+
 def test_a_dataset_that_is_too_small_is_refused(bob_api: Client, base_model: BaseModel, team: Team, bob: User) -> None:
     small = make_dataset_version(team, bob, num_rows=5)
     answer = post(bob_api, "jobs/", job_body(base_model, small))
@@ -133,3 +155,4 @@ def test_methods_come_with_the_schema_of_their_settings(bob_api: Client) -> None
     found = {one["name"]: one for one in bob_api.get("/api/v1/methods/").json()}
     assert set(found) == set(methods())
     assert found["lora"]["settings"]["properties"]["rank"]["minimum"] == 1
+    assert (found["lora"]["makes"], found["full"]["makes"]) == ("adapter", "model")

@@ -11,6 +11,7 @@ from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from tests.factories import make_dataset_version
 from tests.jobs.conftest import MakeJob
+from workers.evaluations import evaluations
 from workers.methods import methods
 
 
@@ -55,6 +56,20 @@ def test_a_goal_changes_only_what_the_person_left_alone(
     recipe = form.to_recipe()
     assert recipe.training.max_steps == 30
     assert recipe.split.max_held_out == 33
+
+
+def test_what_chooses_the_best_step_is_one_of_the_evaluations(
+    base_model: BaseModel, version: DatasetVersion, team: Team
+) -> None:
+    asked = {"training.best_by": "token_f1", "training.keep_best": "best", "training.early_stopping_patience": "3"}
+    form = JobForm(posted(base_model, version, **asked), team=team)
+    assert form.is_valid(), form.errors
+    training = form.to_recipe().training
+    assert (training.best_by, training.keep_best, training.early_stopping_patience) == ("token_f1", "best", 3)
+    rows = {row.setting.name: row for section in form.sections() for row in section.rows}
+    assert set(rows["training.best_by"].setting.choices) == set(evaluations())
+    wrong = JobForm(posted(base_model, version, **{"training.best_by": "loss; drop"}), team=team)
+    assert "no choice" in str(wrong.errors["training.best_by"])
 
 
 def test_a_bad_value_is_named_beside_its_field_and_kept(

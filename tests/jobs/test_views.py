@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.template.defaultfilters import filesizeformat
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -15,9 +16,12 @@ from jobs.models import Job, JobAttempt, JobState, MetricPoint, Worker
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
+from studio.templatetags.components import short_number
 from tests.conftest import make_member, signed_in
 from tests.factories import make_adapter, make_dataset_version
 from tests.jobs.conftest import MakeJob
+from tests.workers.test_resolving import SEVEN_B
+from workers.methods import methods
 
 PAGE_QUERIES = 8
 
@@ -160,6 +164,36 @@ def test_the_estimate_answers_with_the_panel_and_changes_nothing(
     other = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, shown_method="qlora"))
     assert 'id="method-settings"' in other.text
     assert not Job.objects.exists()
+
+
+def test_full_fine_tuning_shows_what_lora_would_need_instead(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    panel = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, method="full")).text
+    shape = base_model.model_shape()
+    lora = methods()["lora"].num_trainable(methods()["lora"].Settings(), shape)
+    assert "LoRA on the same rows would need" in panel
+    assert f"train {short_number(lora)} parameters" in panel
+    assert f"instead of {short_number(shape.num_parameters)}, and leave {filesizeformat(4 * lora)}" in panel
+    assert f"{filesizeformat(4 * shape.num_parameters)} for the model" in panel
+    assert "Base weights" not in panel, "it holds no second copy"
+    other = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version)).text
+    assert "on the same rows would need" not in other
+
+
+@pytest.mark.parametrize(("gibibytes", "status"), [(24, 422), (400, 302)])
+def test_full_fine_tuning_that_cannot_fit_is_refused_in_place(
+    gibibytes: int, status: int, alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    base_model.shape = SEVEN_B.model_dump(mode="json")
+    base_model.save()
+    Worker.objects.update(device_kind="cuda", memory_bytes=gibibytes * 2**30)
+    answer = alice_client.post(reverse("jobs:new"), form_data(base_model, version, method="full"))
+    assert answer.status_code == status
+    assert Job.objects.exists() == (status == 302)
+    if status == 422:
+        assert "the card has 24.0 GiB. Choose LoRA, which needs about" in answer.text
+        assert 'href="#id_method"' in answer.text
 
 
 def test_an_estimate_of_an_unfinished_form_says_what_is_next(

@@ -23,7 +23,10 @@ import json, sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, folder = sys.argv[1:]
+base, folder, *companions = sys.argv[1:]
+sys.path.insert(0, folder)
+for name in companions:
+    __import__(name)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
 ids = torch.tensor([json.loads(sys.stdin.read())])
 logits = model(input_ids=ids).logits[0]
@@ -66,7 +69,7 @@ def train_a_little(model) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["lora", "prefix_tuning", "bottleneck"])
 def test_the_unzipped_folder_gives_the_same_model_in_plain_peft(name: str, tmp_path: Path) -> None:
     folder = make_tiny_base(tmp_path / "base")
     method = get_method(name)
@@ -83,8 +86,11 @@ def test_the_unzipped_folder_gives_the_same_model_in_plain_peft(name: str, tmp_p
     assert result.provenance.verified is True
     assert result.provenance.max_logit_difference is not None
 
+    companions = [method.companion_module] if method.companion_module else []
+    card = (out / "README.md").read_text("utf-8")
+    assert all(f"\nimport {name}  #" in card for name in companions)
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert names == {
+    assert names == {f"{name}.py" for name in companions} | {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "studio.json", "eval/scores.json",
         "eval/samples.jsonl", "eval/held_out.jsonl", "result.json", "SHA256SUMS",
     }  # fmt: skip
@@ -104,7 +110,7 @@ def test_the_unzipped_folder_gives_the_same_model_in_plain_peft(name: str, tmp_p
     unpacked = tmp_path / "elsewhere"
     zipfile.ZipFile(archive).extractall(unpacked)
     done = subprocess.run(
-        [sys.executable, "-c", OUTSIDE, str(folder), str(unpacked)],
+        [sys.executable, "-c", OUTSIDE, str(folder), str(unpacked), *companions],
         input=json.dumps(PROMPT), capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -106,3 +106,40 @@ def test_the_micro_batches_of_a_step_hold_all_its_tokens(tmp_path: Path) -> None
         assert sum(batch.num_tokens for batch in found) == 26
         targets = torch.cat([batch.targets_N for batch in found])
         assert len(targets) == sum(int(rows.trained(row)[1:].sum()) for row in range(5))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_stay_with_their_tokens(tmp_path: Path, packing: bool) -> None:
+    rows = TokenRows(tmp_path)
+    rows._append(1, [1, 2, 3], [True, True, True])
+    rows._append(2, [4, 5, 6, 7], [False, True, False, True], [1.0, 0.5, 1.0, 2.0])
+    rows._append(3, [8, 9], [True, True], [4.0, 3.0])
+    rows._close()
+    batch = collate([1, 0, 2], rows, packing=packing, pad_id=0)
+    assert batch.targets_N.tolist() == [5, 7, 2, 3, 9]
+    assert batch.weights_N is not None
+    assert batch.weights_N.tolist() == [0.5, 2.0, 1.0, 1.0, 3.0]
+    assert batch.loss_weight == 7.5
+    assert batch.num_loss_tokens == 5
+
+
+def test_rows_without_weights_make_batches_without_weights(tmp_path: Path) -> None:
+    rows = TokenRows(tmp_path)
+    rows._append(1, [1, 2, 3], [True, True, True])
+    rows._append(2, [4, 5], [True, True], [0.5, 0.5])
+    rows._close()
+    batch = collate([0], rows, packing=True, pad_id=0)
+    assert batch.weights_N is None
+    assert batch.loss_weight == batch.num_loss_tokens == 2
+
+
+def test_weights_of_a_message_reach_the_rows(tmp_path: Path) -> None:
+    renderer = Renderer(make_tiny_base(tmp_path / "base"), max_length=64, loss_on="assistant")
+    plain = Example(1, (Message("user", "Hi"), Message("assistant", "Hello")))
+    light = Example(2, (Message("user", "Hi"), Message("assistant", "Hello", True, 0.5)))
+    rows, _, _ = TokenRows.render([plain, light], renderer, tmp_path)
+    assert rows.weights(0) is None
+    weights = rows.weights(1)
+    assert weights is not None
+    assert set(weights[rows.trained(1)]) == {0.5}
+    assert rows.trained(0).tolist() == rows.trained(1).tolist()

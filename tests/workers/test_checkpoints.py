@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from workers import checkpoints
 from workers.checkpoints import Position, find, restore, save, trainable_parameters
 from workers.errors import ExplainedError
+from workers.stopping import Watch
 
 
 def make_model() -> torch.nn.Module:
@@ -177,3 +179,52 @@ def test_what_a_killed_trainer_left_half_written_is_ignored_and_cleared(trained:
     assert trained.find()[0] == 3
     trained.save(4)
     assert sorted(path.name for path in trained.root.iterdir()) == ["3-1", "4-1"]
+
+
+def save_with_best(trained: Trained, step: int) -> dict[str, torch.Tensor]:
+    best = {name: torch.randn(one.shape) for name, one in trainable_parameters(trained.model).items()}
+    save(
+        trained.root, attempt=1, position=position(step), recipe_sha256="abc", versions={},
+        model=trained.model, optimizer=trained.optimizer, best_weights=best,
+    )  # fmt: skip
+    return best
+
+
+def test_the_best_weights_come_back_with_the_checkpoint_that_knew_them(trained: Trained) -> None:
+    best = save_with_best(trained, 4)
+    save_with_best(trained, 5)
+    found = checkpoints.best_weights(checkpoints.Checkpoint(trained.root / "4-1", position(4)))
+    assert found is not None
+    assert found.keys() == best.keys()
+    assert all(torch.equal(found[name], best[name]) for name in best)
+    assert trained.find()[0] == 5
+    trained.save(6)
+    assert checkpoints.best_weights(checkpoints.Checkpoint(trained.root / "6-1", position(6))) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "unlisted"])
+def test_damaged_best_weights_are_a_damaged_checkpoint(trained: Trained, damage: str) -> None:
+    save_with_best(trained, 4)
+    path = trained.root / "4-1" / "best.safetensors"
+    if damage == "flip":
+        flip(path)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        shutil.copy(path, trained.root / "3-1" / path.name)
+        (trained.root / "4-1" / "MANIFEST.json").unlink()
+    step, told = trained.find()
+    assert step == (None if damage == "unlisted" else 3)
+    assert "best.safetensors" in " ".join(told)
+
+
+def test_what_validations_showed_is_part_of_the_position() -> None:
+    watch = Watch(validated_step=3, best_step=2, best_value=1.5, counted_value=1.75, num_without=1)
+    moved = replace(position(3), watch=watch)
+    assert Position.from_dict(json.loads(json.dumps(asdict(moved)))) == moved
+
+
+def test_a_position_from_before_validations_were_remembered_can_be_read() -> None:
+    old = asdict(position(3))
+    del old["watch"]
+    assert Position.from_dict(old) == position(3)

@@ -77,6 +77,33 @@ def test_padded_and_packed_rows_give_the_loss_and_gradients_of_single_rows(
     assert head_is_plain(model)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_weighted_losses_are_the_weighted_mean_of_single_tokens(tmp_path: Path, packing: bool) -> None:
+    model = load(make_tiny_base(tmp_path / "base", "llama"))
+    freeze_all_but_layers(model)
+    generator = torch.Generator().manual_seed(3)
+    rows, total, divisor = TokenRows(tmp_path), torch.zeros(()), 0.0
+    for line, length in enumerate((17, 5, 11), start=1):
+        ids = torch.randint(4, 300, (length,), generator=generator)
+        weights = (torch.rand(length, generator=generator) + 0.1) if line != 2 else torch.ones(length)
+        rows._append(line, ids.tolist(), [True] * length, weights.tolist() if line != 2 else None)
+        losses_T = functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        total = total + (losses_T * weights[1:]).sum()
+        divisor += weights[1:].sum().item()
+    rows._close()
+    (total / divisor).backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    batch = collate([0, 1, 2], rows, packing=packing, pad_id=2)
+    summed, weight = summed_cross_entropy(model, batch)
+    (summed / weight).backward()
+    assert weight.item() == pytest.approx(divisor, rel=1e-6)
+    assert batch.loss_weight == pytest.approx(divisor, rel=1e-6)
+    assert summed.item() == pytest.approx(total.item(), rel=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_a_trainable_output_layer_gets_the_same_gradients(tmp_path: Path) -> None:
     model = load(make_tiny_base(tmp_path / "base", "llama"))
     compare_with_plain(model, make_rows(tmp_path), packing=True)

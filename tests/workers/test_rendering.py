@@ -206,3 +206,59 @@ def test_stop_ids_hold_the_end_of_turn_token_even_when_it_is_not_eos(base: Path)
 
 def test_a_reference_is_the_last_answer(base: Path) -> None:
     assert renderer_of(base).reference(Example(1, CONVERSATIONS[1])) == "ja 🙂"
+
+
+def loss_by_hand(folder: Path, messages: tuple[Message, ...], loss_on: str) -> tuple[list[int], list[float]]:
+    """Ids and what each counts, piece by piece through the tokenizer alone: nothing of ours."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids: list[int] = []
+    counts: list[float] = []
+    for message in messages:
+        own = {None: 1.0, True: message.weight, False: 0.0}[message.train] if message.role == "assistant" else None
+        for piece, is_answer in (
+            (f"<|im_start|>{message.role}\n", False),
+            (f"{message.content}{END}", message.role == "assistant"),
+            ("\n", False),
+        ):
+            found = tokenizer.encode(piece, add_special_tokens=False).ids
+            count = own if is_answer and own is not None else 1.0 if loss_on == "all" else 0.0
+            ids += found
+            counts += [count] * len(found)
+    return ids, counts
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_is_what_a_computation_by_hand_says(
+    tmp_path: Path, family: str, loss_on: str, tagged: bool
+) -> None:
+    folder = make_tiny_base(tmp_path, family)
+    if tagged:
+        set_template(folder, TEMPLATE_WITH_TAG)
+    renderer = renderer_of(folder, loss_on=loss_on)
+    system, user, answer = Message("system", "Be brief."), Message("user", "What does the cat say?"), "meow meow"
+    for messages in (
+        (user, Message("assistant", answer)),
+        (system, user, Message("assistant", answer, train=False), user, Message("assistant", "woof", train=True)),
+        (user, Message("assistant", answer), user, Message("assistant", answer), user),
+        (user, Message("assistant", answer, True, 0.25), system, user, Message("assistant", "woof", True, 4.0)),
+        (user, Message("assistant", answer), user, Message("assistant", "moo", True, 0.5)),
+    ):
+        rendered = renderer.render(Example(1, messages))
+        ids, counts = loss_by_hand(folder, messages, loss_on)
+        assert rendered.ids == ids
+        assert rendered.trained == [count > 0 for count in counts]
+        weights = rendered.weights or [1.0] * len(ids)
+        assert [weight * on for weight, on in zip(weights, rendered.trained, strict=True)] == counts
+        assert (rendered.weights is None) == all(message.weight == 1 for message in messages)
+
+
+def test_a_weight_of_a_turn_that_is_cut_short_stays_with_what_is_left(base: Path) -> None:
+    messages = (Message("user", "Hi"), Message("assistant", "meow " * 20, True, 0.5))
+    rendered = renderer_of(base, max_length=24).render(Example(1, messages))
+    assert rendered.weights is not None
+    assert len(rendered.weights) == len(rendered.ids) == 24
+    assert rendered.weights[-1] == 0.5

@@ -41,6 +41,25 @@ def test_nothing_is_left_to_decide() -> None:
     assert resolve(found, SEVEN_B, ROWS, GPU) == found
 
 
+def test_validations_that_only_show_are_few_and_those_that_choose_are_ten() -> None:
+    """900 training rows in 113 steps, 100 held out: 0.3 * 900 / 100 allows two, so a third of the steps apart."""
+    assert resolve(recipe(), SEVEN_B, ROWS, GPU).training.validate_every_steps == 38
+    few = recipe(training={"max_steps": 20})
+    assert resolve(few, SEVEN_B, ROWS, GPU).training.validate_every_steps == 0, "160 rows are worth no validation"
+    for choosing in ({"keep_best": "best"}, {"early_stopping_patience": 2}):
+        assert resolve(recipe(training=choosing), SEVEN_B, ROWS, GPU).training.validate_every_steps == 11
+    chosen = recipe(training={"validate_every_steps": 7, "keep_best": "best"})
+    assert resolve(chosen, SEVEN_B, ROWS, GPU).training.validate_every_steps == 7
+
+
+def test_choosing_without_anything_to_choose_by_is_refused() -> None:
+    wrong = recipe(training={"early_stopping_patience": 2, "validate_every_steps": 0, "best_by": "los"})
+    with pytest.raises(RecipeProblems) as caught:
+        resolve(wrong, SEVEN_B, ROWS, GPU)
+    assert set(caught.value.fields) == {"training.validate_every_steps", "training.best_by"}
+    assert "token_f1" in caught.value.fields["training.best_by"]
+
+
 def test_a_cpu_without_fast_bfloat16_trains_in_float32() -> None:
     assert resolve(recipe(), SEVEN_B, ROWS, CPU).precision == "float32"
     fast = DeviceFacts("cpu", "CPU", 64 * GIB, 2, has_fast_bfloat16=True)

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_tiny_base, tiny_rows
+from workers.evaluations import get_evaluation
 from workers.examples import Example, Message
 from workers.rendering import Renderer
-from workers.scoring import held_out, row_losses, samples, score_rows
+from workers.scoring import compare_rows, held_out, mean_value, row_losses, samples, score_rows
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,27 @@ def test_only_rows_that_both_models_were_scored_on_are_compared(model, renderer,
     adapter_rows = score_rows(model, renderer, examples[1:], **asked)
     assert [record.line for record in held_out(base_rows, adapter_rows)] == [2, 3]
     assert [sample.line for sample in samples(base_rows, adapter_rows)] == [2]
+
+
+def test_a_turn_of_weight_0_is_not_scored_and_other_weights_change_no_score(model, renderer) -> None:
+    def example(first: Message, second: Message) -> Example:
+        return Example(1, (Message("user", "What?"), first, Message("user", "And?"), second))
+
+    def score(*answers: Message) -> tuple[float, int]:
+        (row,) = score_rows(model, renderer, [example(*answers)], generate_lines=[], max_new_tokens=1)
+        return row.loss_sum, row.num_tokens
+
+    plain = score(Message("assistant", "meow"), Message("assistant", "woof"))
+    weighted = score(Message("assistant", "meow", True, 0.25), Message("assistant", "woof", True, 8.0))
+    silenced = score(Message("assistant", "meow", False), Message("assistant", "woof"))
+    assert weighted == plain
+    assert silenced[1] == plain[1] - renderer.count("meow<|im_end|>")
+    assert silenced[0] < plain[0]
+
+
+def test_one_models_value_is_the_one_in_its_comparison(model, renderer, examples) -> None:
+    rows = score_rows(model, renderer, examples, generate_lines=[1, 4], max_new_tokens=6)
+    for record in compare_rows(rows, rows, ["loss", "token_f1"]):
+        assert mean_value(rows, get_evaluation(record.evaluation)) == pytest.approx(record.value)
+    silent = score_rows(model, renderer, examples, generate_lines=[], max_new_tokens=1)
+    assert mean_value(silent, get_evaluation("token_f1")) is None

@@ -6,10 +6,12 @@ import pytest
 
 from workers.errors import DatasetError
 from workers.recipe import SplitSettings
-from workers.splitting import split_lines
+from workers.splitting import split_lines, validation_lines
 
 KNOWN = (15, 18, 24)
 """Lines held out of 30 with the default settings; stored, so that old adapters keep their held-out rows."""
+KNOWN_VALIDATION = (24, 53, 57, 68)
+"""Of those held out of 80, the ones that choose."""
 
 
 def test_every_line_is_on_one_side_and_the_seed_decides() -> None:
@@ -36,3 +38,29 @@ def test_too_few_rows_are_refused_with_what_to_do(num: int, share: float) -> Non
         split_lines(range(num), SplitSettings(held_out_share=share))
     assert error.value.code == "too_small"
     assert error.value.next_step
+
+
+def test_validation_takes_its_share_of_the_held_out_lines_and_leaves_the_rest() -> None:
+    held_out = split_lines(range(1, 401), SplitSettings()).held_out
+    chosen = validation_lines(held_out, SplitSettings())
+    assert len(chosen) == 20
+    assert set(chosen) < set(held_out)
+    assert chosen == validation_lines(list(reversed(held_out)), SplitSettings())
+    assert chosen != validation_lines(held_out, SplitSettings(seed=18))
+    assert len(validation_lines(held_out, SplitSettings(validation_share=0.25))) == 10
+
+
+def test_the_choice_of_validation_lines_never_changes_between_releases() -> None:
+    held_out = split_lines(range(1, 81), SplitSettings()).held_out
+    assert validation_lines(held_out, SplitSettings()) == KNOWN_VALIDATION
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_both_sides_of_the_held_out_lines_keep_two(share: float) -> None:
+    assert len(validation_lines(range(4), SplitSettings(validation_share=share))) == 2
+
+
+def test_too_few_held_out_lines_to_choose_on_are_refused() -> None:
+    with pytest.raises(DatasetError, match="at least 4; 3 are held out") as error:
+        validation_lines(range(3), SplitSettings())
+    assert error.value.field == "split.held_out_share"

@@ -232,6 +232,82 @@ def test_micro_batches_and_packing_change_nothing_that_is_learned(
         assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
 
 
+def chat_rows(*weights: float | None) -> list[dict[str, Any]]:
+    """The tiny rows as chat messages, with these weights in turn on the assistant's turns."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]}
+                | ({} if (weight := weights[index % len(weights)]) is None else {"weight": weight}),
+            ]
+        }
+        for index, row in enumerate(tiny_rows(40))
+    ]
+
+
+def run_chat(tiny: Folders, out: Path, rows: list[dict[str, Any]], **training: Any) -> tuple[Path, Log]:
+    out.mkdir()
+    recipe = recipe_of(max_steps=3, **training).model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+    recipe = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"format": "messages"})})
+    product, log = run(Folders(tiny.base_model, write_rows(out / "rows.jsonl", rows), out), out, recipe)
+    assert product is not None
+    return product, log
+
+
+def test_a_weight_of_1_takes_the_very_steps_of_no_weight(tiny: Folders, tmp_path: Path) -> None:
+    plain, plain_log = run_chat(tiny, tmp_path / "a", chat_rows(None))
+    weighted, weighted_log = run_chat(tiny, tmp_path / "b", chat_rows(1, 1.0))
+    assert weighted_log.losses() == plain_log.losses()
+    assert adapter_bytes(weighted) == adapter_bytes(plain)
+
+
+def test_weights_that_are_all_equal_change_nothing_and_others_do(tiny: Folders, tmp_path: Path) -> None:
+    _, plain = run_chat(tiny, tmp_path / "a", chat_rows(None))
+    _, halved = run_chat(tiny, tmp_path / "b", chat_rows(0.5))
+    _, uneven = run_chat(tiny, tmp_path / "c", chat_rows(0.1, 1.0))
+    assert list(halved.losses().values()) == pytest.approx(list(plain.losses().values()), rel=1e-5)
+    assert uneven.losses()[1] != pytest.approx(plain.losses()[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"packing": True}])
+def test_weighted_steps_are_the_same_in_any_micro_batches(
+    tiny: Folders, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    product, log = run_chat(tiny, tmp_path / "a", chat_rows(0.25, None, 3))
+    other, other_log = run_chat(tiny, tmp_path / "b", chat_rows(0.25, None, 3), **changes)
+    assert list(other_log.losses().values()) == pytest.approx(list(log.losses().values()), rel=1e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (product, other))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_noise_on_embeddings_is_the_same_after_a_resume_and_in_any_micro_batches(tiny: Folders, tmp_path: Path) -> None:
+    def noisy(**training: Any) -> Recipe:
+        recipe = recipe_of(neftune_alpha=5.0, **training)
+        return recipe.model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+
+    product, log = run(tiny, tmp_path / "straight", noisy())
+    run(tiny, tmp_path / "broken", noisy(), Log(stop="checkpoint", stop_when=at_step(4)))
+    resumed, _ = run(tiny, tmp_path / "broken", noisy(), attempt=2)
+    assert adapter_bytes(resumed) == adapter_bytes(product)
+    for changes in ({"micro_batch_size": 4}, {"packing": True}, {"gradient_checkpointing": True}):
+        _, other = run(tiny, tmp_path / str(changes), noisy(**changes))
+        assert list(other.losses().values()) == pytest.approx(list(log.losses().values()), rel=1e-4), changes
+
+
+def test_noise_is_for_training_alone(tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]) -> None:
+    product, log = run(tiny, tmp_path, recipe_of(max_steps=1, neftune_alpha=15.0))
+    assert product is not None
+    assert log.losses()[1] != pytest.approx(straight[1].losses()[1], rel=1e-4)
+    (noisy,), (clean,) = (
+        [score.base_value for score in Result.from_folder(folder).scores if score.evaluation == "loss"]
+        for folder in (product, straight[0])
+    )
+    assert noisy == clean
+    assert Result.from_folder(product).provenance.verified is True
+
+
 def test_gradient_checkpointing_changes_nothing_that_is_learned(
     tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
 ) -> None:
@@ -360,3 +436,149 @@ def test_the_adapter_of_a_base_without_a_template_brings_the_one_that_it_was_tra
     example = Example(1, (Message("user", "Moo?"), Message("assistant", "moo")))
     assert served == renderer.render(example).ids
     assert served[0] == 1
+
+
+# --- validations that choose ---
+
+OVERFITTING = {
+    "learning_rate": 0.1, "schedule": "constant", "epochs": 2, "max_steps": 10, "validate_every_steps": 2,
+    "checkpoint_every_steps": 3,
+}  # fmt: skip
+"""A rate so high that the validation loss rises at steps 4 and 10, and is best at step 8."""
+
+
+@pytest.fixture(scope="session")
+def chosen(tiny: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log]:
+    """One whole run that keeps its best step."""
+    product, log = run(tiny, tmp_path_factory.mktemp("chosen"), recipe_of(**OVERFITTING, keep_best="best"))
+    assert product is not None
+    return product, log
+
+
+def decisions(product: Path | None) -> tuple[Any, ...]:
+    assert product is not None
+    facts = Result.from_folder(product).provenance
+    return facts.adapter_step, facts.best_value, facts.early_stopped_at_step, facts.num_steps
+
+
+def test_the_adapter_is_that_of_the_best_validated_step(
+    tiny: Folders, tmp_path: Path, chosen: tuple[Path, Log]
+) -> None:
+    product, log = chosen
+    losses = {event.step: event.loss for event in log.of(ValidationEvent)}
+    assert list(losses) == [2, 4, 6, 8, 10]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 10, "a run that gets better to the end would show nothing"
+    assert decisions(product) == (best, losses[best], None, 10)
+    assert any(f"is that of step {best}" in event.text for event in log.of(MessageEvent))
+    assert f"has the weights of step {best} of 10" in (product / "README.md").read_text()
+    # Another run that is stopped there and keeps its last step; validation must not have moved the training.
+    last = recipe_of(**OVERFITTING | {"validate_every_steps": 0})
+    stopped, _ = run(tiny, tmp_path, last, Log(stop="keep", stop_when=at_step(best)))
+    assert adapter_bytes(stopped) == adapter_bytes(product)
+
+
+def test_the_rows_that_choose_give_no_scores(tiny: Folders, chosen: tuple[Path, Log]) -> None:
+    from workers.splitting import split_lines, validation_lines
+
+    product, log = chosen
+    held_out = split_lines(list(range(1, 41)), recipe_of().split).held_out
+    choosing = validation_lines(held_out, recipe_of().split)
+    scored = [json.loads(line)["line"] for line in (product / "eval" / "held_out.jsonl").read_text().splitlines()]
+    assert sorted([*scored, *choosing]) == list(held_out)
+    facts = Result.from_folder(product).provenance
+    assert (facts.num_held_out_rows, facts.num_validation_rows, facts.best_by) == (2, 2, "loss")
+    assert any("2 of the 4 held-out rows choose" in event.text for event in log.of(MessageEvent))
+    assert log.of(PlanEvent)[0].num_held_out_rows == 2
+
+
+@pytest.mark.parametrize("step", [2, 3, 5, 8, 10])
+@pytest.mark.parametrize("stop", ["checkpoint", "now"])
+def test_a_resumed_run_chooses_the_step_of_an_unbroken_one(
+    tiny: Folders, tmp_path: Path, chosen: tuple[Path, Log], step: int, stop: StopMode
+) -> None:
+    """It is asked before the step's validation: "checkpoint" leaves that to the next attempt, "now" loses steps."""
+    recipe = recipe_of(**OVERFITTING, keep_best="best")
+    none, _ = run(tiny, tmp_path, recipe, Log(stop=stop, stop_when=at_step(step)))
+    assert none is None
+    product, _ = run(tiny, tmp_path, recipe, attempt=2)
+    assert adapter_bytes(product) == adapter_bytes(chosen[0])
+    assert decisions(product) == decisions(chosen[0])
+
+
+def test_early_stopping_ends_after_its_patience_and_says_so(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of(**OVERFITTING, early_stopping_patience=2, early_stopping_threshold=50.0)
+    product, log = run(tiny, tmp_path, recipe)
+    assert [event.step for event in log.of(ValidationEvent)] == [2, 4, 6]
+    assert max(log.losses()) == 6
+    assert [event.step for event in log.of(CheckpointEvent)] == [3, 6]
+    assert decisions(product)[2:] == (6, 6)
+    assert decisions(product)[0] is None, "the last step is kept unless the best is asked for"
+    assert any(event.text.startswith("Early stopping at step 6 of 10") for event in log.of(MessageEvent))
+    assert log.of(ResultEvent) == [ResultEvent(folder=str(product))], "nobody asked it to stop"
+    assert product is not None
+    assert "early stopping ended training at step 6" in (product / "README.md").read_text()
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 6])
+def test_a_resumed_run_stops_early_where_an_unbroken_one_does(tiny: Folders, tmp_path: Path, step: int) -> None:
+    recipe = recipe_of(**OVERFITTING, early_stopping_patience=2, early_stopping_threshold=50.0, keep_best="best")
+    whole, _ = run(tiny, tmp_path / "whole", recipe)
+    run(tiny, tmp_path / "broken", recipe, Log(stop="checkpoint", stop_when=at_step(step)))
+    resumed, _ = run(tiny, tmp_path / "broken", recipe, attempt=2)
+    assert decisions(resumed) == decisions(whole)
+    assert decisions(whole)[2] == 6
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+def test_a_run_killed_while_it_is_scored_still_has_its_best_step(
+    tiny: Folders, tmp_path: Path, chosen: tuple[Path, Log]
+) -> None:
+    recipe = recipe_of(**OVERFITTING, keep_best="best")
+    ending = Log(stop="now", stop_when=lambda event: isinstance(event, PhaseEvent) and event.phase == "evaluating")
+    none, _ = run(tiny, tmp_path, recipe, ending)
+    assert none is None
+    product, log = run(tiny, tmp_path, recipe, attempt=2)
+    assert log.of(StepEvent) == []
+    assert adapter_bytes(product) == adapter_bytes(chosen[0])
+
+
+def test_stop_and_keep_takes_the_best_step_so_far(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of(**OVERFITTING, keep_best="best")
+    product, log = run(tiny, tmp_path, recipe, Log(stop="keep", stop_when=at_step(9)))
+    losses = {event.step: event.loss for event in log.of(ValidationEvent)}
+    assert product is not None
+    assert Result.from_folder(product).stopped_at_step == 9
+    assert decisions(product)[0] == min(losses, key=lambda step: losses[step])
+
+
+def test_a_measure_of_answers_may_choose(tiny: Folders, tmp_path: Path) -> None:
+    from workers.evaluations import get_evaluation
+
+    recipe = recipe_of(
+        max_steps=4, validate_every_steps=2, keep_best="best", best_by="token_f1", num_validated_answers=1
+    )  # fmt: skip
+    product, log = run(tiny, tmp_path, recipe)
+    events = log.of(ValidationEvent)
+    assert [(event.step, event.evaluation) for event in events] == [(2, "token_f1"), (4, "token_f1")]
+    assert all(0.0 <= event.score <= 1.0 for event in events)
+    assert get_evaluation("token_f1").higher_is_better
+    best = max(events, key=lambda event: (event.score, -event.step))
+    assert decisions(product)[:2] == (None if best.step == 4 else best.step, best.score)
+
+
+def test_too_few_held_out_rows_to_choose_on_are_refused(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of(keep_best="best")
+    recipe = recipe.model_copy(update={"split": recipe.split.model_copy(update={"max_held_out": 3})})
+    with pytest.raises(DatasetError, match="3 are held out"):
+        run(tiny, tmp_path, recipe)
+
+
+def test_validations_that_only_show_leave_the_training_alone(
+    tiny: Folders, tmp_path: Path, straight: tuple[Path, Log]
+) -> None:
+    product, log = run(tiny, tmp_path, recipe_of(validate_every_steps=1))
+    assert [event.step for event in log.of(ValidationEvent)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in straight[1].of(ValidationEvent)] == [3, 6]
+    assert adapter_bytes(product) == adapter_bytes(straight[0])
+    assert Result.from_folder(product or tmp_path).provenance.best_by == ""

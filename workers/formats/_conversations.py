@@ -10,6 +10,9 @@ from workers.examples import Example, Message, Problem
 from workers.formats._rules import ROLE_ALIASES, check_text, unknown_role
 from workers.strict_json import excerpt_of, type_name
 
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
+"""Least and largest weight of a turn that is learned; outside, one turn or all others would vanish in float32."""
+
 
 def read_turns(
     turns: Any,
@@ -99,28 +102,41 @@ def _read_turn(
         )
         return None, problems
     content, bad_content = check_text(turn, content_key, line, path=f"{path}.{content_key}")
-    train, bad_weight = _read_weight(turn, line, path)
+    train, weight, bad_weight = _read_weight(turn, line, path)
     problems += [problem for problem in (bad_content, bad_weight) if problem]
     if problems or role is None:
         return None, problems
-    return Message(role, content, train if role == "assistant" else None), []  # type: ignore[arg-type]
+    if role != "assistant":
+        train, weight = None, 1.0
+    return Message(role, content, train, weight), []  # type: ignore[arg-type]
 
 
-def _read_weight(turn: dict[str, Any], line: int, path: str) -> tuple[bool | None, Problem | None]:
-    """Whether a turn says itself that it is learned: OpenAI's `weight` 0 or 1, Axolotl's `train`."""
+def _read_weight(turn: dict[str, Any], line: int, path: str) -> tuple[bool | None, float, Problem | None]:
+    """Whether a turn says itself that it is learned, and how much it counts.
+
+    OpenAI's `weight` is 0 or 1; we take any number from 0 to MAX_WEIGHT. Axolotl's `train` is true or false.
+    """
     key = "weight" if "weight" in turn else "train"
     value = turn.get(key)
     if value is None:
-        return None, None
+        return None, 1.0, None
     if isinstance(value, bool) or value in (0, 1):
-        return bool(value), None
-    return None, Problem(
-        "C106",
-        f'Line {line}: "{path}.{key}" is {excerpt_of(value)}; only 0 (not learned) and 1 (learned) have a meaning.',
-        "Write 0 or 1, or leave it out.",
-        line=line,
-        field=f"{path}.{key}",
-        excerpt=excerpt_of(turn),
+        return bool(value), 1.0, None
+    # A comparison that NaN fails, and that a number too large for a float does not break.
+    if key == "weight" and isinstance(value, int | float) and MIN_WEIGHT <= value <= MAX_WEIGHT:
+        return True, float(value), None
+    allowed = f"0 (not learned) or from {MIN_WEIGHT} to {MAX_WEIGHT}" if key == "weight" else "true or false"
+    return (
+        None,
+        1.0,
+        Problem(
+            "C106",
+            f'Line {line}: "{path}.{key}" is {excerpt_of(value)}; it can be {allowed}.',
+            "Write 0 or 1, another number for a turn that counts less or more, or leave it out.",
+            line=line,
+            field=f"{path}.{key}",
+            excerpt=excerpt_of(turn),
+        ),
     )
 
 

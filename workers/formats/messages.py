@@ -1,4 +1,4 @@
-"""OpenAI chat messages: {"messages": [{"role": ..., "content": ...}]}, with `weight` 0 or 1 per turn."""
+"""OpenAI chat messages: {"messages": [{"role": ..., "content": ...}]}, with a `weight` per assistant turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Messages(Format):
     label = "Chat messages (OpenAI)"
     help = (
         'Rows like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. '
-        "An assistant turn with weight 0 is context and is not learned."
+        "An assistant turn with weight 0 is context and is not learned; with weight 0.5 it counts half as much as one "
+        "without."
     )
 
     def recognise(self, head: Sequence[dict[str, Any]]) -> tuple[float, dict[str, str]]:

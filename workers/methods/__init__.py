@@ -7,6 +7,7 @@ limits and its formula from here too.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,31 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a finished training leaves: in words for people, and as model hubs file it."""
+
+    noun: str
+    described: str
+    """A format of {label}, the method's, and {base}."""
+    relation: str
+    """`base_model_relation` of a model card."""
+    library: str
+    """The library that loads it: "peft", onto the base, or "transformers", by itself."""
+    is_whole_model: bool
+
+
+ADAPTER = Product("adapter", "A {label} adapter for {base}", "adapter", "peft", is_whole_model=False)
+WHOLE_MODEL = Product("model", "{label} of {base}", "finetune", "transformers", is_whole_model=True)
+
+
 class Method(ABC):
     """One parameter-efficient method: what it is, what it can do, how many parameters, how to attach it."""
 
     name: str
     label: str
+    order: int = 100
+    """Where it stands in lists, the lowest first."""
     summary: str
     """One plain sentence: when to choose it."""
     choose_when: str
@@ -48,9 +69,14 @@ class Method(ABC):
     can_checkpoint_activations: bool
     can_merge: bool
     peft_type: str
-    """peft's name for the form in which the adapter is saved, as in adapter_config.json."""
+    """peft's name for the form in which the adapter is saved, as in adapter_config.json; empty for a whole model."""
     runs_in: tuple[str, ...]
     """Programs that load the saved adapter as it is: "peft", "vllm", "llama.cpp", ..."""
+    product: Product = ADAPTER
+    must_fit: bool = False
+    """Whether a run that needs more memory than the device has is refused, instead of warned of."""
+    cheaper: tuple[str, ...] = ()
+    """Methods that are named beside it with what they would need instead, the nearest in quality first."""
     companion_file: Path | None = None
     """A module that teaches peft this method. A copy lies beside every saved adapter, to be imported before loading;
     it imports torch, peft and transformers alone. None when peft knows the method."""
@@ -73,6 +99,22 @@ class Method(ABC):
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+    def save(self, model: Any, folder: Path, *, base: str, commit: str) -> None:
+        """Writes what was trained into `folder`. `base` is the base's name, never a path; `commit` the hub's, or ""."""
+        from workers.adapters import save_with_peft
+
+        save_with_peft(model, folder, base=base, commit=commit)
+
+    def reload(self, model: Any, folder: Path) -> Any:
+        """The saved folder as programs without our code load it; `model` can no longer be used afterwards."""
+        from workers.adapters import reload_with_peft
+
+        return reload_with_peft(model, folder)
+
+    def training_precision(self, settings: Any, precision: Precision, *, has_bfloat16: bool) -> Precision:
+        """The precision whose speed and activations training has, on a base that is held at `precision`."""
+        return precision
 
     def num_virtual_tokens(self, settings: Any) -> int:
         """Tokens of the base's context that the adapter takes for itself."""
@@ -111,12 +153,13 @@ class Method(ABC):
 
 @cache
 def methods() -> dict[str, Method]:
-    """Every method by name."""
-    return discover(__name__, Method)  # type: ignore[type-abstract]
+    """Every method by name, the most usual first."""
+    found = discover(__name__, Method)  # type: ignore[type-abstract]
+    return dict(sorted(found.items(), key=lambda pair: pair[1].order))
 
 
 def method_of_type(peft_type: str) -> Method | None:
-    """A method that saves its adapters as `peft_type`; None when none does."""
+    """A method that saves its adapters as `peft_type`, whole models as ""; None when none does."""
     return next((method for method in methods().values() if method.peft_type == peft_type), None)
 
 

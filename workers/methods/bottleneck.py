@@ -77,6 +77,7 @@ class BottleneckSettings(MethodSettings):
 class Bottleneck(Method):
     name = "bottleneck"
     label = "Bottleneck adapters"
+    order = 40
     summary = "Small trained networks inside every block: sturdy and well studied, but they stay apart from the base."
     choose_when = (
         "A small network inside every layer, the oldest of these methods and still a strong one: it can compute "

@@ -42,6 +42,7 @@ class DoraSettings(LoraSettings):
 class Dora(Lora):
     name = "dora"
     label = "DoRA"
+    order = 30
     summary = "LoRA with a trained magnitude per output: often better at small ranks, half as slow again, only in peft."
     choose_when = (
         "The last bit of quality at a low rank: it learns a weight's length apart from its direction, and comes "

@@ -56,7 +56,13 @@ LAYOUTS = (
 class Ia3(Method):
     name = "ia3"
     label = "IA3"
+    order = 70
     summary = "Three trained vectors per block: the fewest parameters of all, for small datasets and near tasks."
+    choose_when = (
+        "The smallest adapters that still reach every layer: one number per feature, tens of kilobytes a task. "
+        "Good for nudging style and format with few rows, and merges into a full-precision base; it cannot teach "
+        "much that is new."
+    )
     source = "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
     Settings: type[MethodSettings] = Ia3Settings
     precisions: tuple[Precision, ...] = ("bfloat16", "float32", "nf4", "int8")

@@ -25,8 +25,8 @@ class LoraSettings(MethodSettings):
         ge=1,
         le=512,
         title="Rank",
-        description="Size of the update's bottleneck: more learns more and costs more. 8, 16, 32, 64 and 128 are the "
-        "ranks that vLLM serves without rounding up.",
+        description="Size of the update's bottleneck. Too low: it cannot hold what is to be learned. Too high: memory "
+        "and time for nothing. 8, 16, 32, 64 and 128 are the ranks that vLLM serves without rounding up.",
         json_schema_extra={"source": "LoRA without Regret (Schulman 2025): rank hardly matters for small datasets"},
     )
     alpha: float = Field(
@@ -34,7 +34,7 @@ class LoraSettings(MethodSettings):
         gt=0,
         le=4096,
         title="Alpha",
-        description="The update is multiplied by alpha / rank.",
+        description="The update is multiplied by alpha / rank. Too low: little is learned. Too high: the loss jumps.",
         json_schema_extra={"source": "twice the rank, as in peft's and vLLM's examples"},
     )
     dropout: float = Field(
@@ -42,13 +42,15 @@ class LoraSettings(MethodSettings):
         ge=0,
         lt=1,
         title="Dropout",
-        description="Share of an adapter's inputs that is dropped while training. 0 is fastest.",
+        description="Share of an adapter's inputs that is dropped while training; 0 is fastest. Too low: a small "
+        "dataset is memorised. Too high: little is learned.",
         json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B, for models up to 13B"},
     )
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         title="Layers",
-        description='"all-linear", or the names of the linear layers that get an adapter.',
+        description='"all-linear", or the names of the linear layers that get an adapter. Fewer: less memory, less '
+        "learned.",
         json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), section 4: all linear layers match full tuning"},
     )
 
@@ -56,6 +58,7 @@ class LoraSettings(MethodSettings):
 class Lora(Method):
     name = "lora"
     label = "LoRA"
+    order = 10
     summary = "Small trainable matrices beside the linear layers: the default, and it runs everywhere."
     choose_when = (
         "Almost always the first choice: it learns as much as full fine-tuning on datasets of the usual size, "

@@ -28,6 +28,7 @@ class LoraPlusSettings(LoraSettings):
 class LoraPlus(Lora):
     name = "lora_plus"
     label = "LoRA+"
+    order = 34
     summary = "LoRA that learns up to twice as fast where the task is far from what the base knows; runs everywhere."
     choose_when = (
         "LoRA that is to learn faster: the second matrix takes larger steps. The result is a plain LoRA adapter. "

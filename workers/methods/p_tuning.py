@@ -51,6 +51,7 @@ class PTuningSettings(MethodSettings):
 class PTuning(VirtualTokenMethod):
     name = "p_tuning"
     label = "P-tuning"
+    order = 62
     summary = "A trained prompt made by a small network: steadier than prompt tuning, and as small once trained."
     choose_when = (
         "Prompt tuning whose virtual tokens come out of a small network while training, which makes the early "
@@ -59,7 +60,8 @@ class PTuning(VirtualTokenMethod):
     source = "Liu et al. 2021, GPT Understands, Too"
     Settings: type[MethodSettings] = PTuningSettings
     # peft's method comparison on MetaMathQA (Llama-3.2-3B), MLP: 0.367 with 1e-3, 0.371 with 1e-4, 0.355 with 5e-3;
-    # after 250 of 5000 steps 1e-3 is far ahead of 1e-4.
+    # after 250 of 5000 steps 1e-3 is far ahead of 1e-4. Our own 15 steps on SmolLM2 and GSM8K: held-out loss from 1.98
+    # to 1.88 with 1e-3, to 1.99 with 1e-4.
     learning_rate = 1e-3
     peft_type = "P_TUNING"
 

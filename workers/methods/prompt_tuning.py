@@ -50,6 +50,7 @@ class PromptTuningSettings(MethodSettings):
 class PromptTuning(VirtualTokenMethod):
     name = "prompt_tuning"
     label = "Prompt tuning"
+    order = 60
     summary = "A trained prompt before every row: the fewest parameters, best on large bases and narrow tasks."
     choose_when = (
         "A few thousand numbers in front of the request, for the smallest adapter of all and large bases (billions "
@@ -59,7 +60,9 @@ class PromptTuning(VirtualTokenMethod):
     source = "Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning"
     Settings: type[MethodSettings] = PromptTuningSettings
     # peft's method comparison on MetaMathQA (Llama-3.2-3B): 0.391 with AdamW at 1e-3 and tokens drawn from the
-    # vocabulary. The paper's 0.3 is for Adafactor.
+    # vocabulary, over 5000 steps. The paper's 0.3 is for Adafactor. Short runs on small bases with large embeddings
+    # want more: on SmolLM2 and GSM8K our held-out loss went from 2.01 to 1.93 in 15 steps with 1e-2, to 1.98 in 25
+    # with 1e-3.
     learning_rate = 1e-3
     peft_type = "PROMPT_TUNING"
 

@@ -16,8 +16,8 @@ class QloraSettings(LoraSettings):
         ge=1,
         le=512,
         title="Rank",
-        description="Size of the update's bottleneck: more learns more and costs more. 8, 16, 32, 64 and 128 are the "
-        "ranks that vLLM serves without rounding up.",
+        description="Size of the update's bottleneck. Too low: it cannot hold what is to be learned. Too high: memory "
+        "and time for nothing. 8, 16, 32, 64 and 128 are the ranks that vLLM serves without rounding up.",
         json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B.2"},
     )
     alpha: float = Field(
@@ -25,7 +25,7 @@ class QloraSettings(LoraSettings):
         gt=0,
         le=4096,
         title="Alpha",
-        description="The update is multiplied by alpha / rank.",
+        description="The update is multiplied by alpha / rank. Too low: little is learned. Too high: the loss jumps.",
         json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B.2"},
     )
     dropout: float = Field(
@@ -33,7 +33,8 @@ class QloraSettings(LoraSettings):
         ge=0,
         lt=1,
         title="Dropout",
-        description="Share of an adapter's inputs that is dropped while training. 0 is fastest.",
+        description="Share of an adapter's inputs that is dropped while training; 0 is fastest. Too low: a small "
+        "dataset is memorised. Too high: little is learned.",
         json_schema_extra={"source": "QLoRA (Dettmers et al. 2023), appendix B.2, for models up to 13B"},
     )
 
@@ -41,6 +42,7 @@ class QloraSettings(LoraSettings):
 class Qlora(Lora):
     name = "qlora"
     label = "QLoRA"
+    order = 20
     summary = "LoRA on a base held in 4 bits: a quarter of the memory, a little slower and less exact."
     choose_when = (
         "The base does not fit into the GPU in 16 bits. It needs a quarter of the memory for the base and learns "

@@ -33,6 +33,7 @@ class RsLoraSettings(LoraSettings):
 class RsLora(Lora):
     name = "rslora"
     label = "rsLoRA"
+    order = 32
     summary = "LoRA for large ranks, 64 and more: its scale keeps them learning. Runs wherever LoRA runs."
     choose_when = (
         "High ranks (64 and more), where LoRA's own scale makes each direction learn less and less. At rank 16 or "

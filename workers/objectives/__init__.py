@@ -23,7 +23,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats and the number of tokens it covers, both on the device.
+        """Summed loss in nats and the number of tokens it covers, both on the device; with weights, their sum.
 
         A sum, not a mean: the loop divides by the tokens of all micro-batches of a step, so that
         accumulating 4 micro-batches of 1 row gives the gradient of one batch of 4.

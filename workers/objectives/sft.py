@@ -22,7 +22,7 @@ class SupervisedFineTuning(Objective):
     example_type: ExampleType = "chat"
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy in nats and the number of tokens it covers, both on the device."""
+        """Summed cross-entropy in nats and the number of tokens it covers, both weighted, on the device."""
         from workers.losses import summed_cross_entropy
 
         return summed_cross_entropy(model, batch)

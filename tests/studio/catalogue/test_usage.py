@@ -48,3 +48,16 @@ def test_a_base_folder_with_blanks_and_quotes_stays_one_word(team: Team, alice: 
     assert (
         shlex.split(snippets(make_adapter(team, alice, base_model=base))["vllm"].replace("\\\n", " "))[2] == base.hub_id
     )
+
+
+def test_a_whole_model_is_loaded_and_served_without_its_base(team: Team, alice: User) -> None:
+    model = make_adapter(team, alice, name="It's mine", method="full", settings={})
+    found = snippets(model)
+    assert list(found) == ["transformers", "vllm"]
+    assert "MODEL = 'its-mine'" in found["transformers"]
+    assert "peft" not in found["transformers"]
+    ast.parse(found["transformers"])
+    words = shlex.split(found["vllm"])
+    assert words[:3] == ["vllm", "serve", "./its-mine"]
+    assert words[words.index("--dtype") + 1] == "bfloat16"
+    assert "--enable-lora" not in words

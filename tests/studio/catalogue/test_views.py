@@ -173,6 +173,25 @@ def test_the_adapter_page_begins_with_the_verdict(adapter: Adapter, alice_client
     assert "(95 % interval of the difference \u22120.700 to \u22120.500, n = 100 rows)" in page
 
 
+def test_the_page_of_a_whole_model_says_nothing_of_an_adapter(team: Team, alice: User, alice_client: Client) -> None:
+    result = make_result()
+    provenance = result.provenance.model_copy(update={"verified": True, "max_logit_difference": 0.0})
+    model = make_adapter(
+        team, alice, name="Whole", method="full", settings={},
+        result=result.model_copy(update={"provenance": provenance}), files={"model.safetensors": b"x" * 3_000_000},
+    )  # fmt: skip
+    page = alice_client.get(model.get_absolute_url()).content.decode()
+    content = " ".join(page[page.index('<p class="muted mb-4">') :].split())
+    assert "Full fine-tuning of <a" in content
+    assert "a whole model in float32, which needs no base beside it" in content
+    assert "loaded again in plain transformers and gave the same logits" in content
+    assert "This model" in content
+    assert "vllm serve ./whole" in content
+    assert "Download zip (2.9" in page
+    for words in ("This adapter", "adapter on", "PeftModel", "plain peft"):
+        assert words not in content, words
+
+
 def test_the_adapter_page_says_when_training_stopped_early(team: Team, alice: User, alice_client: Client) -> None:
     stopped = make_adapter(team, alice, result=make_result(stopped_at_step=30))
     assert "Stopped early at step 30" in alice_client.get(stopped.get_absolute_url()).content.decode()

@@ -108,7 +108,13 @@ def assistant(content: Any = "hello", **more: Any) -> dict[str, Any]:
         ([user(), "x"], "C102", "text, where an object"),
         ([], "C102", "an empty list"),
         ("x", "C102", "text, where a list"),
-        ([user(), assistant(weight=2)], "C106", "is 2; only 0"),
+        ([user(), assistant(weight=-1)], "C106", '"messages[1].weight" is -1; it can be 0 (not learned) or from'),
+        ([user(), assistant(weight=2000)], "C106", "is 2000; it can be"),
+        ([user(), assistant(weight=10**400)], "C106", "it can be"),
+        ([user(), assistant(weight=float("nan"))], "C106", "is NaN; it can be"),
+        ([user(), assistant(weight="1")], "C106", "is 1; it can be"),
+        ([user(), assistant(weight=[1])], "C106", "is [1]; it can be"),
+        ([user(), assistant(train=0.5)], "C106", '"messages[1].train" is 0.5; it can be true or false'),
         ([user(), assistant(weight=0)], "C106", "weight 0, so there is nothing"),
         ([user(), assistant(None, tool_calls=[{"id": "1"}])], "C107", "calls a tool"),
     ],
@@ -146,6 +152,23 @@ def test_weights_say_what_is_learned() -> None:
     example, _ = get_format("messages").parse({"messages": turns}, 1, {})
     assert example is not None
     assert [message.train for message in example.messages] == [None, False, None, True]
+    assert {message.weight for message in example.messages} == {1.0}
+
+
+def test_a_weight_between_says_how_much_a_turn_counts() -> None:
+    turns = [user(), assistant(weight=0.25), user(), assistant(weight=3), user(), assistant(weight=0.0)]
+    example, problems = get_format("messages").parse({"messages": turns}, 1, {})
+    assert example is not None
+    assert problems == []
+    assert [(message.train, message.weight) for message in example.messages[1::2]] == [
+        (True, 0.25), (True, 3.0), (False, 1.0),
+    ]  # fmt: skip
+    assert {message.weight for message in example.messages[::2]} == {1.0}
+
+
+def test_a_bad_weight_is_named_by_line_and_field() -> None:
+    _, (problem,) = get_format("messages").parse({"messages": [user(), assistant(weight="high")]}, 7, {})
+    assert (problem.line, problem.field, problem.level) == (7, "messages[1].weight", "error")
 
 
 def test_every_turn_that_is_wrong_is_reported_at_once() -> None:

@@ -267,8 +267,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             spec = importlib.util.spec_from_file_location(companion.stem, companion)
             sys.modules[companion.stem] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[companion.stem])
-    model = AutoModelForCausalLM.from_pretrained((folder / "base").read_text())
-    model = PeftModel.from_pretrained(model, folder).eval()
+    is_adapter = (folder / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained((folder / "base").read_text() if is_adapter else folder).eval()
+    model = PeftModel.from_pretrained(model, folder).eval() if is_adapter else model
     ids = torch.tensor([prompt])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -len(prompt):]
@@ -364,7 +365,7 @@ class Killed(BaseException):
 
 
 def run(name: str, folder: Path, out: Path, *, kill_at: int | None = None, attempt: int = 1) -> bytes:
-    """The adapter's bytes of a run; killed right after the step `kill_at` when that is given."""
+    """The weights' bytes of a run; killed right after the step `kill_at` when that is given."""
     dataset = out.parent / "rows.jsonl"
     if not dataset.exists():
         write_rows(dataset, tiny_rows(40))
@@ -388,7 +389,7 @@ def run(name: str, folder: Path, out: Path, *, kill_at: int | None = None, attem
 
     product = train(recipe, Folders(folder, dataset, out), report=report, should_stop=lambda: None, attempt=attempt)
     assert product is not None
-    return (product / "adapter_model.safetensors").read_bytes()
+    return b"".join(path.read_bytes() for path in sorted(product.glob("*.safetensors")))
 
 
 def check_resuming(name: str, folder: Path, tmp_path: Path, kills: list[int]) -> None:

@@ -85,16 +85,19 @@ def test_it_rescales_keys_values_and_the_feed_forwards_inside(family, bases) -> 
     torch.testing.assert_close(gradient, torch.cat([value.grad for value in written.values()]), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("precision", "close"), [("nf4", 1e-4), ("int8", 0.05)])
-def test_quantised_bases_give_the_gradients_of_hooks_on_the_same_base(precision, close: float, bases) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision", "close"),
+    [("llama", "nf4", 1e-4), ("phi3", "nf4", 1e-4), ("gpt2", "nf4", 1e-4), ("llama", "int8", 1e-4)],
+)
+def test_quantised_bases_give_the_gradients_of_hooks_on_the_same_base(family, precision, close: float, bases) -> None:
     torch.manual_seed(5)
     method = get_method("ia3")
-    adapted = method.attach(load(bases["llama"], precision, torch.float32), method.read_settings({})).train()
+    adapted = method.attach(load(bases[family], precision, torch.float32), method.read_settings({})).train()
     disturb(adapted)
     batch = padded(random_rows(18, 11))
     loss, gradient = gradients(adapted, batch)
     written = {name: value.detach().flatten().clone().requires_grad_() for name, value in vectors_of(adapted).items()}
-    by_hand = scaled_by_hand(load(bases["llama"], precision, torch.float32), written, "llama").train()
+    by_hand = scaled_by_hand(load(bases[family], precision, torch.float32), written, family).train()
     expected, count = summed_cross_entropy(by_hand, batch)
     (expected / count).backward()
     other = torch.cat([value.grad for value in written.values()])

@@ -14,7 +14,7 @@ from workers.methods import get_method
 from workers.recipe import Recipe
 
 # Small sizes, and nothing by chance, for whichever method has a setting of that name.
-SMALL = {"dropout": 0.0, "rank": 4, "num_virtual_tokens": 5}
+SMALL = {"dropout": 0.0, "rank": 4, "num_virtual_tokens": 5, "mixed_precision": False}
 
 
 def tiny_settings(name: str) -> dict[str, Any]:

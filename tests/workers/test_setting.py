@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from jobs.settings_form import Setting, settings_of, to_text
 from workers.recipe import EvaluationSettings, SplitSettings, TrainingSettings
+from workers.setting import Setting, settings_of, to_text
 
 
 def setting(name: str) -> Setting:

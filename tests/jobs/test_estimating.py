@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.estimating import Device, make_plan
+from tests.tiny import make_tiny_base
+from workers.base_folders import read_base_folder
+from workers.errors import DatasetError
+from workers.memory import DatasetFacts, DeviceFacts
+from workers.recipe import Recipe
+
+DEVICE = Device(DeviceFacts("cpu", "CPU", 2**34, 2, has_fast_bfloat16=False), is_live=True)
+
+
+def test_a_job_that_chooses_on_too_few_held_out_rows_is_refused_before_it_is_queued(tmp_path: Path) -> None:
+    shape = read_base_folder(make_tiny_base(tmp_path)).shape
+    rows = DatasetFacts(num_rows=30, total_tokens=600, longest=40)
+
+    def recipe(**training: object) -> Recipe:
+        asked = {"name": "x", "base_model": {"name": "b"}, "dataset": {"name": "d", "format": "alpaca"}}
+        return Recipe.from_dict(asked | {"training": training})
+
+    plan = make_plan(recipe(), shape, rows, DEVICE, is_counted=True)
+    assert plan.num_held_out_rows == 3
+    assert plan.recipe.training.validate_every_steps == 2, "4 steps of which one is looked at"
+    for choosing in ({"keep_best": "best"}, {"early_stopping_patience": 1}):
+        with pytest.raises(DatasetError, match="3 are held out") as caught:
+            make_plan(recipe(**choosing), shape, rows, DEVICE, is_counted=True)
+        assert caught.value.field == "split.held_out_share"
