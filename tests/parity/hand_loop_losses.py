@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, get_scheduler
@@ -44,10 +44,8 @@ def main(job):
 def load(job):
     """The base with the adapter as it begins."""
     base = AutoModelForCausalLM.from_pretrained(job["base_model"], dtype=torch.float32)
+    # Not PeftModel.from_pretrained: it refuses to train a saved prefix further, and the networks are not saved.
     config = PeftConfig.from_pretrained(job["adapter"])
-    if config.peft_type != "P_TUNING" and not getattr(config, "prefix_projection", False):
-        return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
-    # A saved adapter has only what its network makes, and the network is what is trained.
     config.inference_mode = False
     model = get_peft_model(base, config)
     start = load_file(job["trainable"])

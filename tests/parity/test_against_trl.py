@@ -24,8 +24,8 @@ CASES = {
     "rslora": Case("rslora", SMALL, 1e-2),
     "lora_plus": Case("lora_plus", SMALL | {"learning_rate_ratio": 8.0}, 2e-3),
     "dora": Case("dora", SMALL, 1e-2),
-    "ia3": Case("ia3", {}, 3e-2),
-    "prompt_tuning": Case("prompt_tuning", {"num_virtual_tokens": 6}, 5e-2),
+    "ia3": Case("ia3", {}, 1e-1, training={"weight_decay": 0.0, "max_grad_norm": 0.1}),
+    "prompt_tuning": Case("prompt_tuning", {"num_virtual_tokens": 6}, 1e-1),
 }
 Curve = tuple[Case, Folders, list[Step]]
 

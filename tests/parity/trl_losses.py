@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -38,7 +39,10 @@ def main(job):
     base = AutoModelForCausalLM.from_pretrained(
         job["base_model"], dtype=torch.float32, quantization_config=quantization(job["precision"])
     )
-    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    # Not PeftModel.from_pretrained: it refuses to train a saved prompt further.
+    config = PeftConfig.from_pretrained(job["adapter"])
+    config.inference_mode = False
+    model = get_peft_model(base, config)
     ids = [row["ids"] for row in job["rows"]]
     labels = [
         [token if trained else -100 for token, trained in zip(row["ids"], row["trained"], strict=True)]
@@ -77,12 +81,19 @@ def main(job):
         callbacks=[recorder],
         optimizers=optimizers(model, job),
     )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # TRL 1.16.0 rounds the adapter of a quantised base to bfloat16; what we compare with is float32 throughout.
-            parameter.data = parameter.data.float()
+    # Only now: TRL 1.16.0 rounds the adapter of a quantised base to bfloat16, and what we compare with is float32.
+    begin(model, load_file(job["trainable"]))
     trainer.train()
     return recorder.steps
+
+
+def begin(model, start):
+    """Gives every trainable parameter its first value."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable.keys() == start.keys()
+    for name, parameter in trainable.items():
+        assert parameter.shape == start[name].shape
+        parameter.data = start[name]
 
 
 def quantization(precision):
