@@ -3,9 +3,10 @@
     python -m tests.bench.main_job LOGIN_LINK ROWS.jsonl BASE_MODEL_FOLDER --out DIR [--rows 560]
 
 LOGIN_LINK is what `make run` prints; ROWS.jsonl has a question and an answer per line (GSM8K's form), of which the
-shortest `--rows` are taken. Uploads them, trains LoRA, QLoRA and prefix tuning, and LoRA on shuffled answers, and
-downloads each adapter into DIR. Then prints one line per adapter; scores the LoRA adapter again in plain
-transformers + peft; and compares it with the control on the same true held-out rows, paired, with a 95 % interval.
+shortest `--rows` are taken. Uploads them, trains LoRA, QLoRA, prefix tuning, bottleneck adapters and prompt tuning, and
+LoRA on shuffled answers, and downloads each adapter into DIR. Then prints one line per adapter; scores the LoRA adapter
+again in plain transformers + peft; and compares it with the control on the same true held-out rows, paired, with a 95 %
+interval.
 
 It can be started again after an interruption: what DIR has already is not trained again.
 """
@@ -28,9 +29,11 @@ from tests.end_to_end.browsing import SECOND, Browser, open_browser
 TRUE, SHUFFLED = "true", "shuffled"
 JOBS = {
     "lora": (TRUE, "lora"),
+    "shuffled-control": (SHUFFLED, "lora"),
     "qlora": (TRUE, "qlora"),
     "prefix-tuning": (TRUE, "prefix_tuning"),
-    "shuffled-control": (SHUFFLED, "lora"),
+    "bottleneck": (TRUE, "bottleneck"),
+    "prompt-tuning": (TRUE, "prompt_tuning"),
 }
 SETTINGS = {"evaluation.num_generated": "16", "evaluation.max_new_tokens": "80", "training.max_length": "512"}
 PATIENCE_SECONDS = 4 * 3600
