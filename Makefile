@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # Debian's browser; another one by `make test CHROMIUM=/path`.
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# One thread each: on models this small, threads only wait for one another, and so would the trainers beside them.
+TESTING := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 INPUTS := pyproject.toml docker/constraints.txt
 
 .DEFAULT_GOAL := help
@@ -20,10 +22,10 @@ run: $(VENV)/.run-installed ## Start everything and print one URL; Ctrl-C stops 
 test: check browser test-fast ## make check and every fast test; what CI runs
 
 test-fast: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(TESTING) -m "not slow" --durations=15
 
 test-slow: $(VENV)/.dev-installed browser ## The tests that take minutes
-	$(BIN)/python -m pytest -m slow --durations=0
+	$(TESTING) -m slow --durations=0
 
 check: $(VENV)/.dev-installed ## Lint, formatting, types, import contracts, templates, checksums, migrations
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.tiny import HIDDEN, make_tiny_base
+from tests.workers.methods.trying import tiny_settings
 from workers import base_models
 from workers.batching import Batch, TokenRows, batches, collate
 from workers.layers.neftune import EmbeddingNoise
@@ -61,9 +62,7 @@ def attach(name: str, base: Path) -> Any:
     method = get_method(name)
     torch.manual_seed(5)
     model = base_models.load(base, "float32", "cpu", checked=True).model
-    fields = method.Settings.model_fields
-    settings = {"dropout": 0.0} if "dropout" in fields else {}
-    return method.attach(model, method.read_settings(settings)).train()
+    return method.attach(model, method.read_settings(tiny_settings(name))).train()
 
 
 class Heard:

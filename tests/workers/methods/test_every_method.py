@@ -211,18 +211,21 @@ def check_generation(name: str, folder: Path, precision: Precision) -> None:
     assert all(len(answer) == 10 for answer in alone)
     for use_cache in (True, False):
         together = generate(adapted, prompts, max_new_tokens=10, stop_ids=(), use_cache=use_cache)
-        assert agreement(together, alone) >= (1.0 if precision == "float32" else 0.8), f"use_cache={use_cache}"
+        if precision == "float32":
+            assert together == alone, f"use_cache={use_cache}"
+        assert agreement(together, alone) >= 0.8, f"use_cache={use_cache}"
     ids = torch.tensor([prompts[1]])
     theirs = adapted.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0,
         eos_token_id=1_000_000,
     )  # fmt: skip
-    assert agreement([theirs[0, ids.shape[1] :].tolist()], [alone[1]]) >= (1.0 if precision == "float32" else 0.8)
+    assert agreement([theirs[0, ids.shape[1] :].tolist()], [alone[1]]) >= (1.0 if precision == "float32" else 0.6)
 
 
 def agreement(found: list[list[int]], expected: list[list[int]]) -> float:
-    """Share of rows whose first tokens agree. In 16 bits near-ties may fall either way later in an answer."""
-    return sum(one[:3] == other[:3] for one, other in zip(found, expected, strict=True)) / len(expected)
+    """Share of the answers' first three tokens that agree: in 16 or 8 bits, near-ties may fall either way."""
+    pairs = [pair for one, other in zip(found, expected, strict=True) for pair in zip(one[:3], other[:3], strict=True)]
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 @pytest.mark.parametrize(("name", "precision"), PRECISIONS)
