@@ -180,7 +180,9 @@ def tiles_of(job: Job, live: Live) -> list[Tile]:
     newest = step.model_dump() if step else stored
     checked = live.validation.model_dump() if live.validation else validation
     memory = max(step.peak_memory_bytes if step else 0, job.peak_memory_bytes or 0)  # type: ignore[attr-defined]
-    left = step.seconds_left if step else job.seconds_left
+    phase = live.phase.phase if live.phase else job.phase
+    # What was known of the time left ends with the last step; scoring is not in it.
+    left = None if phase not in {"", "training"} else step.seconds_left if step else job.seconds_left
     speed = newest.get("tokens_per_second")
     tiles = [
         Tile("Loss", significant(newest.get("loss")), note=f"step {newest['step']:,}" if newest else ""),

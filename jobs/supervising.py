@@ -272,6 +272,8 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
     match event:
         case PhaseEvent():
             shared.phase = event.phase
+            if event.phase != "training":
+                shared.seconds_left = None
         case PlanEvent():
             shared.plan, shared.num_steps = event.model_dump(), event.num_steps
             shared.step = shared.from_step = event.resumed_from_step

@@ -19,18 +19,18 @@ from django.views.decorators.http import require_GET, require_POST
 
 from jobs import series, showing
 from jobs.estimating import Plan, plan_for
-from jobs.forms import GOALS, GROUPS, JobForm, bound_copy, fresh_form, method_settings
+from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
 from jobs.scheduling import QueueSnapshot, explain_wait, look_at_queue
 from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
+from studio.catalogue.recipe_table import recipe_sections
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.events import PHASES
-from workers.methods import get_method, methods
-from workers.setting import settings_of
+from workers.methods import get_method
 
 MAX_LISTED = 200
 """Rows of finished jobs on the page; the API has the rest."""
@@ -338,7 +338,7 @@ def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
         "row": job_row(job, queue),
         "attempts": list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else [],
         "scores": list(job.adapter.scores.order_by("evaluation")) if job.adapter else [],
-        "recipe_rows": recipe_rows(job),
+        "recipe_sections": recipe_sections(job.recipe, job.asked_recipe),
         "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
         "may_train": request.membership.may(Role.TRAINER),
         "may_stop_and_keep": job.state == JobState.RUNNING and job.phase in PHASES[3:],
@@ -354,50 +354,6 @@ def job_header(request: TeamRequest, job_id: UUID) -> HttpResponse:
     """The parts of a job page that depend on its state: state, buttons, failure, scores."""
     job = get_object_or_404(showing.job_for_page(request.team.jobs.all()), pk=job_id)
     return render(request, "jobs/_job_header_swap.html", _job_context(request, job))
-
-
-@dataclass(frozen=True)
-class RecipeRow:
-    """One field of a recipe: as it was asked for, and as it was resolved."""
-
-    label: str
-    asked: str
-    resolved: str
-
-
-def recipe_rows(job: Job) -> list[RecipeRow]:
-    """A job's recipe field by field, what was asked beside what it became."""
-    return [
-        RecipeRow(label, _shown(_at(job.asked_recipe, path)), _shown(_at(job.recipe, path)))
-        for path, label in _labels(job)
-    ]
-
-
-def _labels(job: Job) -> list[tuple[tuple[str, ...], str]]:
-    method = methods().get(str(job.recipe.get("method")))
-    found: list[tuple[tuple[str, ...], str]] = [(("method",), "Method"), (("precision",), "Precision of the base")]
-    if method is not None:
-        found += [(("settings", one.name.rsplit(".", 1)[1]), one.label) for one in method_settings(method)]
-    for key, (_title, model) in GROUPS.items():
-        found += [((key, one.name.rsplit(".", 1)[1]), one.label) for one in settings_of(model, key)]
-    return found
-
-
-def _at(recipe: dict[str, Any], path: tuple[str, ...]) -> Any:
-    value: Any = recipe
-    for part in path:
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return ", ".join(str(one) for one in value) or "none"
-    return str(value)
 
 
 @require_GET

@@ -29,8 +29,14 @@ class RecipeRow:
 
 @dataclass(frozen=True)
 class RecipeSection:
+    """One group of settings; `chosen` are those that somebody, a person or the studio, decided for this run."""
+
     title: str
     rows: list[RecipeRow]
+
+    @property
+    def chosen(self) -> list[RecipeRow]:
+        return [row for row in self.rows if row.is_changed or row.was_auto]
 
 
 def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None) -> list[RecipeSection]:
