@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -10,10 +10,6 @@ from workers.methods import MethodSettings
 from workers.methods.lora import Lora, LoraSettings, targeted
 from workers.recipe import Precision
 from workers.shapes import ModelShape
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class DoraSettings(LoraSettings):
@@ -58,23 +54,7 @@ class Dora(Lora):
     learning_rate = 1e-4
     # vLLM refuses an adapter with use_dora; llama.cpp's converter knows no magnitude vectors.
     runs_in = ("peft",)
-
-    def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
-        """The base with DoRA layers in float32, whatever the precision of the base.
-
-        Raises:
-            RecipeError: a target module does not exist in the model.
-        """
-        from workers.layers.lora import attach_lora
-
-        return attach_lora(
-            model,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            target_modules=settings.target_modules,
-            use_dora=True,
-        )
+    use_dora = True
 
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
         """LoRA's, and one magnitude per output of each targeted layer."""

@@ -75,6 +75,8 @@ class Lora(Method):
     can_merge = True
     peft_type = "LORA"
     runs_in: tuple[str, ...] = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
+    use_dora: bool = False
+    """Whether the magnitude of each output is trained apart from its direction (DoRA)."""
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:
         """The base with LoRA layers in float32, whatever the precision of the base.
@@ -90,6 +92,7 @@ class Lora(Method):
             alpha=settings.alpha,
             dropout=settings.dropout,
             target_modules=settings.target_modules,
+            use_dora=self.use_dora,
         )
 
     def num_trainable(self, settings: Any, shape: ModelShape) -> int:
