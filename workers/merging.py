@@ -13,6 +13,7 @@ from workers.base_folders import read_base_folder
 from workers.checkpoints import disk_error
 from workers.errors import ExplainedError
 from workers.methods import method_of_type
+from workers.peft_folders import CONFIG_FILE
 from workers.recipe import Precision
 from workers.rendering import read_chat_template
 
@@ -86,10 +87,10 @@ def merge(
 
 def _refuse_unmergeable(adapter_folder: Path) -> None:
     try:
-        peft_type = str(json.loads((adapter_folder / adapters.CONFIG_FILE).read_text("utf-8"))["peft_type"])
+        peft_type = str(json.loads((adapter_folder / CONFIG_FILE).read_text("utf-8"))["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MergeError(
-            f"{adapter_folder.name} has no readable {adapters.CONFIG_FILE}, so it is no adapter.",
+            f"{adapter_folder.name} has no readable {CONFIG_FILE}, so it is no adapter.",
             next_step="Give the folder of a finished adapter.",
         ) from error
     method = method_of_type(peft_type)

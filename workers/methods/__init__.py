@@ -102,13 +102,13 @@ class Method(ABC):
 
     def save(self, model: Any, folder: Path, *, base: str, commit: str) -> None:
         """Writes what was trained into `folder`. `base` is the base's name, never a path; `commit` the hub's, or ""."""
-        from workers.adapters import save_with_peft
+        from workers.peft_folders import save_with_peft
 
         save_with_peft(model, folder, base=base, commit=commit)
 
     def reload(self, model: Any, folder: Path) -> Any:
         """The saved folder as programs without our code load it; `model` can no longer be used afterwards."""
-        from workers.adapters import reload_with_peft
+        from workers.peft_folders import reload_with_peft
 
         return reload_with_peft(model, folder)
 
