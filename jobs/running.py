@@ -6,17 +6,19 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from django.db import transaction
+from django.conf import settings
+from django.db import InterfaceError, OperationalError, connection, transaction
 
 from jobs import failures, lifecycle
 from jobs.lifecycle import FencedError
 from jobs.models import Job
-from jobs.supervising import Outcome, supervise
+from jobs.supervising import Link, Outcome, boot_clock, supervise
 from studio import storage
-from studio.catalogue.registering import register_adapter
+from studio.catalogue.registering import checked_files, register_adapter
 from workers.recipe import Recipe
 from workers.results import Result
 
@@ -34,13 +36,18 @@ def run_job(
     Raises:
         Exception: something that nobody foresaw; the job is recorded as failed to start and tried again.
     """
+    with Link(job.pk, job.attempt) as link:
+        _run(job, link, is_draining, tell)
+
+
+def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
     try:
         folder = prepare_folder(job)
         outcome = supervise(
-            trainer_command(job, folder), job_id=job.pk, attempt=job.attempt,
+            trainer_command(job, folder), link=link,
             log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
         )  # fmt: skip
-        finish(job, outcome)
+        until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
     except OSError as error:
@@ -103,18 +110,39 @@ def finish(job: Job, outcome: Outcome) -> None:
             lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
 
 
+def until_answered(action: Callable[[], None]) -> None:
+    """Do something in the database, again and again while it does not answer, for half a lease at most.
+
+    This thread's connection has been idle since the claim: a restart of the database meanwhile is found out here.
+    """
+    give_up_at = boot_clock() + settings.LEASE_SECONDS / 2
+    while True:
+        try:
+            action()
+        except (OperationalError, InterfaceError):
+            if boot_clock() > give_up_at:
+                raise
+            connection.close()
+            time.sleep(min(1.0, settings.LEASE_SECONDS / 20))
+        else:
+            return
+
+
 def register(job: Job, product: Path) -> None:
     """Put the finished adapter in its place and, in one transaction, into the catalogue with the job's success."""
-    result = Result.model_validate_json((product / "result.json").read_bytes())
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
     key = f"{job.team_id}/{job.pk}-{job.attempt}"
     lifecycle.heartbeat(job.pk, job.attempt)
     storage.keep_adapter(product, key)
+    # Before the transaction: hashing gigabytes takes longer than one may stand open.
+    files = checked_files(key)
+    result = Result.from_folder(storage.adapter_folder(key))
     try:
         with transaction.atomic():
             adapter = register_adapter(
                 team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
-                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, result=result,
+                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
+                result=result,
             )  # fmt: skip
             lifecycle.succeed(job.pk, job.attempt, adapter)
     except FencedError:
@@ -125,6 +153,6 @@ def register(job: Job, product: Path) -> None:
 def _record_retry(job: Job, *, code: str, message: str) -> None:
     try:
         counted = code not in lifecycle.UNCOUNTED
-        lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted)
+        until_answered(lambda: lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s.", job.pk, job.attempt)

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 # time for a checkpoint (studio/launching.py), so that the job is handed back and not lost.
 STOP_SECONDS: dict[str, float] = {"now": 20, "checkpoint": 45, "keep": 3600}
 
+# Share of the lease for which it is sure without a renewal; the rest is for killing the trainer.
+LEASE_SHARE = 0.75
+
 # What a trainer may know about its surroundings. It gets no credentials of any kind.
 PASSED_ON = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "USER", "LOGNAME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
@@ -94,7 +97,11 @@ class _Shared:
 
 
 class Link(threading.Thread):
-    """Renews the lease and stores progress, at most once a second, on a database connection of its own."""
+    """Renews the lease and stores progress, at most once a second, on a database connection of its own.
+
+    Entered before the trainer starts and left when the job has its next state: what comes after training, hashing a
+    large product for one, must not outlive the lease either.
+    """
 
     def __init__(self, job_id: UUID, attempt: int) -> None:
         super().__init__(name=f"link-{job_id}", daemon=True)
@@ -103,35 +110,54 @@ class Link(threading.Thread):
         self.rows: queue.SimpleQueue[MetricPoint | tuple[str, str]] = queue.SimpleQueue()
         self._waiting: list[MetricPoint | tuple[str, str]] = []
         self._noted = (0, 0)
-        self._done = threading.Event()
+        self._hurry, self._done = threading.Event(), threading.Event()
+        self._wants_flush, self._is_flushed = threading.Event(), threading.Event()
         self.heartbeat_seconds = settings.LEASE_SECONDS / 12
+
+    def __enter__(self) -> Link:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._hurry.set()
+        self.join(timeout=30)
 
     def run(self) -> None:
         beat_at = 0.0
         pause = min(1.0, self.heartbeat_seconds)
-        while True:
-            finishing = self._done.wait(pause)
+        while not self._done.is_set():
+            self._hurry.wait(pause)
+            self._hurry.clear()
+            wants_flush = self._wants_flush.is_set()
             try:
                 # The lease first: a row that cannot be stored must not cost it.
-                if not finishing and boot_clock() >= beat_at:
+                if not self._done.is_set() and boot_clock() >= beat_at:
                     started = boot_clock()
                     self._beat()
                     beat_at = started + self.heartbeat_seconds
                 self._store()
+                if wants_flush:
+                    self._wants_flush.clear()
+                    self._is_flushed.set()
             except FencedError:
                 self.shared.is_fenced = True
                 break
             except (DatabaseError, InterfaceError):
                 # Tried again at the next turn; the other thread stops the trainer if the lease is in danger.
                 connection.close()
-            if finishing:
-                break
+        self._is_flushed.set()
         connection.close()
 
-    def finish(self) -> None:
-        """Store what is left and end."""
-        self._done.set()
-        self.join(timeout=30)
+    def flush(self) -> None:
+        """Wait until everything said so far is stored, or until the lease cannot be held any more."""
+        self._is_flushed.clear()
+        self._wants_flush.set()
+        self._hurry.set()
+        if self.is_alive():
+            self._is_flushed.wait(
+                max(0.0, self.shared.renewed_at + settings.LEASE_SECONDS * LEASE_SHARE - boot_clock())
+            )
 
     def _beat(self) -> None:
         shared = self.shared
@@ -174,15 +200,16 @@ class Link(threading.Thread):
 def supervise(
     command: list[str],
     *,
-    job_id: UUID,
-    attempt: int,
+    link: Link,
     log_file: Path,
     is_draining: Callable[[], bool] = lambda: False,
     tell: Callable[[object], None] = lambda event: None,
 ) -> Outcome:
-    """Run a trainer to its end and say how it ended. Returns only when its whole process group is gone.
+    """Run a trainer to its end and say how it ended. Returns only when its whole process group is gone and what it
+    said is stored.
 
-    `command` gets "--events FD --supervised" appended. `tell` hears every event, for a terminal.
+    `link` has been entered and goes on renewing the lease. `command` gets "--events FD --supervised" appended. `tell`
+    hears every event, for a terminal.
     """
     reading, writing = os.pipe()
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,15 +220,14 @@ def supervise(
             cwd=settings.ROOT, env=trainer_environment(), preexec_fn=lambda: die_with_parent(signal.SIGKILL),
         )  # fmt: skip
     os.close(writing)
-    link, publisher = Link(job_id, attempt), Publisher(job_id, attempt)
-    link.start()
+    publisher = Publisher(link.job_id, link.attempt)
     publisher.start()
     try:
         return _watch(trainer, reading, link, publisher, is_draining, tell)
     finally:
         kill_group(trainer)
         os.close(reading)
-        link.finish()
+        link.flush()
         publisher.finish()
 
 
@@ -234,7 +260,7 @@ def _watch(
             outcome.exit_status = trainer.returncode
             outcome.is_fenced = shared.is_fenced
             return outcome
-        if shared.is_fenced or now > shared.renewed_at + settings.LEASE_SECONDS * 0.75:
+        if shared.is_fenced or now > link.sure_until():
             # Without a sure lease another worker may start soon: two trainers must never run at once.
             kill_group(trainer)
             outcome.exit_status, outcome.is_fenced = trainer.returncode, True
@@ -253,7 +279,10 @@ def _watch(
 
 def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode | None:
     if answer is not None and answer.state == JobState.CANCELLING:
-        return "keep" if answer.stop_mode == "keep" else "now"
+        if answer.stop_mode != "keep":
+            return "now"
+        # A worker that stops has no time to finish an adapter; whoever claims the job next does as it was asked to.
+        return "checkpoint" if is_draining else "keep"
     return "checkpoint" if is_draining else None
 
 

@@ -119,6 +119,8 @@ def keep_adapter(source: Path, key: str) -> Path:
     """Move a finished adapter from its attempt's folder to its place. Safe to call again after a crash."""
     target = adapter_folder(key)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not source.exists():
+        return target  # moved already, before the database went away
     if target.exists():
         # An earlier attempt got this far and its transaction did not: nobody refers to what it left.
         shutil.rmtree(target)

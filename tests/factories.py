@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from studio.accounts.models import Team, User
 from studio.catalogue.importing import register_base_model
 from studio.catalogue.models import Adapter, BaseModel
-from studio.catalogue.registering import register_adapter
+from studio.catalogue.registering import checked_files, register_adapter
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.storage import adapter_folder, file_digests, store_blob
 from tests.tiny import make_tiny_base, tiny_rows
@@ -163,6 +163,7 @@ def make_adapter(
     base_model = base_model or make_base_model()
     dataset_version = dataset_version or make_dataset_version(team, user)
     result = result or make_result()
+    key = make_adapter_folder(files=files, card=card, result=result)
     return register_adapter(
         team=team,
         user=user,
@@ -170,7 +171,8 @@ def make_adapter(
         base_model=base_model,
         dataset_version=dataset_version,
         recipe=make_recipe(base_model, dataset_version, **recipe_changes),
-        folder_key=make_adapter_folder(files=files, card=card, result=result),
+        folder_key=key,
+        files=checked_files(key),
         result=result,
     )
 

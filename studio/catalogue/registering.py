@@ -30,18 +30,14 @@ def register_adapter(
     dataset_version: DatasetVersion,
     recipe: Recipe,
     folder_key: str,
+    files: list[dict[str, str | int]],
     result: Result,
 ) -> Adapter:
     """The adapter whose files lie at `folder_key`, in the catalogue with its scores and samples.
 
-    Opens no transaction: the caller's makes it one fact with the success of the job.
-
-    Raises:
-        DamagedAdapterError: a file does not match the checksum that the trainer wrote beside it.
+    Opens no transaction: the caller's makes it one fact with the success of the job. `files` are those of
+    `checked_files`.
     """
-    folder = adapter_folder(folder_key)
-    files = file_digests(folder)
-    _compare_with_checksums(folder, {str(file["name"]): str(file["sha256"]) for file in files})
     adapter = Adapter.objects.create(
         team=team,
         name=name,
@@ -65,6 +61,18 @@ def register_adapter(
         for sample in result.samples
     )  # fmt: skip
     return adapter
+
+
+def checked_files(folder_key: str) -> list[dict[str, str | int]]:
+    """The files of a finished adapter with their digests; reads all of them.
+
+    Raises:
+        DamagedAdapterError: a file does not match the checksum that the trainer wrote beside it.
+    """
+    folder = adapter_folder(folder_key)
+    files = file_digests(folder)
+    _compare_with_checksums(folder, {str(file["name"]): str(file["sha256"]) for file in files})
+    return files
 
 
 def _compare_with_checksums(folder: Path, digests: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from django.db.models.functions import Now
 from jobs import lifecycle
 from jobs.models import Job
 from jobs.progress import stream_key
-from jobs.supervising import Outcome, supervise
+from jobs.supervising import Link, Outcome, supervise
 from studio.accounts.models import Team, User
 from tests.jobs.making import make_running_job
 
@@ -47,10 +47,8 @@ def run(running: Job, tmp_path: Path) -> Callable[..., Outcome]:
     def run(script: str, **options: object) -> Outcome:
         file = tmp_path / "trainer.py"
         file.write_text(PREAMBLE + script)
-        return supervise(
-            [sys.executable, str(file)], job_id=running.pk, attempt=running.attempt, log_file=tmp_path / "trainer.log",
-            **options,
-        )  # fmt: skip
+        with Link(running.pk, running.attempt) as link:
+            return supervise([sys.executable, str(file)], link=link, log_file=tmp_path / "trainer.log", **options)
 
     return run
 
@@ -108,6 +106,15 @@ def test_a_wish_to_stop_reaches_the_trainer(run: Callable[..., Outcome], running
         "mode = json.loads(sys.stdin.readline())['stop']; say(type='stopped', mode=mode, step=4); sys.exit(75)"
     )
     assert (outcome.asked, outcome.stopped.step, outcome.exit_status) == ("now", 4, 75)
+
+
+def test_a_drained_worker_leaves_stop_and_keep_to_whoever_goes_on(run: Callable[..., Outcome], running: Job) -> None:
+    Job.objects.filter(pk=running.pk).update(state="cancelling", stop_mode="keep")
+    outcome = run(
+        "asked = json.loads(sys.stdin.readline())['stop']\nsay(type='stopped', mode=asked, step=4)",
+        is_draining=lambda: True,
+    )
+    assert (outcome.asked, outcome.stopped.mode) == ("checkpoint", "checkpoint")
 
 
 def test_a_drained_worker_asks_its_trainer_for_a_checkpoint(run: Callable[..., Outcome]) -> None:

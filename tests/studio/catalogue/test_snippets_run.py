@@ -15,7 +15,7 @@ import pytest
 from studio.accounts.models import Team, User
 from studio.catalogue.bundles import stream_zip
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import register_adapter
+from studio.catalogue.registering import checked_files, register_adapter
 from studio.catalogue.usage import usages
 from studio.storage import adapter_folder
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_recipe, make_result
@@ -57,7 +57,7 @@ def test_the_snippet_of_a_whole_model_runs_without_peft_and_base(team: Team, ali
     )  # fmt: skip
     model = register_adapter(
         team=team, user=alice, name="Whole", base_model=base, dataset_version=version, recipe=recipe,
-        folder_key=key, result=result,
+        folder_key=key, files=checked_files(key), result=result,
     )  # fmt: skip
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {str(file["name"]) for file in model.files}
     assert model.num_bytes > 4 * base.model_shape().num_parameters
