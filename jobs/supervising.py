@@ -155,9 +155,11 @@ class Link(threading.Thread):
         self._wants_flush.set()
         self._hurry.set()
         if self.is_alive():
-            self._is_flushed.wait(
-                max(0.0, self.shared.renewed_at + settings.LEASE_SECONDS * LEASE_SHARE - boot_clock())
-            )
+            self._is_flushed.wait(max(0.0, self.sure_until() - boot_clock()))
+
+    def sure_until(self) -> float:
+        """Until when, by `boot_clock`, nobody else can have the job."""
+        return self.shared.renewed_at + settings.LEASE_SECONDS * LEASE_SHARE
 
     def _beat(self) -> None:
         shared = self.shared
