@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from django.core.management import get_commands
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -117,6 +123,65 @@ def test_an_image_installs_extras_that_exist(path: Path) -> None:
     assert asked
     assert asked <= set(extras)
     assert ("worker" in asked) == (path.name == "worker.Dockerfile"), "the web image has no torch"
+
+
+def installed_with(*extras: str) -> set[str]:
+    """The names of the distributions that `pip install .[extras]` brings, those of their dependencies included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    todo = [Requirement(line) for line in wanted]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        requirement = todo.pop()
+        for extra in ["", *sorted(requirement.extras)]:
+            if (canonicalize_name(requirement.name), extra) in seen:
+                continue
+            seen.add((canonicalize_name(requirement.name), extra))
+            try:
+                lines = distribution(requirement.name).requires or []
+            except PackageNotFoundError:
+                continue  # an optional wheel that this machine does not have, so nothing can lean on it here
+            needed = [Requirement(line) for line in lines]
+            todo += [one for one in needed if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+IMPORT_WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}: the extra does not bring it", name=name)
+
+blocked = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Absent())
+import studio.asgi
+import studio.serving
+import jobs.tasks
+import jobs.slots
+from django.urls import get_resolver
+assert get_resolver().url_patterns
+jobs.celery_app.loader.import_default_modules()
+"""
+
+
+def test_the_web_image_can_import_what_its_services_run() -> None:
+    brought = installed_with("web")
+    blocked = [
+        module
+        for module, owners in packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & (brought | {"peft-studio"})
+    ]
+    assert {"torch", "pytest"} <= set(blocked), "the development environment has more than the image"
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_WITHOUT, ",".join(blocked)],
+        env=os.environ | {"DJANGO_SETTINGS_MODULE": "studio.settings"}, cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_services_wait_for_what_they_need_and_volumes_exist() -> None:
