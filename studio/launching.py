@@ -302,14 +302,17 @@ def _wait_for_answer(tree: ProcessTree, listener: socket.socket, stops: _StopSig
         tree.tend(0.1)
         connection = http.client.HTTPConnection(host, port, timeout=2)
         try:
-            connection.request("GET", "/livez", headers={"Host": "localhost"})
-            if connection.getresponse().status == http.HTTPStatus.OK:
+            connection.request("GET", "/livez")
+            status = connection.getresponse().status
+            if status == http.HTTPStatus.OK:
                 return
+            found = f"answers with status {status} instead of 200"
         except (OSError, http.client.HTTPException):
-            if time.monotonic() > deadline:
-                raise LaunchError(f"The web process does not answer. Its log is {tree.folder / 'web.log'}.") from None
+            found = "does not answer"
         finally:
             connection.close()
+        if time.monotonic() > deadline:
+            raise LaunchError(f"The web process {found}. Its log is {tree.folder / 'web.log'}.")
 
 
 def _greet(say: Say, url: str, prepared: Prepared, settings: Settings) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import http.cookiejar
+import http.server
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -21,7 +24,9 @@ from typing import ClassVar
 import psutil
 import pytest
 
+from studio import launching
 from studio.devices import _allowed, find_devices
+from studio.processes import ProcessTree
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r"(http://[^/]+)/login/link/\S+/")
@@ -188,6 +193,35 @@ def test_two_studios_run_side_by_side_with_the_usual_ports_taken(data_dir: Path)
         assert studio.finish()[0] == 0
     for listener in taken:
         listener.close()
+
+
+def test_it_starts_behind_https_under_another_host_name(data_dir: Path) -> None:
+    studio = Studio(data_dir, STUDIO_HTTPS="true", STUDIO_ALLOWED_HOSTS="studio.example", STUDIO_BEHIND_PROXY="true")
+    link = urllib.parse.urlsplit(studio.wait_for_link())
+    for host in ("studio.example", link.netloc):
+        connection = http.client.HTTPConnection(link.netloc, timeout=60)
+        connection.request("GET", link.path, headers={"Host": host, "X-Forwarded-Proto": "https"})
+        assert connection.getresponse().status == 200, host
+        connection.close()
+    studio.process.send_signal(signal.SIGINT)
+    assert studio.finish()[0] == 0
+
+
+def test_a_web_process_that_answers_wrongly_ends_the_start_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(400)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(launching, "FIRST_ANSWER_SECONDS", 0.2)
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server, tempfile.TemporaryDirectory() as logs:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tree = ProcessTree(Path(logs), {}, say=lambda line: None)
+        with pytest.raises(launching.LaunchError, match=r"answers with status 400 instead of 200.*web\.log"):
+            launching._wait_for_answer(tree, server.socket, launching._StopSignals())
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
