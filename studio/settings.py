@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import dj_database_url
 from csp.constants import NONE, SELF
@@ -109,12 +110,16 @@ TEMPLATES = [
     },
 ]
 
+# Without a URL no query can run; `manage.py up` and the tests set one before Django starts.
+_database = dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset")
+# What the URL asks for (sslmode and its certificates, for example) stands; of two times, the server takes the last.
+_asked: dict[str, Any] = {**_database.get("OPTIONS", {})}
+_times = "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"
 DATABASES = {
     "default": {
-        # Without a URL no query can run; `manage.py up` and the tests set one before Django starts.
-        **dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset"),
+        **_database,
         "CONN_HEALTH_CHECKS": True,
-        "OPTIONS": {"options": "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"},
+        "OPTIONS": {**_asked, "options": f"{_times} {_asked.get('options', '')}".strip()},
     }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import ModuleType
 
+import psycopg
 import pytest
 from django.conf import settings
 
@@ -36,3 +38,25 @@ def test_the_address_that_up_listens_on_is_allowed(
 ) -> None:
     found = read_settings(monkeypatch, STUDIO_HOST=host, STUDIO_ALLOWED_HOSTS="studio.example")
     assert allowed == found.ALLOWED_HOSTS
+
+
+def test_what_the_database_url_asks_for_reaches_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_settings(
+        monkeypatch,
+        DATABASE_URL="postgres://u:p@db.example/studio"
+        "?sslmode=verify-full&sslrootcert=/etc/ca.pem&target_session_attrs=read-write",
+    )
+    options = found.DATABASES["default"]["OPTIONS"]
+    assert (options["sslmode"], options["sslrootcert"]) == ("verify-full", "/etc/ca.pem")
+    assert options["target_session_attrs"] == "read-write"
+    assert "-c statement_timeout=15000" in options["options"]
+
+
+def test_a_time_limit_of_the_database_url_wins_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    separator = "&" if "?" in os.environ["DATABASE_URL"] else "?"
+    url = f"{os.environ['DATABASE_URL']}{separator}options=-c%20statement_timeout%3D7000"
+    found = read_settings(monkeypatch, DATABASE_URL=url).DATABASES["default"]
+    parameters = {"user": found["USER"], "password": found["PASSWORD"], "host": found["HOST"], "dbname": found["NAME"]}
+    with psycopg.connect(**parameters, **found["OPTIONS"]) as connection:
+        for name, limit in (("statement_timeout", "7s"), ("idle_in_transaction_session_timeout", "30s")):
+            assert connection.execute(f"SHOW {name}").fetchone() == (limit,)
