@@ -30,7 +30,7 @@ HOST = os.environ.get("STUDIO_HOST", "127.0.0.1")
 PORT = int(os.environ["STUDIO_PORT"]) if os.environ.get("STUDIO_PORT") else None
 # True behind HTTPS: secure cookies, HSTS and a redirect.
 HTTPS = _flag("STUDIO_HTTPS", False)
-# Number of reverse proxies in front whose X-Forwarded-Proto is believed (0 or 1).
+# True behind one reverse proxy: its X-Forwarded-Proto and the last address of X-Forwarded-For are believed.
 BEHIND_PROXY = _flag("STUDIO_BEHIND_PROXY", False)
 DEBUG = _flag("STUDIO_DEBUG", False)
 # Largest accepted upload, in bytes.
