@@ -9,6 +9,8 @@ from typing import Any
 import dj_database_url
 from csp.constants import NONE, SELF
 
+from studio.beside import kept_secret_key, running_servers
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,11 +20,11 @@ def _flag(name: str, default: bool) -> bool:
 
 # Folder for uploads, base models, job folders, adapters and, when embedded, the servers' own files.
 DATA_DIR = Path(os.environ.get("STUDIO_DATA_DIR", ROOT / ".data")).resolve()
-# Real servers. Empty: `manage.py up` starts embedded ones and sets both for its children.
-DATABASE_URL = os.environ.get("DATABASE_URL", "")
-REDIS_URL = os.environ.get("REDIS_URL", "")
+# Real servers. Empty: `manage.py up` starts embedded ones and sets both for its children; other commands find them.
+DATABASE_URL = os.environ.get("DATABASE_URL") or running_servers(DATA_DIR).get("DATABASE_URL", "")
+REDIS_URL = os.environ.get("REDIS_URL") or running_servers(DATA_DIR).get("REDIS_URL", "")
 # At least 50 random characters. `manage.py up` makes one and keeps it in the data folder.
-SECRET_KEY = os.environ.get("STUDIO_SECRET_KEY", "")
+SECRET_KEY = os.environ.get("STUDIO_SECRET_KEY") or kept_secret_key(DATA_DIR)
 # Host names that the site answers to, separated by commas.
 ALLOWED_HOSTS = os.environ.get("STUDIO_ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
 # Address and port that `manage.py up` listens on. No port: 8000, or a free one when that is taken.
