@@ -20,6 +20,8 @@ from django.core.management import get_commands
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.studio.test_settings import read_settings
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -85,6 +87,42 @@ def test_every_variable_is_one_that_the_code_reads(name: str) -> None:
     environment = OURS[name]["environment"]
     assert set(environment) <= known_variables() | {"CUDA_VISIBLE_DEVICES"}
     assert {"STUDIO_SECRET_KEY", "DATABASE_URL", "REDIS_URL", "STUDIO_DATA_DIR"} <= set(environment)
+
+
+# What the README's table has and compose does not pass on, and why.
+NOT_PASSED = {
+    "STUDIO_HOST": "where `up` listens; the image listens on port 8000, and compose says where that is published",
+    "STUDIO_PORT": "as STUDIO_HOST",
+    "STUDIO_DEBUG": "never in production",
+}
+
+
+def test_every_variable_of_the_readme_reaches_the_services() -> None:
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented >= {"DATABASE_URL", "STUDIO_TIME_ZONE", *NOT_PASSED}
+    for name, service in OURS.items():
+        assert documented - set(service["environment"]) == set(NOT_PASSED), name
+
+
+def test_what_is_left_out_has_the_same_default_in_compose_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = COMPOSE["x-environment"]
+    defaults = {
+        name: match[1]
+        for name, value in environment.items()
+        if (match := re.fullmatch(r"\$\{\w+:-(.*)\}", str(value))) is not None
+    }
+    assert len(defaults) > 8
+    for name in defaults:
+        monkeypatch.delenv(name, raising=False)
+    without = read_settings(monkeypatch)
+    with_them = read_settings(monkeypatch, **defaults)
+    for name in ("ALLOWED_HOSTS", "HTTPS", "BEHIND_PROXY", "BASE_MODEL_ROOTS", "MAX_UPLOAD_BYTES", "LEASE_SECONDS",
+                 "POLL_SECONDS", "MAX_ATTEMPTS", "STALL_SECONDS", "TRAINER_THREADS", "TIME_ZONE"):  # fmt: skip
+        assert f"STUDIO_{name}" in defaults
+        assert getattr(with_them, name) == getattr(without, name), name
+    lines = (DOCKER / "example.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in defaults.items()} <= set(lines), "the example says the same"
 
 
 def test_the_example_of_the_environment_has_every_variable_that_compose_asks_for() -> None:
