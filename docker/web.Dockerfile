@@ -23,4 +23,4 @@ RUN useradd --uid 10001 --create-home studio && install --directory --owner stud
 USER studio
 VOLUME /data
 EXPOSE 8000
-CMD ["uvicorn", "studio.asgi:application", "--host", "0.0.0.0", "--port", "8000", "--lifespan", "off", "--timeout-graceful-shutdown", "5"]
+CMD ["python", "-m", "studio.serving", "0.0.0.0", "8000"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.exceptions import ImproperlyConfigured
 
 TAG = "studio"
 
@@ -13,12 +14,16 @@ TAG = "studio"
 @register(Tags.security)
 def check_secret_key(**_kwargs: Any) -> list[CheckMessage]:
     """A short or missing key would let anyone forge a session."""
-    if len(settings.SECRET_KEY) >= 50:
+    try:
+        key = settings.SECRET_KEY
+    except ImproperlyConfigured:  # Django's answer to an empty one
+        key = ""
+    if len(key) >= 50:
         return []
     return [
         Error(
             "STUDIO_SECRET_KEY has fewer than 50 characters.",
-            hint="Start with `python manage.py up`, which makes one, or set STUDIO_SECRET_KEY.",
+            hint="Start `python manage.py up`, which makes one and keeps it in STUDIO_DATA_DIR, or set the variable.",
             id="studio.E001",
         )
     ]
@@ -31,7 +36,8 @@ def check_servers(**_kwargs: Any) -> list[CheckMessage]:
     return [
         Error(
             f"{name} is not set.",
-            hint="Start with `python manage.py up`, which brings its own servers, or point it at a real one.",
+            hint="Start `python manage.py up`, which brings its own servers, and run this beside it over the same"
+            " STUDIO_DATA_DIR; or point the variable at a real server.",
             id="studio.E002",
         )
         for name in missing

@@ -1,4 +1,8 @@
-"""/livez: this process answers. /readyz: and its servers answer too. For probes, so without an account."""
+"""/livez: this process answers. /readyz: and its servers answer too. For probes, so without an account.
+
+A probe speaks plain HTTP to an address, so it is not sent to HTTPS (SECURE_REDIRECT_EXEMPT in the settings), and its
+host name is not looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import redis
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connection
-from django.http import HttpRequest, JsonResponse
+from django.http import HttpRequest, HttpResponsePermanentRedirect, JsonResponse
+from django.middleware.common import CommonMiddleware
 from django.urls import path
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
@@ -44,5 +49,16 @@ def _redis_answers() -> bool:
     except (redis.RedisError, OSError):
         return False
 
+
+class HostMiddleware(CommonMiddleware):
+    """Django's check of the host name, for everything but probes: those ask whether a process answers, by any name."""
+
+    def process_request(self, request: HttpRequest) -> HttpResponsePermanentRedirect | None:
+        if request.path_info in PROBES:
+            return None
+        return super().process_request(request)
+
+
+PROBES = frozenset({"/livez", "/readyz"})
 
 urlpatterns = [path("livez", livez, name="livez"), path("readyz", readyz, name="readyz")]

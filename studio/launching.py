@@ -13,12 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from studio import serving
+from studio.beside import KEY_NAME, LOCK_NAME
 from studio.devices import Device, can_train, find_devices
 from studio.embedded import EmbeddedServerError, EmbeddedServers
 from studio.processes import Plan, ProcessTree
@@ -60,6 +61,7 @@ def launch(settings: Settings, say: Say) -> None:
         url = _url(listener)
         lock.write(url)
         servers = _start_servers(settings)
+        lock.write(url, _embedded_urls(settings, servers))
         tree: ProcessTree | None = None
         try:
             environment = _environment(settings, servers)
@@ -133,7 +135,7 @@ def _celery(*arguments: str) -> list[str]:
 
 def secret_key(data_dir: Path) -> str:
     """The key that signs sessions, made once and kept where only its owner can read it."""
-    path = data_dir / "secret_key"
+    path = data_dir / KEY_NAME
     with contextlib.suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -171,14 +173,15 @@ class _StopSignals:
 
 
 class _Lock:
-    """The lock's file, in which the running studio leaves its URL."""
+    """The lock's file, in which the running studio leaves its URL and those of its embedded servers."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def write(self, url: str) -> None:
+    def write(self, url: str, servers: Mapping[str, str] | None = None) -> None:
+        content = {"pid": os.getpid(), "url": url, "servers": dict(servers or {})}
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps({"pid": os.getpid(), "url": url}).encode(), 0)
+        os.pwrite(self.descriptor, json.dumps(content).encode(), 0)
 
 
 @contextlib.contextmanager
@@ -189,7 +192,7 @@ def _lock(data_dir: Path) -> Iterator[_Lock]:
             data_dir.mkdir(parents=True)
             # Others may pass through, which PostgreSQL needs where it runs as somebody else, and list nothing.
             data_dir.chmod(0o711)
-        descriptor = os.open(data_dir / "up.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(data_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise LaunchError(
             f"The data folder {data_dir} cannot be written: {error.strerror}. Set STUDIO_DATA_DIR to a folder of yours."
@@ -255,6 +258,15 @@ def _start_servers(settings: Settings) -> EmbeddedServers | None:
     return servers
 
 
+def _embedded_urls(settings: Settings, servers: EmbeddedServers | None) -> dict[str, str]:
+    """The variables whose servers were started here, for children and for commands beside this studio."""
+    if servers is None:
+        return {}
+    urls = {"DATABASE_URL": servers.urls().database, "REDIS_URL": servers.urls().redis}
+    given = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
+    return {name: url for name, url in urls.items() if not given[name]}
+
+
 def _revive(servers: EmbeddedServers | None, say: Say) -> None:
     for name in servers.revive() if servers is not None else []:
         say(f"{name} had ended and was started again.")
@@ -262,7 +274,6 @@ def _revive(servers: EmbeddedServers | None, say: Say) -> None:
 
 def _environment(settings: Settings, servers: EmbeddedServers | None) -> dict[str, str]:
     """What every child gets."""
-    urls = servers.urls() if servers is not None else None
     return {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "studio.settings",
@@ -270,8 +281,9 @@ def _environment(settings: Settings, servers: EmbeddedServers | None) -> dict[st
         "PYTHONUNBUFFERED": "1",
         "STUDIO_DATA_DIR": str(settings.data_dir),
         "STUDIO_SECRET_KEY": settings.secret_key or secret_key(settings.data_dir),
-        "DATABASE_URL": settings.database_url or (urls.database if urls else ""),
-        "REDIS_URL": settings.redis_url or (urls.redis if urls else ""),
+        "DATABASE_URL": settings.database_url,
+        "REDIS_URL": settings.redis_url,
+        **_embedded_urls(settings, servers),
     }
 
 
@@ -302,14 +314,17 @@ def _wait_for_answer(tree: ProcessTree, listener: socket.socket, stops: _StopSig
         tree.tend(0.1)
         connection = http.client.HTTPConnection(host, port, timeout=2)
         try:
-            connection.request("GET", "/livez", headers={"Host": "localhost"})
-            if connection.getresponse().status == http.HTTPStatus.OK:
+            connection.request("GET", "/livez")
+            status = connection.getresponse().status
+            if status == http.HTTPStatus.OK:
                 return
+            found = f"answers with status {status} instead of 200"
         except (OSError, http.client.HTTPException):
-            if time.monotonic() > deadline:
-                raise LaunchError(f"The web process does not answer. Its log is {tree.folder / 'web.log'}.") from None
+            found = "does not answer"
         finally:
             connection.close()
+        if time.monotonic() > deadline:
+            raise LaunchError(f"The web process {found}. Its log is {tree.folder / 'web.log'}.")
 
 
 def _greet(say: Say, url: str, prepared: Prepared, settings: Settings) -> None:

@@ -1,37 +1,71 @@
-"""The web process over a socket that its launcher has bound: `python -m studio.serving FD`.
+"""The web process: `python -m studio.serving FD` over a socket that its launcher has bound, or `... HOST PORT`.
 
 The launcher keeps the socket, so that a restarted web process answers at the same address, and nobody can take
-the port in between.
+the port in between. In a container nobody else could: there it binds by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import uvicorn
 
 # Seconds that open requests and streams get to end after SIGTERM.
 GRACE_SECONDS = 5
 
+Application = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
-def main(file_descriptor: int) -> None:
+
+def main(listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
     from django.conf import settings
 
+    from studio.asgi import application
+
     config = uvicorn.Config(
-        "studio.asgi:application",
+        # Without a proxy of ours in front, X-Forwarded-For is whatever the visitor writes.
+        behind_one_proxy(application) if settings.BEHIND_PROXY else application,
+        interface="asgi3",
         lifespan="off",
         timeout_graceful_shutdown=GRACE_SECONDS,
-        # Without a proxy of ours in front, X-Forwarded-For is whatever the visitor writes.
-        proxy_headers=settings.BEHIND_PROXY,
+        # uvicorn's own belief goes by the proxy's address, which nobody knows beforehand; or, with all addresses
+        # trusted, takes the first entry, which the visitor may have written.
+        proxy_headers=False,
         server_header=False,
+        # The one-time login links are in the paths.
         access_log=False,
     )
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=file_descriptor)])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def behind_one_proxy(application: Application) -> Application:
+    """The application with the visitor's address as the proxy in front saw it: the last of X-Forwarded-For."""
+
+    async def forwarded(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        named = [value for name, value in scope.get("headers", ()) if name == b"x-forwarded-for"]
+        last = named[-1].decode("latin-1").rpartition(",")[2].strip() if named else ""
+        # Where it names none, the proxy's own address stands.
+        with contextlib.suppress(ValueError):
+            scope = {**scope, "client": (str(ipaddress.ip_address(last)), 0)}
+        await application(scope, receive, send)
+
+    return forwarded
+
+
+def open_listener(arguments: Sequence[str]) -> socket.socket:
+    """The socket that the command line names: FD, or HOST PORT."""
+    if len(arguments) == 1:
+        return socket.socket(fileno=int(arguments[0]))
+    host, port = arguments
+    return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(open_listener(sys.argv[1:]))

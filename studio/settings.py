@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import dj_database_url
 from csp.constants import NONE, SELF
+
+from studio.beside import kept_secret_key, running_servers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,11 +20,11 @@ def _flag(name: str, default: bool) -> bool:
 
 # Folder for uploads, base models, job folders, adapters and, when embedded, the servers' own files.
 DATA_DIR = Path(os.environ.get("STUDIO_DATA_DIR", ROOT / ".data")).resolve()
-# Real servers. Empty: `manage.py up` starts embedded ones and sets both for its children.
-DATABASE_URL = os.environ.get("DATABASE_URL", "")
-REDIS_URL = os.environ.get("REDIS_URL", "")
+# Real servers. Empty: `manage.py up` starts embedded ones and sets both for its children; other commands find them.
+DATABASE_URL = os.environ.get("DATABASE_URL") or running_servers(DATA_DIR).get("DATABASE_URL", "")
+REDIS_URL = os.environ.get("REDIS_URL") or running_servers(DATA_DIR).get("REDIS_URL", "")
 # At least 50 random characters. `manage.py up` makes one and keeps it in the data folder.
-SECRET_KEY = os.environ.get("STUDIO_SECRET_KEY", "")
+SECRET_KEY = os.environ.get("STUDIO_SECRET_KEY") or kept_secret_key(DATA_DIR)
 # Host names that the site answers to, separated by commas.
 ALLOWED_HOSTS = os.environ.get("STUDIO_ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
 # Address and port that `manage.py up` listens on. No port: 8000, or a free one when that is taken.
@@ -29,7 +32,7 @@ HOST = os.environ.get("STUDIO_HOST", "127.0.0.1")
 PORT = int(os.environ["STUDIO_PORT"]) if os.environ.get("STUDIO_PORT") else None
 # True behind HTTPS: secure cookies, HSTS and a redirect.
 HTTPS = _flag("STUDIO_HTTPS", False)
-# Number of reverse proxies in front whose X-Forwarded-Proto is believed (0 or 1).
+# True behind one reverse proxy: its X-Forwarded-Proto and the last address of X-Forwarded-For are believed.
 BEHIND_PROXY = _flag("STUDIO_BEHIND_PROXY", False)
 DEBUG = _flag("STUDIO_DEBUG", False)
 # Largest accepted upload, in bytes.
@@ -46,6 +49,11 @@ STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
 # CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.
 TRAINER_THREADS = int(os.environ.get("STUDIO_TRAINER_THREADS", 0))
+
+# The link that `manage.py up` prints works whatever STUDIO_ALLOWED_HOSTS says.
+_printed = "localhost" if HOST in {"0.0.0.0", "::"} else f"[{HOST}]" if ":" in HOST else HOST  # noqa: S104  compared
+if _printed not in ALLOWED_HOSTS:
+    ALLOWED_HOSTS.append(_printed)
 
 INSTALLED_APPS = [
     "django.contrib.auth",
@@ -69,7 +77,7 @@ MIDDLEWARE = [
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.middleware.common.CommonMiddleware",
+    "studio.health.HostMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
@@ -104,12 +112,16 @@ TEMPLATES = [
     },
 ]
 
+# Without a URL no query can run; `manage.py up` and the tests set one before Django starts.
+_database = dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset")
+# What the URL asks for (sslmode and its certificates, for example) stands; of two times, the server takes the last.
+_asked: dict[str, Any] = {**_database.get("OPTIONS", {})}
+_times = "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"
 DATABASES = {
     "default": {
-        # Without a URL no query can run; `manage.py up` and the tests set one before Django starts.
-        **dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset"),
+        **_database,
         "CONN_HEALTH_CHECKS": True,
-        "OPTIONS": {"options": "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"},
+        "OPTIONS": {**_asked, "options": f"{_times} {_asked.get('options', '')}".strip()},
     }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -137,6 +149,8 @@ SESSION_COOKIE_SECURE = HTTPS
 CSRF_COOKIE_SECURE = HTTPS
 CSRF_FAILURE_VIEW = "studio.accounts.views.csrf_failure"
 SECURE_SSL_REDIRECT = HTTPS
+# Probes ask the process itself, behind whatever ends HTTPS.
+SECURE_REDIRECT_EXEMPT = [r"^livez$", r"^readyz$"]
 SECURE_HSTS_SECONDS = 365 * 24 * 3600 if HTTPS else 0
 SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS
 SECURE_CONTENT_TYPE_NOSNIFF = True

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from django.core.management import get_commands
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.studio.test_settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -51,9 +59,8 @@ def test_every_command_names_a_module_that_exists(where: str, command: list[str]
         case ["celery", "--app", app, "worker" | "beat", *_]:
             module = importlib.import_module(app)
             assert module.celery_app.main, where
-        case ["uvicorn", target, *_]:
-            module_name, _, attribute = target.partition(":")
-            assert callable(getattr(importlib.import_module(module_name), attribute)), where
+        case ["python", "-m", "studio.serving", host, port]:
+            assert (host, int(port)) == ("0.0.0.0", 8000), "what the image exposes and compose publishes"
         case _:
             pytest.fail(f"{where}: {command} is a command that this test does not know")
 
@@ -80,6 +87,42 @@ def test_every_variable_is_one_that_the_code_reads(name: str) -> None:
     environment = OURS[name]["environment"]
     assert set(environment) <= known_variables() | {"CUDA_VISIBLE_DEVICES"}
     assert {"STUDIO_SECRET_KEY", "DATABASE_URL", "REDIS_URL", "STUDIO_DATA_DIR"} <= set(environment)
+
+
+# What the README's table has and compose does not pass on, and why.
+NOT_PASSED = {
+    "STUDIO_HOST": "where `up` listens; the image listens on port 8000, and compose says where that is published",
+    "STUDIO_PORT": "as STUDIO_HOST",
+    "STUDIO_DEBUG": "never in production",
+}
+
+
+def test_every_variable_of_the_readme_reaches_the_services() -> None:
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented >= {"DATABASE_URL", "STUDIO_TIME_ZONE", *NOT_PASSED}
+    for name, service in OURS.items():
+        assert documented - set(service["environment"]) == set(NOT_PASSED), name
+
+
+def test_what_is_left_out_has_the_same_default_in_compose_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = COMPOSE["x-environment"]
+    defaults = {
+        name: match[1]
+        for name, value in environment.items()
+        if (match := re.fullmatch(r"\$\{\w+:-(.*)\}", str(value))) is not None
+    }
+    assert len(defaults) > 8
+    for name in defaults:
+        monkeypatch.delenv(name, raising=False)
+    without = read_settings(monkeypatch)
+    with_them = read_settings(monkeypatch, **defaults)
+    for name in ("ALLOWED_HOSTS", "HTTPS", "BEHIND_PROXY", "BASE_MODEL_ROOTS", "MAX_UPLOAD_BYTES", "LEASE_SECONDS",
+                 "POLL_SECONDS", "MAX_ATTEMPTS", "STALL_SECONDS", "TRAINER_THREADS", "TIME_ZONE"):  # fmt: skip
+        assert f"STUDIO_{name}" in defaults
+        assert getattr(with_them, name) == getattr(without, name), name
+    lines = (DOCKER / "example.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in defaults.items()} <= set(lines), "the example says the same"
 
 
 def test_the_example_of_the_environment_has_every_variable_that_compose_asks_for() -> None:
@@ -117,6 +160,65 @@ def test_an_image_installs_extras_that_exist(path: Path) -> None:
     assert asked
     assert asked <= set(extras)
     assert ("worker" in asked) == (path.name == "worker.Dockerfile"), "the web image has no torch"
+
+
+def installed_with(*extras: str) -> set[str]:
+    """The names of the distributions that `pip install .[extras]` brings, those of their dependencies included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    todo = [Requirement(line) for line in wanted]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        requirement = todo.pop()
+        for extra in ["", *sorted(requirement.extras)]:
+            if (canonicalize_name(requirement.name), extra) in seen:
+                continue
+            seen.add((canonicalize_name(requirement.name), extra))
+            try:
+                lines = distribution(requirement.name).requires or []
+            except PackageNotFoundError:
+                continue  # an optional wheel that this machine does not have, so nothing can lean on it here
+            needed = [Requirement(line) for line in lines]
+            todo += [one for one in needed if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+IMPORT_WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}: the extra does not bring it", name=name)
+
+blocked = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Absent())
+import studio.asgi
+import studio.serving
+import jobs.tasks
+import jobs.slots
+from django.urls import get_resolver
+assert get_resolver().url_patterns
+jobs.celery_app.loader.import_default_modules()
+"""
+
+
+def test_the_web_image_can_import_what_its_services_run() -> None:
+    brought = installed_with("web")
+    blocked = [
+        module
+        for module, owners in packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & (brought | {"peft-studio"})
+    ]
+    assert {"torch", "pytest"} <= set(blocked), "the development environment has more than the image"
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_WITHOUT, ",".join(blocked)],
+        env=os.environ | {"DJANGO_SETTINGS_MODULE": "studio.settings"}, cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_services_wait_for_what_they_need_and_volumes_exist() -> None:

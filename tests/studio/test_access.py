@@ -141,3 +141,15 @@ def test_probes_say_what_is_there(settings: object) -> None:
     answer = Client().get("/readyz")
     assert (answer.status_code, answer.json()["redis"]) == (503, False)
     assert django_settings.REDIS_URL not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_a_probe_is_answered_over_plain_http_by_any_host_name_and_nothing_else_is(
+    db: None, settings: object, path: str
+) -> None:
+    settings.SECURE_SSL_REDIRECT = True  # type: ignore[attr-defined]
+    client = Client(headers={"Host": "10.0.0.7:8000"})
+    assert client.get(path).status_code == 200
+    assert client.get(f"{path}/").status_code == 400
+    assert client.get("/login/").status_code == 400
+    assert Client(headers={"Host": "localhost"}).get("/login/").status_code == 301

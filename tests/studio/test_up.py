@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import http.client
 import http.cookiejar
+import http.server
 import os
 import re
 import shutil
@@ -11,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -21,7 +25,10 @@ from typing import ClassVar
 import psutil
 import pytest
 
+from studio import launching
+from studio.beside import running_servers
 from studio.devices import _allowed, find_devices
+from studio.processes import ProcessTree
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINK = re.compile(r"(http://[^/]+)/login/link/\S+/")
@@ -137,6 +144,110 @@ def test_it_starts_stops_and_starts_again_with_everything_kept(data_dir: Path) -
     assert again.finish()[0] == 0
 
 
+QUEUE_A_JOB = """
+import json, time, uuid
+from jobs.queueing import queue_job
+from studio.accounts.models import Membership
+from studio.catalogue.models import BaseModel
+from studio.datasets.models import VersionState
+from studio.datasets.uploads import receive_upload
+from tests.tiny import tiny_rows
+from workers.recipe import Recipe
+
+someone = Membership.objects.get()
+base = BaseModel.objects.get(name="tiny")
+content = "".join(json.dumps(row) + chr(10) for row in tiny_rows(60)).encode()
+version = receive_upload(team=someone.team, user=someone.user, file_name="tiny.jsonl", chunks=[content])
+deadline = time.monotonic() + 100
+while version.state != VersionState.READY:
+    assert time.monotonic() < deadline, version.state
+    time.sleep(0.2)
+    version.refresh_from_db()
+recipe = Recipe.from_dict({
+    "name": "beside", "base_model": {"name": base.name, "revision": base.revision},
+    "dataset": {
+        "name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns,
+    },
+    "method": "lora", "settings": {"rank": 2}, "precision": "float32",
+    "training": {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "max_length": 64, "packing": False},
+    "evaluation": {"num_generated": 0},
+})
+job = queue_job(
+    team=someone.team, user=someone.user, recipe=recipe, base_model=base, dataset_version=version,
+    idempotency_key=uuid.uuid4().hex,
+)
+print(job.pk)
+"""
+
+
+def command(data_dir: Path, *arguments: str) -> tuple[int, str, str]:
+    """`manage.py` in another terminal, which knows the data folder and nothing else: status, output, complaints."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("STUDIO_") and not k.endswith("_URL")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "manage.py"), *arguments], cwd=data_dir.parent, capture_output=True, text=True,
+        env=kept | {"STUDIO_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_commands_in_another_terminal_work_beside_it(data_dir: Path, tiny_base: Path) -> None:
+    # Somebody's worker holds the device, so that the studio's own does not take the job before `runjob` can.
+    (data_dir / "slots").mkdir(parents=True)
+    data_dir.chmod(0o711)
+    slot = (data_dir / "slots" / f"{socket.gethostname()}-0.lock").open("w")
+    slot.write("4242")
+    slot.flush()
+    fcntl.flock(slot, fcntl.LOCK_EX)
+    studio = Studio(data_dir)
+    studio.wait_for_link()
+    status, _, complaints = command(data_dir, "registerbase", str(tiny_base), "--name", "tiny")
+    assert status == 0, complaints
+    status, said, complaints = command(data_dir, "shell", "--command", QUEUE_A_JOB)
+    assert status == 0, complaints
+    job = said.split()[-1]
+
+    status, _, complaints = command(data_dir, "runjob", job)
+    assert status == 1
+    assert "Device 0 of this machine is in use by process 4242." in complaints
+    assert complaints.rstrip().endswith("--slot 1")
+    assert "Traceback" not in complaints
+
+    status, said, complaints = command(data_dir, "runjob", job, "--slot", "1")
+    assert status == 0, complaints
+    assert "step 2/2" in said
+    assert "Done: adapter" in said
+    status, _, complaints = command(data_dir, "prepare")
+    assert status == 0, complaints
+
+    studio.process.send_signal(signal.SIGINT)
+    assert studio.finish()[0] == 0
+    slot.close()
+    status, _, complaints = command(data_dir, "runjob", job)
+    assert status == 1
+    assert "DATABASE_URL is not set" in complaints
+    assert "STUDIO_SECRET_KEY" not in complaints, "the key is kept in the data folder"
+
+
+@pytest.mark.parametrize("arguments", [("runjob", "1"), ("prepare",), ("registerbase", "/tmp"), ("check",)])
+def test_a_command_without_a_studio_says_what_to_start(data_dir: Path, arguments: tuple[str, ...]) -> None:
+    status, _, complaints = command(data_dir, *arguments)
+    assert status == 1
+    assert "Traceback" not in complaints
+    for words in ("STUDIO_SECRET_KEY has fewer", "DATABASE_URL is not set", "REDIS_URL is not set", "manage.py up"):
+        assert words in complaints
+
+
+def test_a_killed_studio_is_not_taken_for_a_running_one(data_dir: Path) -> None:
+    studio = Studio(data_dir)
+    studio.wait_for_link()
+    found = running_servers(data_dir)
+    assert set(found) == {"DATABASE_URL", "REDIS_URL"}
+    studio.process.kill()
+    studio.process.wait()
+    assert (data_dir / "up.lock").stat().st_size > 0
+    assert running_servers(data_dir) == {}
+
+
 def test_a_killed_launcher_takes_everything_along_and_blocks_nothing(data_dir: Path) -> None:
     first = Studio(data_dir)
     first.wait_for_link()
@@ -188,6 +299,35 @@ def test_two_studios_run_side_by_side_with_the_usual_ports_taken(data_dir: Path)
         assert studio.finish()[0] == 0
     for listener in taken:
         listener.close()
+
+
+def test_it_starts_behind_https_under_another_host_name(data_dir: Path) -> None:
+    studio = Studio(data_dir, STUDIO_HTTPS="true", STUDIO_ALLOWED_HOSTS="studio.example", STUDIO_BEHIND_PROXY="true")
+    link = urllib.parse.urlsplit(studio.wait_for_link())
+    for host in ("studio.example", link.netloc):
+        connection = http.client.HTTPConnection(link.netloc, timeout=60)
+        connection.request("GET", link.path, headers={"Host": host, "X-Forwarded-Proto": "https"})
+        assert connection.getresponse().status == 200, host
+        connection.close()
+    studio.process.send_signal(signal.SIGINT)
+    assert studio.finish()[0] == 0
+
+
+def test_a_web_process_that_answers_wrongly_ends_the_start_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(400)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(launching, "FIRST_ANSWER_SECONDS", 0.2)
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server, tempfile.TemporaryDirectory() as logs:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tree = ProcessTree(Path(logs), {}, say=lambda line: None)
+        with pytest.raises(launching.LaunchError, match=r"answers with status 400 instead of 200.*web\.log"):
+            launching._wait_for_answer(tree, server.socket, launching._StopSignals())
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser
 from typing import Any
 from uuid import UUID
 
 from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
+from django.db import OperationalError, connection
 
 from jobs import lifecycle, slots
 from jobs.models import Job, JobState
 from jobs.running import run_job
+from studio.devices import find_devices
 from workers.events import CheckpointEvent, FailedEvent, MessageEvent, PhaseEvent, PlanEvent, StepEvent
 
 
@@ -20,14 +23,29 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("job", help="The job's id, as its page's address shows it.")
-        parser.add_argument("--slot", type=int, default=0, help="Device to train on, counted from 0.")
+        parser.add_argument(
+            "--slot",
+            type=int,
+            default=0,
+            help="Device to train on, counted from 0. A number beyond the last device shares the first.",
+        )
 
     def handle(self, *, job: str, slot: int, **_options: Any) -> None:
+        try:
+            connection.ensure_connection()
+        except OperationalError as error:
+            raise CommandError(f"The database does not answer: {error}".strip()) from error
         found = self._find(job)
+        # As `up` shows its workers the device of their slot alone; a slot beyond the last device shares the first.
+        devices = find_devices()
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot if slot < len(devices) else 0].visible
         try:
             lock = slots.lock_slot(slot)
         except slots.SlotTakenError as error:
-            raise CommandError(f"{error} Stop that worker first, or let it run the job.") from error
+            raise CommandError(
+                f"{error} A worker takes waiting jobs by itself, so let it run this one, or stop it. Or run the job in"
+                f" another slot, on the next device or, where that was the last, sharing the first: --slot {slot + 1}"
+            ) from error
         with lock:
             claimed = lifecycle.claim(found, slots.register_worker(slot))
             if claimed is None:

@@ -26,9 +26,9 @@ class Command(BaseCommand):
             launch(
                 Settings(
                     data_dir=settings.DATA_DIR,
-                    database_url=settings.DATABASE_URL,
-                    redis_url=settings.REDIS_URL,
-                    # Django refuses to read an empty key, and an empty one is what asks for one of our own making.
+                    # What was asked for, not what the settings found of a studio that runs or ran here.
+                    database_url=os.environ.get("DATABASE_URL", ""),
+                    redis_url=os.environ.get("REDIS_URL", ""),
                     secret_key=os.environ.get("STUDIO_SECRET_KEY", ""),
                     host=settings.HOST,
                     port=port,
