@@ -172,6 +172,8 @@ def quiet_environment() -> None:
     threads = os.environ.get("STUDIO_TRAINER_THREADS")
     if threads and threads.isdigit() and int(threads) > 0:
         os.environ.setdefault("OMP_NUM_THREADS", threads)
+    # Before the first matrix product, when torch reads it once and for all: with it cuBLAS repeats itself.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # What libraries announce for their next release is of no use to whoever trains.
     warnings.filterwarnings("ignore", category=FutureWarning)
 

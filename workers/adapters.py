@@ -127,6 +127,8 @@ def load(model: Any, folder: Path) -> Any:
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
         return method.load(model, folder).eval()
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise BaseModelError(
             f"The adapter does not fit this base model: {str(error).strip().splitlines()[0]}",
             next_step="Load it onto the base model that its adapter_config.json names.",

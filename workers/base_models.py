@@ -66,6 +66,9 @@ def load(
     # Its int8 kernel warns at every matrix product on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+    # torch 2.11 to 2.13 asks cuDNN for attention first on Hopper, which plans anew, slowly, for every shape that it has
+    # not seen: with rows of all lengths, at nearly every step and for every written token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -39,6 +39,10 @@ class DiskFullError(ExplainedError):
     code = "disk_full"
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another recipe: whole, but not for this run."""
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run stands. `step` counts finished optimizer steps; the rest is summed over all of them.
@@ -114,10 +118,7 @@ def save(
         raise disk_error(error, "the checkpoint") from error
     except SafetensorError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        # safetensors wraps the system's error in its own and keeps only the words.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), "the checkpoint") from error
-        raise
+        raise weights_error(error, "the checkpoint") from error
     _remove_old(root, keep=folder)
     return Checkpoint(folder, position)
 
@@ -142,7 +143,8 @@ def find(
         try:
             checkpoint = _verify(path, recipe_sha256, keys_of())
         except CheckpointError as error:
-            damaged.append(f"checkpoint {step} is damaged ({error.message})")
+            what = "is passed over" if isinstance(error, ForeignCheckpointError) else "is damaged"
+            damaged.append(f"checkpoint {step} {what} ({error.message})")
             continue
         for sentence in damaged:
             tell(f"{sentence}, using {checkpoint.position.step}.")
@@ -190,6 +192,13 @@ def disk_error(error: OSError, what: str) -> ExplainedError:
             next_step="Free some space and continue: the checkpoints made before are complete.",
         )
     return CheckpointError(f"{what[0].upper()}{what[1:]} could not be written: {error.strerror or error}.")
+
+
+def weights_error(error: SafetensorError, what: str) -> Exception:
+    """What safetensors reports while writing: it wraps the system's error in its own and keeps only the words."""
+    if "os error 28" in str(error) or "No space left" in str(error):
+        return disk_error(OSError(errno.ENOSPC, "No space left on device"), what)
+    return error
 
 
 def _write_files(folder: Path, position: Position, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -240,7 +249,7 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"its {MANIFEST} cannot be read") from error
     if of_recipe != recipe_sha256:
-        raise CheckpointError("it belongs to another recipe")
+        raise ForeignCheckpointError("it belongs to another recipe")
     has_best = BEST in listed or (folder / BEST).exists()
     for name in (*REQUIRED, BEST) if has_best else REQUIRED:
         if name not in listed:

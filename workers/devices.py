@@ -73,7 +73,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Without this every fresh tensor would be filled first, which deterministic results do not need here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

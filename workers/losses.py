@@ -31,7 +31,8 @@ def summed_cross_entropy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     losses_N = token_losses(model, batch)
     if batch.weights_N is not None:
         return (losses_N * batch.weights_N).sum(), batch.weights_N.sum()
-    return losses_N.sum(), torch.tensor(batch.num_loss_tokens, device=losses_N.device)
+    # Filled on the device: a copy from the host would wait for it.
+    return losses_N.sum(), losses_N.new_full((), batch.num_loss_tokens, dtype=torch.long)
 
 
 def token_losses(model: Any, batch: Batch) -> Tensor:
@@ -167,10 +168,11 @@ class _FrozenHead(torch.autograd.Function):
             normaliser_C = logits_CV.logsumexp(dim=-1)
             losses_N[part] = normaliser_C - logits_CV.gather(1, target_C1)[:, 0]
             if gradient_NH is not None:
-                # The gradient by the logits is softmax minus one at the target, made in the logits' own memory.
+                # The gradient by the logits is softmax minus one at the target; the softmax is made in the logits' own
+                # memory, and the one goes through the layer as the target's row of its weights.
                 logits_CV.sub_(normaliser_C[:, None]).exp_()
-                logits_CV.scatter_add_(1, target_C1, logits_CV.new_full((1, 1), -1.0).expand_as(target_C1))
-                gradient_NH[part] = (logits_CV.to(weight_VH.dtype) @ weight_VH).to(hidden_NH.dtype)
+                softmax_CH = logits_CV.to(weight_VH.dtype) @ weight_VH
+                gradient_NH[part] = (softmax_CH - weight_VH.index_select(0, targets_N[part])).to(hidden_NH.dtype)
         if gradient_NH is not None:
             ctx.save_for_backward(gradient_NH)
         return losses_N
@@ -178,4 +180,5 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * outputs[0][:, None].to(gradient_NH.dtype), None, None, None, None
+        # In float32: a share of the tokens, rounded to 16 bits first, would scale the whole step.
+        return (gradient_NH.float() * outputs[0][:, None]).to(gradient_NH.dtype), None, None, None, None

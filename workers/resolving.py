@@ -174,6 +174,11 @@ def _choosing_problems(recipe: Recipe) -> dict[str, str]:
             "Early stopping goes by validations, and there are none during training. Set the steps between two of "
             'them, or leave it on "auto".'
         )
+    elif training.keep_best == "best" and training.validate_every_steps == 0:
+        found["training.validate_every_steps"] = (
+            "The best step is chosen by validations, and there are none during training. Set the steps between two of "
+            'them, or leave it on "auto".'
+        )
     return found
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 
 from workers import adapters, base_models, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder, read_base_folder
 from workers.batching import Batch, Plan, TokenRows, batches
 from workers.checkpoints import Checkpoint, Position
-from workers.errors import BaseModelError, DatasetError, DivergedError, OutOfMemoryError, RecipeError
+from workers.errors import BaseModelError, DatasetError, DivergedError, OutOfMemoryError
 from workers.evaluations import ScoredRow
 from workers.events import (
     CheckpointEvent,
@@ -93,7 +94,6 @@ class Run:
     data: Data
     report: Report
     should_stop: ShouldStop
-    started: float
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -173,12 +173,6 @@ def prepare(
             field="base_model.revision",
         )
     max_length = recipe.training.max_length
-    if max_length > base.context_length:
-        raise RecipeError(
-            f"A row may have {max_length} tokens, but {recipe.base_model.name} reads {base.context_length} at most.",
-            next_step=f"Set the maximum length to {base.context_length} or less.",
-            field="training.max_length",
-        )
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
     # Held-out rows too: facts are of the whole dataset, as in the form, and are split where they are used.
@@ -199,7 +193,7 @@ def prepare(
             has_fast_bfloat16=devices.supports_bfloat16(device),
         ),
     )
-    return Run(resolved, folders, attempt, device, base, renderer, data, report, should_stop, time.monotonic())
+    return Run(resolved, folders, attempt, device, base, renderer, data, report, should_stop)
 
 
 def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
@@ -349,14 +343,17 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
     model.train()
-    meter = Meter(run.device, plan.num_steps)
     position = validator.validate(model, position)  # an earlier attempt may have ended before it could
+    meter = Meter(run.device, plan.num_steps)
     while not validator.is_over(position):
         mode = run.should_stop()
         if mode == "keep" and position.step > 0:
+            # Whoever goes on after a crash while scoring keeps this step, and not an older one.
+            _save_checkpoint(run, model, optimizer, position, validator.best_weights)
             validator.take_best(model, position)
             return position, position.step
-        if mode is not None:
+        # Before the first step there is nothing to keep: one is taken.
+        if mode in ("now", "checkpoint"):
             if mode == "checkpoint" and position.step > 0:
                 _save_checkpoint(run, model, optimizer, position, validator.best_weights)
             raise _Stopped(mode, position.step)
@@ -618,17 +615,24 @@ def package(
     aside = folder.with_name(".tmp-adapter")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    adapters.finish(
-        model,
-        aside,
-        recipe=run.recipe,
-        result=result,
-        base_model_folder=run.folders.base_model,
-        template=run.renderer.template,
-        hub_id=run.base.hub_id,
-        licence=run.base.licence,
-        probe_ids=[run.renderer.prompt_ids(example) for example in run.data.held_out[:2]],
-    )
+    try:
+        adapters.finish(
+            model,
+            aside,
+            recipe=run.recipe,
+            result=result,
+            base_model_folder=run.folders.base_model,
+            template=run.renderer.template,
+            hub_id=run.base.hub_id,
+            licence=run.base.licence,
+            probe_ids=[run.renderer.prompt_ids(example) for example in run.data.held_out[:2]],
+        )
+    except BaseException as error:
+        # Each retry writes into a folder of its own: what was begun would eat the space that the next one needs.
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise checkpoints.weights_error(error, "the adapter") from error
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     aside.replace(folder)

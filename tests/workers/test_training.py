@@ -207,6 +207,45 @@ def test_stop_now_leaves_no_product(tiny: Folders, tmp_path: Path) -> None:
     assert not (tmp_path / "attempts").exists()
 
 
+def test_stop_and_keep_before_the_first_step_takes_one(tiny: Folders, tmp_path: Path) -> None:
+    asked = Log(stop="keep", stop_when=lambda event: isinstance(event, PhaseEvent) and event.phase == "loading")
+    product, log = run(tiny, tmp_path, recipe_of(), asked)
+    assert product is not None
+    assert log.of(ResultEvent) == [ResultEvent(folder=str(product), stopped_at_step=1)]
+
+
+def test_a_crash_after_stop_and_keep_keeps_the_step_that_was_kept(tiny: Folders, tmp_path: Path) -> None:
+    class CrashError(BaseException):
+        """Not even a handler of Exception runs."""
+
+    def crash(event: Any) -> None:
+        if isinstance(event, PhaseEvent) and event.phase == "evaluating":
+            raise CrashError
+
+    log = Log(stop="keep", stop_when=at_step(2))
+    folders = Folders(tiny.base_model, tiny.dataset, tmp_path)
+    with pytest.raises(CrashError):
+        train(recipe_of(), folders, report=lambda event: (log.report(event), crash(event)), should_stop=log.should_stop)
+    product, _ = run(tiny, tmp_path, recipe_of(), Log(stop="keep", asked=True), attempt=2)
+    assert product is not None
+    assert Result.from_folder(product).stopped_at_step == 2
+
+
+def test_a_package_that_fails_leaves_nothing_behind(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_args: Any, **_options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(training.adapters, "save", full)
+    with pytest.raises(ExplainedError) as caught:
+        run(tiny, tmp_path, recipe_of())
+    assert caught.value.code == "disk_full"
+    assert list((tmp_path / "attempts" / "1").iterdir()) == []
+
+
 def test_stop_and_keep_ends_with_the_adapter_of_the_last_step(tiny: Folders, tmp_path: Path) -> None:
     product, log = run(tiny, tmp_path, recipe_of(), Log(stop="keep", stop_when=at_step(2)))
     assert product is not None
@@ -395,8 +434,16 @@ def test_another_base_than_the_recipes_is_refused(tiny: Folders, tmp_path: Path)
 
 
 def test_a_length_beyond_the_bases_context_is_refused(tiny: Folders, tmp_path: Path) -> None:
+    rows = [*tiny_rows(39), {"instruction": "Why?", "output": "word " * 900}]
+    dataset = write_rows(tmp_path / "data.jsonl", rows)
+    log = Log()
     with pytest.raises(RecipeError, match="512"):
-        run(tiny, tmp_path, recipe_of(max_length=4096))
+        train(
+            recipe_of(max_length=4096), Folders(tiny.base_model, dataset, tmp_path / "out"), report=log.report,
+            should_stop=log.should_stop,
+        )  # fmt: skip
+    product, _ = run(tiny, tmp_path, recipe_of(max_length=4096, max_steps=1))
+    assert product is not None, "a limit that no row reaches harms nothing"
 
 
 def test_a_dataset_that_is_too_small_is_refused_before_anything_is_loaded(tiny: Folders, tmp_path: Path) -> None:
@@ -441,10 +488,10 @@ def test_the_adapter_of_a_base_without_a_template_brings_the_one_that_it_was_tra
 # --- validations that choose ---
 
 OVERFITTING = {
-    "learning_rate": 0.1, "schedule": "constant", "epochs": 2, "max_steps": 10, "validate_every_steps": 2,
-    "checkpoint_every_steps": 3,
+    "learning_rate": 0.2, "schedule": "constant", "warmup_share": 0.5, "epochs": 2, "max_steps": 10,
+    "validate_every_steps": 2, "checkpoint_every_steps": 3,
 }  # fmt: skip
-"""A rate so high that the validation loss rises at steps 4 and 10, and is best at step 8."""
+"""A rate that rises until it is far too high: the validation loss is best at step 4 and gets worse from there."""
 
 
 @pytest.fixture(scope="session")
