@@ -26,6 +26,7 @@ from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
+from studio.query_values import whole_number
 from studio.storage import DiskFullError, StorageError, TooLargeError
 from workers.errors import DatasetError
 
@@ -73,7 +74,7 @@ def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
 def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
     chosen = request.POST.get("dataset") or request.GET.get("dataset")
-    dataset = get_object_or_404(request.team.datasets, pk=chosen) if chosen and chosen.isdigit() else None
+    dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
     if request.method != "POST":
         return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
     form = UploadForm(request.POST, request.FILES)
@@ -149,9 +150,9 @@ def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResp
 
 
 def _model_view(request: HttpRequest, bases: list[Any], examples: list[Any]) -> dict[str, Any]:
-    wanted, length = request.GET.get("base", ""), request.GET.get("length", "")
+    wanted, length = request.GET.get("base", ""), whole_number(request.GET.get("length", ""))
     base = next((one for one in bases if str(one.pk) == wanted), None)
-    max_length = int(length) if length.isdigit() and int(length) in MAX_LENGTHS else 1024
+    max_length = length if length in MAX_LENGTHS else 1024
     if base is None:
         return {"max_length": max_length}
     rows, problem = showing.as_model_reads(examples, base, max_length)

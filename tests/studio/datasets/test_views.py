@@ -194,3 +194,16 @@ def test_the_file_comes_back_as_an_attachment(upload: Upload, bob_client: Client
     assert b"".join(answer.streaming_content) == jsonl(good_rows())  # type: ignore[attr-defined]
     assert answer["Content-Disposition"].startswith("attachment; filename*=utf-8''%C3%BCmlaut.jsonl")
     assert answer["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("number", ["²", "٣", "9" * 5000, "-1", "x", "\x00"])
+def test_numbers_that_are_none_are_no_fault_of_the_server(
+    upload: Upload, bob_client: Client, tmp_path: Path, number: str
+) -> None:
+    base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    version = upload(jsonl(good_rows()))
+    answer = bob_client.get(version.get_absolute_url(), {"base": base.pk, "length": number})
+    assert answer.status_code == 200
+    assert '<option value="1024" selected>' in answer.content.decode()
+    assert bob_client.get("/datasets/upload/", {"dataset": number}).status_code == 404
+    assert bob_client.get(page(version, "problems/"), {"page": number, "rule": number}).status_code == 200
