@@ -11,9 +11,10 @@ from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
 from django.db.models import Count, ProtectedError
-from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
+from django.utils.http import content_disposition_header
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 from django.views.decorators.http import require_GET, require_POST
 
@@ -28,6 +29,7 @@ from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
 from studio.storage import DiskFullError, StorageError, TooLargeError
+from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
 
 PAGE_SIZE = 50
@@ -241,7 +243,7 @@ def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> Streamin
         for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
             yield writer.writerow([guard_cell(cell) for cell in row])
 
-    response = StreamingHttpResponse(lines(), content_type="text/csv; charset=utf-8")
+    response = stream(request, lines(), content_type="text/csv; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
     return response
 
@@ -268,16 +270,16 @@ def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
 
 @team_page()
 @require_GET
-def file(request: TeamRequest, dataset_id: int, number: int) -> FileResponse:
+def file(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The file as it was uploaded."""
     version = _version(request, dataset_id, number)
+    content = version.path().open("rb")
     record("dataset.downloaded", team=request.team, user=request.user, target=version)
-    return FileResponse(
-        version.path().open("rb"),
-        as_attachment=True,
-        filename=version.file_name,
-        content_type="application/octet-stream",
+    response = stream(
+        request, file_chunks(content), content_type="application/octet-stream", num_bytes=version.num_bytes
     )
+    response["Content-Disposition"] = content_disposition_header(True, version.file_name) or "attachment"
+    return response
 
 
 @team_page(Role.TRAINER)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from django.test import Client
+from asgiref.sync import sync_to_async
+from django.db import connections
+from django.test import AsyncClient, Client
 
-from studio.accounts.models import Membership, Role, Team
+from studio import streaming
+from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import Adapter, BaseModel
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.views import guard_cell
@@ -194,6 +198,33 @@ def test_the_file_comes_back_as_an_attachment(upload: Upload, bob_client: Client
     assert b"".join(answer.streaming_content) == jsonl(good_rows())  # type: ignore[attr-defined]
     assert answer["Content-Disposition"].startswith("attachment; filename*=utf-8''%C3%BCmlaut.jsonl")
     assert answer["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("tab", ["file/", "problems.csv"])
+def test_a_download_is_sent_while_it_is_read_when_served_by_asgi(
+    upload: Upload, alice: User, alice_client: Client, monkeypatch: pytest.MonkeyPatch, tab: str
+) -> None:
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 100)
+    version = upload(jsonl([*good_rows(), *({"prompt": f"no answer {number}"} for number in range(5))]))
+    path = page(version, tab)
+
+    async def chunks() -> tuple[list[bytes], str | None]:
+        client = AsyncClient()
+        await client.aforce_login(alice)
+        response = await client.get(path)
+        # Django lists a response that is not, before it sends the first byte.
+        assert response.is_async
+        found = [chunk async for chunk in response]
+        await sync_to_async(connections.close_all)()
+        return found, response.headers.get("Content-Length")
+
+    received, length = asyncio.run(chunks())
+    assert len(received) > 5
+    assert b"".join(received) == b"".join(alice_client.get(path).streaming_content)  # type: ignore[attr-defined]
+    if tab == "file/":
+        assert b"".join(received) == version.path().read_bytes()
+        assert length == str(version.num_bytes)
 
 
 @pytest.mark.parametrize("number", ["²", "٣", "9" * 5000, "-1", "x", "\x00"])
