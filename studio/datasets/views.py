@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
-from django.db.models import Count, ProtectedError
+from django.db.models import Count, OuterRef, ProtectedError, Q, QuerySet, Subquery
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
@@ -112,7 +112,9 @@ def _status_of(error: OSError) -> int:
 
 
 def _version(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
+    siblings = DatasetVersion.objects.filter(dataset=OuterRef("dataset")).values("dataset").annotate(num=Count("pk"))
     versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "created_by")
+    versions = versions.annotate(num_versions=Subquery(siblings.values("num")))
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 
@@ -123,7 +125,7 @@ def _render_tab(
         "version": version,
         "dataset": version.dataset,
         "tab": tab,
-        "num_versions": version.dataset.versions.count(),
+        "num_versions": version.num_versions,  # type: ignore[attr-defined]  # annotated by _version
         "may_change": request.membership.may(Role.TRAINER),
     }
     return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})})
@@ -205,10 +207,13 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
     version = _version(request, dataset_id, number)
     rule = request.GET.get("rule", "")
     rows = version.problems.order_by("line", "pk")
-    if rule in version.problem_counts:
-        rows = rows.filter(rule=rule)
-    page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
-    num_stored = version.problems.count()
+    chosen = Q(rule=rule) if rule in version.problem_counts else Q()
+    num_stored, num_chosen = version.problems.aggregate(
+        stored=Count("pk"), chosen=Count("pk", filter=chosen) if chosen else Count("pk")
+    ).values()
+    paginator = Paginator(rows.filter(chosen), PAGE_SIZE)
+    paginator.count = num_chosen  # counted already
+    page = paginator.get_page(request.GET.get("page"))
     return _render_tab(
         request, version, "problems",
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
@@ -265,7 +270,31 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
 @require_GET
 def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Jobs and adapters that use the version."""
-    return _render_tab(request, _version(request, dataset_id, number), "used_by")
+    version = _version(request, dataset_id, number)
+    # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one.
+    jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")  # type: ignore[attr-defined]
+    adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")  # type: ignore[attr-defined]
+    return _render_tab(
+        request,
+        version,
+        "used_by",
+        {"jobs": _part_of(request, jobs, "jobs"), "adapters": _part_of(request, adapters, "adapters")},
+    )
+
+
+def _part_of(request: HttpRequest, rows: QuerySet[Any], parameter: str) -> dict[str, Any]:
+    """The rows of the page that a parameter of the URL names, and the addresses of those before and after."""
+    number = max(1, whole_number(request.GET.get(parameter, "")) or 1)
+    found = list(rows[(number - 1) * PAGE_SIZE : number * PAGE_SIZE + 1])
+
+    def link(other: int) -> str:
+        return "?" + urlencode({**request.GET.dict(), parameter: other})
+
+    return {
+        "rows": found[:PAGE_SIZE],
+        "previous_url": link(number - 1) if number > 1 else "",
+        "next_url": link(number + 1) if len(found) > PAGE_SIZE else "",
+    }
 
 
 @team_page()

@@ -26,13 +26,13 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Cal
 
     It gets a second to end or to wait for the upload. Gives the function that waits for its end.
     """
-    faults: list[BaseException] = []
+    faults: list[Exception] = []
     sync_folder = storage.sync_folder
 
     def run() -> None:
         try:
             act()
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  whatever it was, the test fails with it
             faults.append(error)
         finally:
             connections.close_all()
