@@ -38,11 +38,12 @@ class Filters:
     page: int
 
     @classmethod
-    def from_query(cls, query: QueryDict) -> Filters:
-        sort, page = query.get("sort", DEFAULT_SORT), query.get("page", "1")
+    def from_query(cls, query: QueryDict, choices: dict[str, list[Choice]]) -> Filters:
+        """The filters that a URL names, of what is installed or `filter_choices` offers."""
+        sort, page, method = query.get("sort", DEFAULT_SORT), query.get("page", "1"), query.get("method", "")
         return cls(
             base=_number(query.get("base", "")),
-            method=query.get("method", ""),
+            method=method if method in methods() or any(method == one.value for one in choices["method"]) else "",
             dataset=_number(query.get("dataset", "")),
             sort=sort if sort in evaluations() or sort in OTHER_SORTS else DEFAULT_SORT,
             page=max(1, min(whole_number(page) or 1, 100_000)),

@@ -65,7 +65,8 @@ def largest_upload(settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "limit"), [("/login/", 4), ("/jobs/new/", 4), ("/nowhere/", 4), ("/datasets/upload/", 9), ("/api/v1/me", 4)]
+    ("path", "limit"),
+    [("/login/", 4), ("/jobs/new/", 4), ("/nowhere/", 4), ("/datasets/upload/", 9), ("/api/v1/me", 4)],
 )
 def test_a_declared_length_over_the_limit_is_refused_unread(path: str, limit: int) -> None:
     answer = Answer(path, mebibytes(20), {"content-length": str(limit * MIB + 1)})
@@ -75,7 +76,9 @@ def test_a_declared_length_over_the_limit_is_refused_unread(path: str, limit: in
     assert "nothing was stored" in answer.text
 
 
-@pytest.mark.parametrize("headers", [{"transfer-encoding": "chunked"}, {"content-length": "10"}, {"content-length": "x"}])
+@pytest.mark.parametrize(
+    "headers", [{"transfer-encoding": "chunked"}, {"content-length": "10"}, {"content-length": "x"}]
+)
 def test_a_body_that_does_not_say_its_size_is_counted(headers: dict[str, str], settings: Any, tmp_path: Path) -> None:
     settings.FILE_UPLOAD_TEMP_DIR = tmp_path
     answer = Answer("/login/", mebibytes(50), headers)
