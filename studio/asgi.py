@@ -9,6 +9,8 @@ from typing import Any
 
 from django.core.asgi import get_asgi_application
 
+from studio import body_limits
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
 Message = Mapping[str, Any]
@@ -23,7 +25,7 @@ async def application(
     receive: Callable[[], Awaitable[Message]],
     send: Callable[[Message], Awaitable[None]],
 ) -> None:
-    """Django, and an answer for the one fault that strikes before Django has a request: no space for its body."""
+    """Django, and answers for what strikes before Django has a request: no space for its body, or too large a body."""
     has_answered = False
 
     async def note_answer(message: Message) -> None:
@@ -32,7 +34,9 @@ async def application(
         await send(message)
 
     try:
-        await django_application(scope, receive, note_answer)
+        await django_application(scope, body_limits.limited(scope, receive), note_answer)
+    except body_limits.BodyTooLargeError:
+        await body_limits.refuse(scope, receive, send)
     except OSError as error:
         if has_answered or error.errno not in DISK_FULL:
             raise

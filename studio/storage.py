@@ -12,7 +12,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,35 +53,57 @@ def blob_path(sha256: str) -> Path:
     return settings.DATA_DIR / "blobs" / sha256[:2] / sha256
 
 
-def store_blob(chunks: Iterable[bytes], *, max_bytes: int) -> StoredBlob:
-    """Write chunks to disk while hashing them; the same content is kept once. Memory use is one chunk.
+@dataclass(frozen=True)
+class IncomingBlob(StoredBlob):
+    """A blob whose bytes have arrived but lie aside still, at `path`."""
+
+    path: Path
+
+    def keep(self) -> None:
+        """Put the blob in its place; the same content is kept once."""
+        target = blob_path(self.sha256)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.path.replace(target)
+            sync_folder(target.parent)
+        except OSError as error:
+            raise explain_disk_error(error) from error
+
+
+@contextmanager
+def incoming_blob(chunks: Iterable[bytes], *, max_bytes: int) -> Iterator[IncomingBlob]:
+    """Write chunks aside while hashing them; what is not kept by the end is gone. Memory use is one chunk.
 
     Raises:
         DiskFullError: the disk is full; nothing is left behind.
         TooLargeError: more than `max_bytes` arrived; nothing is left behind.
     """
-    folder = settings.DATA_DIR / "blobs"
-    aside = folder / "incoming" / uuid.uuid4().hex
+    aside = settings.DATA_DIR / "blobs" / "incoming" / uuid.uuid4().hex
     digest, num_bytes = hashlib.sha256(), 0
     try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            for chunk in chunks:
-                num_bytes += len(chunk)
-                if num_bytes > max_bytes:
-                    raise TooLargeError(f"The file is larger than the {max_bytes / 1e9:.1f} GB that are accepted.")
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        target = blob_path(digest.hexdigest())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.replace(target)
-        sync_folder(target.parent)
-    except OSError as error:
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                for chunk in chunks:
+                    num_bytes += len(chunk)
+                    if num_bytes > max_bytes:
+                        raise TooLargeError(f"The file is larger than the {max_bytes / 1e9:.1f} GB that are accepted.")
+                    digest.update(chunk)
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise explain_disk_error(error) from error
+        yield IncomingBlob(digest.hexdigest(), num_bytes, aside)
+    finally:
         aside.unlink(missing_ok=True)
-        raise explain_disk_error(error) from error
-    return StoredBlob(digest.hexdigest(), num_bytes)
+
+
+def store_blob(chunks: Iterable[bytes], *, max_bytes: int) -> StoredBlob:
+    """Write chunks to disk and keep them as a blob at once; raises what `incoming_blob` does."""
+    with incoming_blob(chunks, max_bytes=max_bytes) as incoming:
+        incoming.keep()
+        return StoredBlob(incoming.sha256, incoming.num_bytes)
 
 
 def explain_disk_error(error: OSError) -> OSError:

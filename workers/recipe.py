@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from workers.errors import RecipeError
+from workers.texts import find_unstorable
 
 Auto = Literal["auto"]
 Precision = Literal["float32", "bfloat16", "nf4", "int8"]
@@ -386,6 +387,8 @@ class Recipe(_Part):
         Raises:
             RecipeError: a field is unknown, missing, of the wrong type or out of its range; names all of them.
         """
+        if (found := find_unstorable(value)) is not None:
+            raise RecipeError(found.sentence(), next_step="Remove it.", field=found.field)
         try:
             return cls.model_validate(value)
         except ValidationError as error:

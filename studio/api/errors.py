@@ -156,6 +156,8 @@ def _from_pydantic(error: dict[str, Any]) -> ErrorDetail:
         case "unknown_field":
             name = error.get("ctx", {}).get("name")
             return ErrorDetail(code="unknown_field", message=error["msg"], field=name, help="Remove it.")
+        case "unstorable_text":
+            return ErrorDetail(code="invalid", message=error["msg"], field=error["ctx"]["name"], help="Remove it.")
         case "missing":
             return ErrorDetail(code="missing", message=f'The field "{field}" is missing.', field=field)
     return ErrorDetail(code="invalid", message=f"{error['msg'].removeprefix('Value error, ')}.", field=field)

@@ -8,6 +8,8 @@ from ninja import Schema
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from workers.texts import find_unstorable
+
 
 class Out(Schema):
     """What an endpoint answers; reads from model instances and from dicts."""
@@ -17,6 +19,17 @@ class Body(BaseModel):
     """A JSON body. A field that it does not declare is refused, so that a typing error never passes in silence."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unstorable_text(cls, data: Any) -> Any:
+        _refuse_unstorable(data)
+        return data
+
+
+def _refuse_unstorable(data: Any) -> None:
+    if (found := find_unstorable(data)) is not None:
+        raise PydanticCustomError("unstorable_text", "{sentence}", {"sentence": found.sentence(), "name": found.field})
 
 
 class QueryFields(BaseModel):
@@ -34,5 +47,7 @@ class QueryFields(BaseModel):
                 'There is no field "{name}" here. The fields are: {known}.',
                 {"name": unknown[0], "known": ", ".join(cls.model_fields)},
             )
+        if request is not None:
+            _refuse_unstorable({name: "".join(values) for name, values in request.GET.lists()})
         result: Self = handler(data)
         return result

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
-
-from django.core.handlers.asgi import ASGIRequest
-from django.http import HttpRequest, HttpResponseBase, HttpResponseNotModified, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponseBase, HttpResponseNotModified
 from django.utils.cache import patch_cache_control
 from django.utils.http import content_disposition_header, parse_etags
 
 from studio.accounts.models import ApiToken, User, record
 from studio.catalogue.bundles import check_files, folder_name, manifest_sha256, stream_zip, zip_size
 from studio.catalogue.models import Adapter
+from studio.streaming import stream
 
 
 def download_response(
@@ -29,20 +26,9 @@ def download_response(
         return HttpResponseNotModified(headers={"ETag": etag})
     check_files(adapter)
     record("adapter.downloaded", team=adapter.team, user=user, token=token, target=adapter, sha256=etag.strip('"'))
-    chunks = stream_zip(adapter)
-    # Django would gather a plain iterator in memory before it answers over ASGI.
-    body = _in_threads(chunks) if isinstance(request, ASGIRequest) else chunks
-    response = StreamingHttpResponse(body, content_type="application/zip")
+    response = stream(request, stream_zip(adapter), content_type="application/zip", num_bytes=zip_size(adapter))
     response["Content-Disposition"] = content_disposition_header(True, f"{folder_name(adapter)}.zip") or "attachment"
     response["ETag"] = etag
     response["X-Content-Type-Options"] = "nosniff"
-    if (size := zip_size(adapter)) is not None:
-        response["Content-Length"] = str(size)
     patch_cache_control(response, private=True, no_cache=True)
     return response
-
-
-async def _in_threads(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """The same chunks, read from disk off the event loop."""
-    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-        yield chunk

@@ -10,6 +10,7 @@ from django.http import QueryDict
 
 from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, Score
+from studio.query_values import whole_number
 from workers.evaluations import evaluations
 from workers.methods import ADAPTER, Product, methods
 
@@ -37,14 +38,15 @@ class Filters:
     page: int
 
     @classmethod
-    def from_query(cls, query: QueryDict) -> Filters:
-        sort, page = query.get("sort", DEFAULT_SORT), query.get("page", "1")
+    def from_query(cls, query: QueryDict, choices: dict[str, list[Choice]]) -> Filters:
+        """The filters that a URL names, of what is installed or `filter_choices` offers."""
+        sort, page, method = query.get("sort", DEFAULT_SORT), query.get("page", "1"), query.get("method", "")
         return cls(
             base=_number(query.get("base", "")),
-            method=query.get("method", ""),
+            method=method if method in methods() or any(method == one.value for one in choices["method"]) else "",
             dataset=_number(query.get("dataset", "")),
             sort=sort if sort in evaluations() or sort in OTHER_SORTS else DEFAULT_SORT,
-            page=max(1, min(int(_number(page) or 1), 100_000)),
+            page=max(1, min(whole_number(page) or 1, 100_000)),
         )
 
     @property
@@ -57,7 +59,7 @@ class Filters:
 
 
 def _number(text: str) -> str:
-    return text if text.isascii() and text.isdigit() and len(text) < 10 else ""
+    return text if whole_number(text) is not None else ""
 
 
 @dataclass(frozen=True)

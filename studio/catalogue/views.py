@@ -34,7 +34,8 @@ MAX_SAMPLES = 20
 @team_page()
 def adapters(request: TeamRequest) -> HttpResponse:
     """The team's adapters, the best first."""
-    filters = listing.Filters.from_query(request.GET)
+    choices = listing.filter_choices(request.team)
+    filters = listing.Filters.from_query(request.GET, choices)
     page = listing.list_adapters(request.team, filters)
     return render(
         request,
@@ -43,7 +44,7 @@ def adapters(request: TeamRequest) -> HttpResponse:
             "page": page,
             "filters": filters,
             "metric": evaluations()[filters.metric],
-            "choices": listing.filter_choices(request.team),
+            "choices": choices,
             "sorts": listing.sort_choices(),
             "previous_url": listing.page_url(request.GET, filters.page - 1) if filters.page > 1 else "",
             "next_url": listing.page_url(request.GET, filters.page + 1) if page.has_more else "",

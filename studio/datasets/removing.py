@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from django.db import models, transaction
 
 from studio.accounts.models import User, record
+from studio.datasets.blobs import remove_unused_blob
 from studio.datasets.models import Dataset, DatasetVersion
-from studio.storage import blob_path
 
 
 class DatasetInUseError(Exception):
@@ -35,5 +35,4 @@ def delete_dataset(dataset: Dataset, *, user: User) -> None:
 
 def _remove_blobs(digests: set[str]) -> None:
     for sha256 in digests:
-        if not DatasetVersion.objects.filter(sha256=sha256).exists():
-            blob_path(sha256).unlink(missing_ok=True)
+        remove_unused_blob(sha256)

@@ -12,9 +12,10 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max
 
 from studio.accounts.models import Team, User, record
+from studio.datasets.blobs import lock_blob
 from studio.datasets.inspecting import queue_inspection
 from studio.datasets.models import Dataset, DatasetVersion
-from studio.storage import blob_path, store_blob
+from studio.storage import IncomingBlob, incoming_blob
 from workers.carriers import open_rows, sniff
 from workers.errors import DatasetError
 from workers.inspection import no_rows
@@ -48,53 +49,63 @@ def receive_upload(
 
     Raises:
         DatasetError: the file cannot be read at all or the name is taken; nothing is stored or registered.
-        DiskFullError, TooLargeError: see `store_blob`; nothing is stored or registered.
+        DiskFullError, TooLargeError: see `incoming_blob`; nothing is stored or registered.
     """
     shown_name = clean_file_name(file_name)
     name = clean_name(name)
     if dataset is None and name and team.datasets.filter(name=name).exists():
         raise _name_taken(name)
-    blob = store_blob(chunks, max_bytes=settings.MAX_UPLOAD_BYTES)
-    stored = DatasetVersion.objects.filter(sha256=blob.sha256)
-    same = stored.filter(dataset__team=team).select_related("dataset").order_by("pk").first()
+    with incoming_blob(chunks, max_bytes=settings.MAX_UPLOAD_BYTES) as blob:
+        if (same := _same_file(team, blob.sha256)) is not None:
+            return same
+        # Before it is kept, so that a refusal has nothing to take back from where other uploads keep theirs.
+        check_file(blob.path, shown_name)
+        try:
+            with transaction.atomic():
+                return _register(team, user, shown_name, blob, dataset, name)
+        except IntegrityError as error:
+            raise _name_taken(name) from error
+
+
+def _same_file(team: Team, sha256: str) -> DatasetVersion | None:
+    versions = DatasetVersion.objects.filter(sha256=sha256, dataset__team=team).select_related("dataset")
+    same = versions.order_by("pk").first()
     if same is not None:
         same.already_stored = True
+    return same
+
+
+def _register(
+    team: Team, user: User, shown_name: str, blob: IncomingBlob, dataset: Dataset | None, name: str
+) -> DatasetVersion:
+    lock_blob(blob.sha256)
+    # The team may have sent the same file twice at once.
+    if (same := _same_file(team, blob.sha256)) is not None:
         return same
-    try:
-        check_file(blob_path(blob.sha256), shown_name)
-    except DatasetError:
-        # Equal bytes get an equal verdict, so no other upload can need this blob unless it is registered.
-        if not stored.exists():
-            blob_path(blob.sha256).unlink(missing_ok=True)
-        raise
-    try:
-        with transaction.atomic():
-            is_new = dataset is None
-            target = dataset or Dataset.objects.create(
-                team=team, created_by=user, name=name or _free_name(team, shown_name)
-            )
-            # The lock keeps two uploads to one dataset from taking the same number.
-            Dataset.objects.select_for_update().get(pk=target.pk)
-            last = target.versions.aggregate(last=Max("number"))["last"] or 0
-            version = DatasetVersion.objects.create(
-                dataset=target,
-                number=last + 1,
-                file_name=shown_name,
-                sha256=blob.sha256,
-                num_bytes=blob.num_bytes,
-                created_by=user,
-            )
-            record(
-                "dataset.uploaded" if is_new else "dataset.version_uploaded",
-                team=team,
-                user=user,
-                target=version,
-                sha256=blob.sha256,
-                num_bytes=blob.num_bytes,
-            )
-            transaction.on_commit(partial(queue_inspection, version.pk))
-    except IntegrityError as error:
-        raise _name_taken(name) from error
+    is_new = dataset is None
+    target = dataset or Dataset.objects.create(team=team, created_by=user, name=name or _free_name(team, shown_name))
+    # The lock keeps two uploads to one dataset from taking the same number.
+    Dataset.objects.select_for_update().get(pk=target.pk)
+    last = target.versions.aggregate(last=Max("number"))["last"] or 0
+    version = DatasetVersion.objects.create(
+        dataset=target,
+        number=last + 1,
+        file_name=shown_name,
+        sha256=blob.sha256,
+        num_bytes=blob.num_bytes,
+        created_by=user,
+    )
+    record(
+        "dataset.uploaded" if is_new else "dataset.version_uploaded",
+        team=team,
+        user=user,
+        target=version,
+        sha256=blob.sha256,
+        num_bytes=blob.num_bytes,
+    )
+    # Last, so that a row that cannot be written leaves no file behind.
+    blob.keep()
+    transaction.on_commit(partial(queue_inspection, version.pk))
     return version
 
 

@@ -10,10 +10,11 @@ from urllib.parse import urlencode
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
-from django.db.models import Count, ProtectedError
-from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.db.models import Count, OuterRef, ProtectedError, Q, QuerySet, Subquery
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
+from django.utils.http import content_disposition_header
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 from django.views.decorators.http import require_GET, require_POST
 
@@ -26,7 +27,9 @@ from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
+from studio.query_values import whole_number
 from studio.storage import DiskFullError, StorageError, TooLargeError
+from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
 
 PAGE_SIZE = 50
@@ -73,7 +76,7 @@ def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
 def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
     chosen = request.POST.get("dataset") or request.GET.get("dataset")
-    dataset = get_object_or_404(request.team.datasets, pk=chosen) if chosen and chosen.isdigit() else None
+    dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
     if request.method != "POST":
         return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
     form = UploadForm(request.POST, request.FILES)
@@ -109,7 +112,9 @@ def _status_of(error: OSError) -> int:
 
 
 def _version(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
+    siblings = DatasetVersion.objects.filter(dataset=OuterRef("dataset")).values("dataset").annotate(num=Count("pk"))
     versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "created_by")
+    versions = versions.annotate(num_versions=Subquery(siblings.values("num")))
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 
@@ -120,7 +125,7 @@ def _render_tab(
         "version": version,
         "dataset": version.dataset,
         "tab": tab,
-        "num_versions": version.dataset.versions.count(),
+        "num_versions": version.num_versions,  # type: ignore[attr-defined]  # annotated by _version
         "may_change": request.membership.may(Role.TRAINER),
     }
     return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})})
@@ -149,9 +154,9 @@ def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResp
 
 
 def _model_view(request: HttpRequest, bases: list[Any], examples: list[Any]) -> dict[str, Any]:
-    wanted, length = request.GET.get("base", ""), request.GET.get("length", "")
+    wanted, length = request.GET.get("base", ""), whole_number(request.GET.get("length", ""))
     base = next((one for one in bases if str(one.pk) == wanted), None)
-    max_length = int(length) if length.isdigit() and int(length) in MAX_LENGTHS else 1024
+    max_length = length if length in MAX_LENGTHS else 1024
     if base is None:
         return {"max_length": max_length}
     rows, problem = showing.as_model_reads(examples, base, max_length)
@@ -202,10 +207,13 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
     version = _version(request, dataset_id, number)
     rule = request.GET.get("rule", "")
     rows = version.problems.order_by("line", "pk")
-    if rule in version.problem_counts:
-        rows = rows.filter(rule=rule)
-    page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
-    num_stored = version.problems.count()
+    chosen = Q(rule=rule) if rule in version.problem_counts else Q()
+    num_stored, num_chosen = version.problems.aggregate(
+        stored=Count("pk"), chosen=Count("pk", filter=chosen) if chosen else Count("pk")
+    ).values()
+    paginator = Paginator(rows.filter(chosen), PAGE_SIZE)
+    paginator.count = num_chosen  # counted already
+    page = paginator.get_page(request.GET.get("page"))
     return _render_tab(
         request, version, "problems",
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
@@ -240,7 +248,7 @@ def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> Streamin
         for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
             yield writer.writerow([guard_cell(cell) for cell in row])
 
-    response = StreamingHttpResponse(lines(), content_type="text/csv; charset=utf-8")
+    response = stream(request, lines(), content_type="text/csv; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
     return response
 
@@ -262,21 +270,45 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
 @require_GET
 def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Jobs and adapters that use the version."""
-    return _render_tab(request, _version(request, dataset_id, number), "used_by")
+    version = _version(request, dataset_id, number)
+    # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one.
+    jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")  # type: ignore[attr-defined]
+    adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")  # type: ignore[attr-defined]
+    return _render_tab(
+        request,
+        version,
+        "used_by",
+        {"jobs": _part_of(request, jobs, "jobs"), "adapters": _part_of(request, adapters, "adapters")},
+    )
+
+
+def _part_of(request: HttpRequest, rows: QuerySet[Any], parameter: str) -> dict[str, Any]:
+    """The rows of the page that a parameter of the URL names, and the addresses of those before and after."""
+    number = max(1, whole_number(request.GET.get(parameter, "")) or 1)
+    found = list(rows[(number - 1) * PAGE_SIZE : number * PAGE_SIZE + 1])
+
+    def link(other: int) -> str:
+        return "?" + urlencode({**request.GET.dict(), parameter: other})
+
+    return {
+        "rows": found[:PAGE_SIZE],
+        "previous_url": link(number - 1) if number > 1 else "",
+        "next_url": link(number + 1) if len(found) > PAGE_SIZE else "",
+    }
 
 
 @team_page()
 @require_GET
-def file(request: TeamRequest, dataset_id: int, number: int) -> FileResponse:
+def file(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The file as it was uploaded."""
     version = _version(request, dataset_id, number)
+    content = version.path().open("rb")
     record("dataset.downloaded", team=request.team, user=request.user, target=version)
-    return FileResponse(
-        version.path().open("rb"),
-        as_attachment=True,
-        filename=version.file_name,
-        content_type="application/octet-stream",
+    response = stream(
+        request, file_chunks(content), content_type="application/octet-stream", num_bytes=version.num_bytes
     )
+    response["Content-Disposition"] = content_disposition_header(True, version.file_name) or "attachment"
+    return response
 
 
 @team_page(Role.TRAINER)

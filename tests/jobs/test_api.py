@@ -156,3 +156,22 @@ def test_methods_come_with_the_schema_of_their_settings(bob_api: Client) -> None
     assert set(found) == set(methods())
     assert found["lora"]["settings"]["properties"]["rank"]["minimum"] == 1
     assert (found["lora"]["makes"], found["full"]["makes"]) == ("adapter", "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": "a\0b"}, "name"),
+        ({"settings": {"target_modules": "q\0"}}, "settings.target_modules"),
+        ({"settings": {"ra\0nk": 8}}, "settings.ra\\x00nk"),
+        ({"settings": {"rank": "\ud800"}}, "settings.rank"),
+        ({"training": {"best_by": "\0"}}, "training.best_by"),
+    ],
+)
+def test_text_that_cannot_be_stored_is_refused_by_field(
+    bob_api: Client, base_model: BaseModel, version: DatasetVersion, changes: dict[str, Any], field: str
+) -> None:
+    answer = post(bob_api, "jobs/", job_body(base_model, version, **changes))
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["field"] == field
+    assert not Job.objects.exists()

@@ -94,3 +94,13 @@ def test_a_folder_outside_the_roots_is_an_error_at_its_field(team: Team, alice: 
     answer = call(alice, team, "POST", "base-models/", {"folder": "/etc", "name": "X"}, ("write",))
     assert answer.status_code == 422
     assert answer.json()["error"]["field"] == "folder"
+
+
+def test_nul_characters_are_refused_by_field(adapter: Adapter, team: Team, alice: User) -> None:
+    filtered = call(alice, team, "GET", "adapters/?method=%00")
+    body = {"folder": "/a\0b", "name": "tiny"}
+    registered = call(alice, team, "POST", "base-models/", body, scopes=("read", "write"))
+    for answer, field in ((filtered, "method"), (registered, "folder")):
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"]["field"] == field
+        assert "NUL" in answer.json()["error"]["message"]

@@ -113,7 +113,7 @@ def test_the_list_filters_by_base_method_and_dataset(team: Team, alice: User, al
         page = alice_client.get(reverse("catalogue:adapters"), {key: value}).content.decode()
         assert f"adapter-row-{second.pk}" in page, key
         assert page.count("adapter-row-") == 1, key
-    nothing = alice_client.get(reverse("catalogue:adapters"), {"method": "none"}).content.decode()
+    nothing = alice_client.get(reverse("catalogue:adapters"), {"method": "dora"}).content.decode()
     assert "No adapter matches" in nothing
 
 
@@ -321,3 +321,10 @@ def test_the_same_files_register_once(data_dir: Path, alice_client: Client) -> N
     assert "registered already, as One" in again.content.decode()
     assert BaseModel.objects.count() == 1
     assert AuditEvent.objects.filter(action="base_model.registered").count() == 1
+
+
+@pytest.mark.parametrize("value", ["%00", "nothing-like-it", "%C2%B2", "9" * 5000])
+def test_a_filter_that_nothing_offers_asks_for_nothing(alice_client: Client, adapter: Adapter, value: str) -> None:
+    answer = alice_client.get(f"/models/?method={value}&base={value}&dataset={value}&page={value}&sort={value}")
+    assert answer.status_code == 200
+    assert f"adapter-row-{adapter.pk}" in answer.content.decode()

@@ -73,3 +73,17 @@ def test_another_team_and_a_reading_token_are_refused(
     assert caller(team, bob, "read").delete(base).status_code == 403
     assert Client().get(base).status_code == 401
     assert caller(team, bob, "read", "write").delete(base).status_code == 204
+
+
+def test_nul_characters_in_a_filter_or_a_mapping_are_refused_by_field(api: Client, upload: Upload) -> None:
+    version = upload(jsonl(good_rows()))
+    base = f"/api/v1/datasets/{version.dataset_id}/versions/1/"
+    mapped = {"columns": {"prompt": "a\0", "completion": "b"}}
+    for answer, field in (
+        (api.get("/api/v1/datasets/?name=%00"), "name"),
+        (api.get(base + "problems/?rule=%00"), "rule"),
+        (api.put(base + "mapping/", mapped, content_type="application/json"), "columns.prompt"),
+    ):
+        assert answer.status_code == 422, answer.content
+        assert answer.json()["error"]["field"] == field
+        assert "NUL" in answer.json()["error"]["message"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from django.test import Client
+from asgiref.sync import sync_to_async
+from django.db import connections
+from django.test import AsyncClient, Client
+from django.utils import timezone
 
-from studio.accounts.models import Membership, Role, Team
+from jobs.models import Job
+from studio import streaming
+from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import Adapter, BaseModel
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.views import guard_cell
@@ -16,6 +22,22 @@ from tests.tiny import make_tiny_base
 
 TABS = ("", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
 HOSTILE = ["<script>alert(1)</script>", "{{7*7}}", '<div hx-get="/x" hx-trigger="load">', "\x1b[31m", "a\u202eb"]
+
+
+JOB_NAMES = [f"job-{number}" for number in reversed(range(60))]
+"""The newest first."""
+
+
+def make_users_of(version: DatasetVersion, num: int) -> None:
+    """Jobs and adapters that use a version."""
+    team, user = version.dataset.team, version.created_by
+    base = BaseModel.objects.create(name="tiny", folder="/nowhere", revision="r" * 64)
+    used = {"team": team, "base_model": base, "dataset_version": version, "created_by": user, "recipe": {"large": 1}}
+    for number in range(num):
+        Adapter.objects.create(name=f"adapter-{number}", method="lora", folder=f"1/{number}", **used)
+        Job.objects.create(
+            name=f"job-{number}", asked_recipe={}, not_before=timezone.now(), idempotency_key=str(number), **used
+        )
 
 
 def page(version: DatasetVersion, tab: str = "") -> str:
@@ -194,3 +216,75 @@ def test_the_file_comes_back_as_an_attachment(upload: Upload, bob_client: Client
     assert b"".join(answer.streaming_content) == jsonl(good_rows())  # type: ignore[attr-defined]
     assert answer["Content-Disposition"].startswith("attachment; filename*=utf-8''%C3%BCmlaut.jsonl")
     assert answer["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("tab", ["file/", "problems.csv"])
+def test_a_download_is_sent_while_it_is_read_when_served_by_asgi(
+    upload: Upload, alice: User, alice_client: Client, monkeypatch: pytest.MonkeyPatch, tab: str
+) -> None:
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 100)
+    version = upload(jsonl([*good_rows(99), *({"prompt": f"no answer {number}"} for number in range(5))]))
+    path = page(version, tab)
+
+    async def chunks() -> tuple[list[bytes], str | None]:
+        client = AsyncClient()
+        await client.aforce_login(alice)
+        response = await client.get(path)
+        # Django lists a response that is not, before it sends the first byte.
+        assert response.is_async
+        found = [chunk async for chunk in response]
+        await sync_to_async(connections.close_all)()
+        return found, response.headers.get("Content-Length")
+
+    received, length = asyncio.run(chunks())
+    assert len(received) > 5
+    assert b"".join(received) == b"".join(alice_client.get(path).streaming_content)  # type: ignore[attr-defined]
+    if tab == "file/":
+        assert b"".join(received) == version.path().read_bytes()
+        assert length == str(version.num_bytes)
+
+
+@pytest.mark.parametrize("number", ["²", "٣", "9" * 5000, "-1", "x", "\x00"])
+def test_numbers_that_are_none_are_no_fault_of_the_server(
+    upload: Upload, bob_client: Client, tmp_path: Path, number: str
+) -> None:
+    base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    version = upload(jsonl(good_rows()))
+    answer = bob_client.get(version.get_absolute_url(), {"base": base.pk, "length": number})
+    assert answer.status_code == 200
+    assert '<option value="1024" selected>' in answer.content.decode()
+    assert bob_client.get("/datasets/upload/", {"dataset": number}).status_code == 404
+    assert bob_client.get(page(version, "problems/"), {"page": number, "rule": number}).status_code == 200
+
+
+@pytest.mark.parametrize("tab", ["", "statistics/", "problems/", "problems/?rule=C102&page=2", "versions/", "used-by/"])
+def test_a_tab_costs_at_most_eight_queries(
+    upload: Upload, bob_client: Client, django_assert_max_num_queries: object, tab: str
+) -> None:
+    version = upload(jsonl([*good_rows(99), *({"prompt": f"no answer {number}"} for number in range(60))]))
+    assert version.num_problems() == 60
+    make_users_of(version, 60)
+    with django_assert_max_num_queries(8):  # type: ignore[operator]
+        assert bob_client.get(page(version, tab)).status_code == 200
+
+
+def test_the_problems_of_one_rule_have_their_own_pages(upload: Upload, bob_client: Client) -> None:
+    version = upload(jsonl(good_rows(99)) + b"no JSON\n" + jsonl([{"prompt": f"ask {number}"} for number in range(60)]))
+    assert "1 to 50 of 61" in bob_client.get(page(version, "problems/")).content.decode()
+    assert "51 to 60 of 60" in bob_client.get(page(version, "problems/?rule=C102&page=2")).content.decode()
+
+
+def test_what_uses_a_version_comes_in_pages_without_its_recipes(
+    upload: Upload, bob_client: Client, django_assert_max_num_queries: object
+) -> None:
+    version = upload(jsonl(good_rows()))
+    make_users_of(version, 60)
+    with django_assert_max_num_queries(8) as queries:  # type: ignore[operator]
+        first = bob_client.get(page(version, "used-by/?adapters=2")).content.decode()
+    assert not any(column in query["sql"] for query in queries for column in ('"recipe"', '"estimate"', '"files"'))
+    assert [name for name in JOB_NAMES if f">{name}<" in first] == JOB_NAMES[:50]
+    assert first.count(">adapter-") == 10
+    assert 'href="?adapters=2&amp;jobs=2"' in first
+    second = bob_client.get(page(version, "used-by/?adapters=2&jobs=2")).content.decode()
+    assert [name for name in JOB_NAMES if f">{name}<" in second] == JOB_NAMES[50:]
