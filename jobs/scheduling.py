@@ -126,10 +126,10 @@ def explain_wait(job: Job, queue: QueueSnapshot | None = None) -> str:
     first = queue.first_to_end
     if first is None:
         return "Starts in a moment." if ahead <= 0 else f"Starts after the {_count(ahead, 'job')} ahead of it."
-    # Another team's job is not named: that it exists is all that may be seen of it.
+    # Of another team's job neither its name nor its time is told: that it exists is all that may be seen of it.
     is_own = first.team_id == job.team_id
     name = f"“{first.name}”" if is_own else "a job of another team"
-    ends = f", which should end in about {_duration(first.seconds_left)}" if first.seconds_left else ""
+    ends = f", which should end in about {_duration(first.seconds_left)}" if is_own and first.seconds_left else ""
     behind = f" {_count(ahead, 'job is', 'jobs are')} ahead of it." if ahead > 0 else " It is next."
     return f"Waits for a free device: {name} is running{ends}.{behind}"
 
