@@ -16,7 +16,6 @@ from django.utils import timezone
 from jobs import lifecycle
 from jobs.models import LEASED_STATES, Job, JobState, Worker
 
-
 WAITING_STATES = (JobState.QUEUED, JobState.RETRY_WAIT)
 QUEUE_ORDER = ("-priority", "not_before", "created_at")
 
