@@ -21,7 +21,7 @@ from jobs import series, showing
 from jobs.estimating import Plan, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
-from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
+from jobs.queueing import IdempotencyConflictError, cancel_job, key_for_another, queue_job, retry_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
@@ -282,12 +282,13 @@ def _queue(request: TeamRequest) -> HttpResponse:
         dataset_version=form.cleaned_data["dataset_version"],
         parent=parent,
     )
+    key = form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16)
     try:
         try:
-            job = queue(idempotency_key=form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16))
+            job = queue(idempotency_key=key)
         except IdempotencyConflictError:
-            # The form came back through the Back button and was changed: another job is meant.
-            job = queue(idempotency_key=secrets.token_urlsafe(16))
+            # The form came back through the Back button and was changed: another job is meant, and only one.
+            job = queue(idempotency_key=key_for_another(key, form.to_recipe()))
     except ExplainedError as error:
         form.add_explained(error)
         return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True), status=422)

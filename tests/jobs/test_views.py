@@ -118,6 +118,18 @@ def test_a_trainer_queues_a_job_and_a_second_submit_gives_the_same(
     assert job.estimate["num_steps"] == 7, "54 rows to train, 8 at a step"
 
 
+def test_a_form_that_is_changed_after_back_queues_one_more_job_however_often_it_is_sent(
+    bob_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    bob_client.post(reverse("jobs:new"), form_data(base_model, version))
+    changed = form_data(base_model, version, **{"training.epochs": "2"})
+    first, second = (bob_client.post(reverse("jobs:new"), changed) for _ in range(2))
+    assert first["Location"] == second["Location"]
+    assert Job.objects.count() == 2
+    bob_client.post(reverse("jobs:new"), changed | {"training.epochs": "3"})
+    assert Job.objects.count() == 3
+
+
 def test_a_bad_form_comes_back_with_its_values_and_queues_nothing(
     alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
 ) -> None:
