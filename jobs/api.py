@@ -16,7 +16,7 @@ from jobs import series
 from jobs.estimating import plan_for
 from jobs.models import Job, JobState
 from jobs.queueing import cancel_job, queue_job, retry_job
-from jobs.scheduling import explain_wait, look_at_queue
+from jobs.scheduling import WAITING_STATES, explain_wait, look_at_queue
 from jobs.views import estimate_values
 from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError, ErrorDetail, error_response
@@ -271,7 +271,7 @@ def run_again(request: ApiRequest, job_id: UUID, idempotency_key: str = Header("
 
 
 def _detail(job: Job) -> dict[str, Any]:
-    queue = look_at_queue()
+    queue = look_at_queue([job] if job.state in WAITING_STATES else [])
     names = [*JobOut.model_fields, "asked_recipe", "recipe", "estimate", "plan"]
     values = {name: getattr(job, name) for name in names}
     return {**values, "queue_position": queue.position(job), "waits": explain_wait(job, queue)}

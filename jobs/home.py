@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Case, Exists, OuterRef, Q, When
 from django.http import HttpResponse
 from django.shortcuts import render
 from django.urls import reverse
 from django.views.decorators.http import require_GET
 
 from jobs import showing
-from jobs.models import FINAL_STATES, Job, JobState
+from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.scheduling import QUEUE_ORDER
 from jobs.views import job_row
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, Team
@@ -58,9 +59,18 @@ def home(request: TeamRequest) -> HttpResponse:
         ),
     ]  # fmt: skip
     # A failure needs nobody any more once it was run again.
-    needs_somebody = Q(state=JobState.FAILED, children__isnull=True)
-    found = showing.listed_jobs(request.team.jobs.filter(needs_somebody | ~Q(state__in=FINAL_STATES)))
-    jobs = list(found.order_by("-created_at")[: 4 * MAX_ROWS])
+    was_run_again = Exists(Job.objects.filter(parent=OuterRef("pk")))
+    jobs = request.team.jobs
+    newest_failed = jobs.filter(~was_run_again, state=JobState.FAILED).order_by("-created_at")
+    runs_first = Case(When(state__in=LEASED_STATES, then=0), default=1)
+    next_active = jobs.exclude(state__in=FINAL_STATES).order_by(runs_first, *QUEUE_ORDER)
+    # Each is cut by itself, and one query reads both.
+    shown = [found.values("pk")[: MAX_ROWS + 1] for found in (newest_failed, next_active)]
+    rows = list(
+        showing.listed_jobs(jobs.filter(Q(pk__in=shown[0]) | Q(pk__in=shown[1]))).order_by(runs_first, *QUEUE_ORDER)
+    )
+    failed = sorted((job for job in rows if job.is_final()), key=lambda job: job.created_at, reverse=True)
+    active = [job for job in rows if not job.is_final()]
     adapters = (
         request.team.adapters.select_related("base_model", "dataset_version__dataset")
         .defer("recipe", "files", "provenance", "base_model__files", "base_model__shape", "dataset_version__statistics")
@@ -70,8 +80,10 @@ def home(request: TeamRequest) -> HttpResponse:
     context = {
         "steps": steps,
         "num_done": sum(step.is_done for step in steps),
-        "failed": [job for job in jobs if job.is_final()][:MAX_ROWS],
-        "active": [job_row(job, None) for job in reversed(jobs) if not job.is_final()][:MAX_ROWS],
+        "failed": failed[:MAX_ROWS],
+        "has_more_failed": len(failed) > MAX_ROWS,
+        "active": [job_row(job, None) for job in active[:MAX_ROWS]],
+        "has_more_active": len(active) > MAX_ROWS,
         "adapters": list(adapters),
         "may_train": request.membership.may(Role.TRAINER),
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
 
@@ -67,10 +70,27 @@ def queue_job(
             record("job.queued", team=team, user=user, target=job)
             transaction.on_commit(wake_workers)
     except IntegrityError:
-        # A second submit of the same form was committed between our look and our insert.
-        return _same_job(Job.objects.get(team=team, idempotency_key=idempotency_key), asked)
+        # A second submit of the same form was committed between our look and our insert; or what the job needs
+        # was deleted then.
+        known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
+        if known is not None:
+            return _same_job(known, asked)
+        for field, needed in (("dataset", dataset_version), ("base_model", base_model)):
+            if not type(needed).objects.filter(pk=needed.pk).exists():
+                raise RecipeError(
+                    f"{needed} was deleted at this moment, so the job was not queued.",
+                    next_step="Choose another one.",
+                    field=field,
+                ) from None
+        raise
     job.refresh_from_db()
     return job
+
+
+def key_for_another(key: str, asked: Recipe) -> str:
+    """The key of the job that a form makes whose own key has made another: the same one at every submit."""
+    recipe = json.dumps(asked.to_dict(), sort_keys=True)
+    return hashlib.sha256(f"{key}\n{recipe}".encode()).hexdigest()
 
 
 def _same_job(known: Job, asked: dict[str, object]) -> Job:

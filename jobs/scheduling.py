@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q, QuerySet
-from django.db.models.functions import Now
+from django.db.models import Exists, F, Func, IntegerField, Q, QuerySet, Subquery
+from django.db.models.functions import JSONObject, Now
 from django.utils import timezone
 
 from jobs import lifecycle
 from jobs.models import LEASED_STATES, Job, JobState, Worker
 
+WAITING_STATES = (JobState.QUEUED, JobState.RETRY_WAIT)
+QUEUE_ORDER = ("-priority", "not_before", "created_at")
+
 
 def waiting_jobs() -> QuerySet[Job]:
     """Every job that wants a device, in the order in which they get one."""
-    return Job.objects.filter(state__in=[JobState.QUEUED, JobState.RETRY_WAIT]).order_by(
-        "-priority", "not_before", "created_at"
-    )
+    return Job.objects.filter(state__in=WAITING_STATES).order_by(*QUEUE_ORDER)
 
 
 def next_job(worker: Worker) -> Job | None:
@@ -36,58 +38,97 @@ def live_workers() -> QuerySet[Worker]:
     return Worker.objects.filter(Q(last_seen__gte=recently) | Q(jobs__state__in=LEASED_STATES)).distinct()
 
 
+def _ahead_of(job: Job) -> QuerySet[Job]:
+    """The waiting jobs that get a device before this one."""
+    earlier = (
+        Q(priority__gt=job.priority)
+        | Q(priority=job.priority, not_before__lt=job.not_before)
+        | Q(priority=job.priority, not_before=job.not_before, created_at__lt=job.created_at)
+    )
+    return Job.objects.filter(earlier, state__in=WAITING_STATES)
+
+
 def queue_position(job: Job) -> int:
     """1 for the job that starts next; 0 for a job that does not wait."""
-    for position, waiting in enumerate(waiting_jobs().values_list("pk", flat=True).iterator(), start=1):
-        if waiting == job.pk:
-            return position
-    return 0
+    return _ahead_of(job).count() + 1 if job.state in WAITING_STATES else 0
+
+
+@dataclass(frozen=True)
+class Busy:
+    """What the queue knows of a running job."""
+
+    name: str
+    team_id: int
+    seconds_left: float | None
 
 
 @dataclass(frozen=True)
 class QueueSnapshot:
-    """The queue at one moment: what waits, in its order, what runs, and whether any worker is alive."""
+    """The queue at one moment, as far as it explains the jobs that it was looked at for."""
 
-    waiting: tuple[UUID, ...]
-    busy: tuple[Job, ...]
+    positions: Mapping[UUID, int]
+    num_waiting: int
+    num_busy: int
+    first_to_end: Busy | None
+    """The running job that should end first, of whichever team."""
     has_workers: bool
 
     def position(self, job: Job) -> int:
         """1 for the job that starts next; 0 for a job that does not wait."""
-        return self.waiting.index(job.pk) + 1 if job.pk in self.waiting else 0
+        return self.positions.get(job.pk, 0)
 
 
-def look_at_queue() -> QueueSnapshot:
-    """The queue now, in two queries, so that a list can explain every row of it."""
-    active = Job.objects.filter(state__in=[JobState.QUEUED, JobState.RETRY_WAIT, *LEASED_STATES])
-    jobs = list(
-        active.only("id", "name", "team_id", "state", "seconds_left").order_by("-priority", "not_before", "created_at")
+NOTHING_ASKED = QueueSnapshot(positions={}, num_waiting=0, num_busy=0, first_to_end=None, has_workers=False)
+
+
+def look_at_queue(jobs: Sequence[Job]) -> QueueSnapshot:
+    """The queue now, to explain these jobs: one query, and a second for the places of more than one waiting job."""
+    if not jobs:
+        return NOTHING_ASKED
+    waiting = [job for job in jobs if job.state in WAITING_STATES]
+    busy = Job.objects.filter(state__in=LEASED_STATES)
+    ends_first = busy.order_by(F("seconds_left").asc(nulls_last=True), "started_at")
+    # Subqueries beside one row that is there in any case, so that all of it is one moment and one question.
+    found = Job.objects.filter(pk=jobs[0].pk).values_list(
+        _number_of(_ahead_of(waiting[0]) if waiting else Job.objects.none()),
+        _number_of(waiting_jobs()),
+        _number_of(busy),
+        Subquery(
+            ends_first.values(json=JSONObject(name=F("name"), team_id=F("team_id"), seconds_left=F("seconds_left")))[:1]
+        ),
+        Exists(live_workers()),
     )
-    busy = [job for job in jobs if job.state in LEASED_STATES]
-    return QueueSnapshot(
-        waiting=tuple(job.pk for job in jobs if job.state not in LEASED_STATES),
-        busy=tuple(sorted(busy, key=lambda job: job.seconds_left or float("inf"))),
-        has_workers=live_workers().exists(),
-    )
+    num_ahead, num_waiting, num_busy, first, has_workers = found.get()
+    positions = {waiting[0].pk: num_ahead + 1} if waiting else {}
+    if len(waiting) > 1:
+        positions = {pk: place for place, pk in enumerate(waiting_jobs().values_list("pk", flat=True), start=1)}
+    return QueueSnapshot(positions, num_waiting, num_busy, Busy(**first) if first else None, has_workers)
+
+
+def _number_of(jobs: QuerySet[Job]) -> Subquery:
+    """How many jobs there are, as a column. Not Count: it would group the subquery and give no row for none."""
+    number = Func(F("pk"), function="COUNT", output_field=IntegerField())
+    return Subquery(jobs.order_by().annotate(number=number).values("number"))
 
 
 def explain_wait(job: Job, queue: QueueSnapshot | None = None) -> str:
     """Why a waiting job waits, as a sentence; empty for a job that does not wait."""
-    if job.state not in {JobState.QUEUED, JobState.RETRY_WAIT}:
+    if job.state not in WAITING_STATES:
         return ""
     if job.state == JobState.RETRY_WAIT and job.not_before > timezone.now():
         seconds = max(1, round((job.not_before - timezone.now()).total_seconds()))
         return f"Tries again in {_duration(seconds)}, from its last checkpoint."
-    queue = queue or look_at_queue()
+    queue = queue or look_at_queue([job])
     if not queue.has_workers:
         return "No worker is running. Start one, and the job begins by itself."
     ahead = queue.position(job) - 1
-    if not queue.busy:
+    first = queue.first_to_end
+    if first is None:
         return "Starts in a moment." if ahead <= 0 else f"Starts after the {_count(ahead, 'job')} ahead of it."
-    first = queue.busy[0]
-    # Another team's job is not named: that it exists is all that may be seen of it.
-    name = f"“{first.name}”" if first.team_id == job.team_id else "a job of another team"
-    ends = f", which should end in about {_duration(first.seconds_left)}" if first.seconds_left else ""
+    # Of another team's job neither its name nor its time is told: that it exists is all that may be seen of it.
+    is_own = first.team_id == job.team_id
+    name = f"“{first.name}”" if is_own else "a job of another team"
+    ends = f", which should end in about {_duration(first.seconds_left)}" if is_own and first.seconds_left else ""
     behind = f" {_count(ahead, 'job is', 'jobs are')} ahead of it." if ahead > 0 else " It is next."
     return f"Waits for a free device: {name} is running{ends}.{behind}"
 

@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -168,7 +169,6 @@ async def events(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
             content_type="text/plain",
             headers={"Retry-After": "30"},
         )
-    _open_streams[user_id] += 1
     response = StreamingHttpResponse(
         _stream(request, job_id, user_id), content_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )
@@ -224,6 +224,9 @@ async def _stream(request: HttpRequest, job_id: UUID, user_id: int) -> AsyncIter
     watcher = Watcher()
     reader = get_reader()
     try:
+        # Counted here and not in the view: a browser may leave before the first message is asked for, and then
+        # this generator never begins and its `finally` never runs.
+        _open_streams[user_id] += 1
         _release_request_thread()
         yield f"retry: {RETRY_MILLISECONDS}\n\n"
         try:
@@ -258,7 +261,9 @@ async def _messages(
         last = chunk[-1][0]
         yield _points_message(chunk)
     yield _message(await fragments.render())
-    while fragments.state not in FINAL_STATES:
+    # The page was made before this connection, perhaps long before: have it fetch its header once in any case.
+    yield _message(fragments.standing.to_json(), event="state")
+    while fragments.standing.state not in FINAL_STATES:
         entries = await _next_entries(watcher, timeout=2.0)
         if watcher.fell_behind:
             watcher.drain()
@@ -272,8 +277,8 @@ async def _messages(
         if (entries or fragments.age() > SECONDS_BETWEEN_LOOKS) and (changed := await fragments.render_changed()):
             yield _message(changed)
             pinged = now
-        if state := fragments.take_state_change():
-            yield _message(json.dumps({"state": state}), event="state")
+        if standing := fragments.take_change():
+            yield _message(standing.to_json(), event="state")
         if now - pinged > SECONDS_BETWEEN_PINGS:
             yield ": ping\n\n"
             pinged = now
@@ -312,6 +317,19 @@ def _snapshot(job_id: UUID) -> dict[str, Any]:
     return {**series.points(Job.objects.get(pk=job_id)), "reset": True}
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What the header of a job page depends on: its buttons, its sentence and the attempts beside it."""
+
+    state: str
+    phase: str
+    stop_mode: str
+    attempt: int
+
+    def to_json(self) -> str:
+        return json.dumps({"state": self.state, "phase": self.phase})
+
+
 class Fragments:
     """The parts of a job page that change while it runs, rendered at most when something happened."""
 
@@ -319,8 +337,8 @@ class Fragments:
         self.job_id = job_id
         self.sent = ""
         self.rendered_at = 0.0
-        self.state = ""
-        self.state_changed = ""
+        self.standing = Standing("", "", "", 0)
+        self.is_changed = False
 
     def age(self) -> float:
         """Seconds since the last rendering."""
@@ -328,10 +346,9 @@ class Fragments:
 
     async def render(self) -> str:
         """The current parts as one message."""
-        html, state = await _in_thread(_render, self.job_id)
-        if self.state and state != self.state:
-            self.state_changed = state
-        self.state = state
+        html, standing = await _in_thread(_render, self.job_id)
+        self.is_changed = self.is_changed or (self.sent != "" and standing != self.standing)
+        self.standing = standing
         self.sent = html
         self.rendered_at = time.monotonic()
         return html
@@ -341,16 +358,17 @@ class Fragments:
         before = self.sent
         return after if (after := await self.render()) != before else ""
 
-    def take_state_change(self) -> str:
-        """The job's new state, once."""
-        state, self.state_changed = self.state_changed, ""
-        return state
+    def take_change(self) -> Standing | None:
+        """The job's new standing, once after it has changed."""
+        is_changed, self.is_changed = self.is_changed, False
+        return self.standing if is_changed else None
 
 
-def _render(job_id: UUID) -> tuple[str, str]:
+def _render(job_id: UUID) -> tuple[str, Standing]:
     job = showing.job_for_page(Job.objects.filter(pk=job_id)).get()
     context = showing.live_context(job)
-    return render_to_string("jobs/_job_live.html", context), job.state
+    standing = Standing(job.state, job.phase, job.stop_mode, job.attempt)
+    return render_to_string("jobs/_job_live.html", context), standing
 
 
 def _points_message(entries: Iterable[Entry]) -> str:

@@ -21,8 +21,8 @@ from jobs import series, showing
 from jobs.estimating import Plan, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
-from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
-from jobs.scheduling import QueueSnapshot, explain_wait, look_at_queue
+from jobs.queueing import IdempotencyConflictError, cancel_job, key_for_another, queue_job, retry_job
+from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
@@ -81,20 +81,22 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
     jobs = showing.listed_jobs(request.team.jobs.filter(FILTERS[state][1]))
     if is_mine:
         jobs = jobs.filter(created_by=request.user)
-    queue = look_at_queue()
-    rows = [job_row(job, queue) for job in jobs.order_by("-created_at")[: MAX_LISTED + 1]]
-    shown = rows[:MAX_LISTED]
+    # What runs or waits is never cut: hiding the next job would make the queue wrong.
+    active = list(jobs.exclude(state__in=FINAL_STATES).order_by(*QUEUE_ORDER))
+    ended = jobs.filter(state__in=FINAL_STATES).order_by("-created_at")[: MAX_LISTED + 1]
+    queue = look_at_queue(active)
+    rows = [job_row(job, queue) for job in active]
+    finished = [job_row(job, None) for job in ended]
     context = {
-        "running": [row for row in shown if row.job.state in LEASED_STATES],
+        "running": [row for row in rows if row.job.state in LEASED_STATES],
         "waiting": sorted(
-            (row for row in shown if row.job.state not in LEASED_STATES and not row.job.is_final()),
-            key=lambda row: row.position or len(shown) + 1,
+            (row for row in rows if row.job.state not in LEASED_STATES), key=lambda row: row.position or len(rows) + 1
         ),
-        "finished": [row for row in shown if row.job.is_final()],
-        "num_waiting": len(queue.waiting),
-        "num_busy": len(queue.busy),
+        "finished": finished[:MAX_LISTED],
+        "num_waiting": queue.num_waiting,
+        "num_busy": queue.num_busy,
         "has_workers": queue.has_workers,
-        "is_cut": len(rows) > MAX_LISTED,
+        "is_cut": len(finished) > MAX_LISTED,
         "state": state,
         "is_mine": is_mine,
         "is_filtered": bool(state or is_mine),
@@ -280,12 +282,13 @@ def _queue(request: TeamRequest) -> HttpResponse:
         dataset_version=form.cleaned_data["dataset_version"],
         parent=parent,
     )
+    key = form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16)
     try:
         try:
-            job = queue(idempotency_key=form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16))
+            job = queue(idempotency_key=key)
         except IdempotencyConflictError:
-            # The form came back through the Back button and was changed: another job is meant.
-            job = queue(idempotency_key=secrets.token_urlsafe(16))
+            # The form came back through the Back button and was changed: another job is meant, and only one.
+            job = queue(idempotency_key=key_for_another(key, form.to_recipe()))
     except ExplainedError as error:
         form.add_explained(error)
         return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True), status=422)
@@ -331,7 +334,7 @@ def job_detail(request: TeamRequest, job_id: UUID) -> HttpResponse:
 
 
 def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
-    queue = look_at_queue() if job.state in {JobState.QUEUED, JobState.RETRY_WAIT} else None
+    queue = look_at_queue([job]) if job.state in WAITING_STATES else None
     context = showing.live_context(job)
     return {
         **context,

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+from datetime import timedelta
+
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
+from jobs.home import MAX_ROWS
 from jobs.models import JobState
 from studio.accounts.models import Role, Team, User
 from studio.catalogue.models import BaseModel
@@ -45,6 +49,29 @@ def test_a_failure_needs_somebody_until_it_is_run_again(alice_client: Client, ma
     assert "No space left." in page
     make_job("again", parent=failed)
     assert "Needs you" not in alice_client.get(reverse("home")).text
+
+
+def test_a_job_that_was_run_again_often_is_shown_once(alice_client: Client, make_job: MakeJob) -> None:
+    waiting = make_job("first-try", state=JobState.RETRY_WAIT)
+    for number in range(3):
+        make_job(f"child-{number}", parent=waiting)
+    assert alice_client.get(reverse("home")).text.count(">first-try</a>") == 1
+
+
+def test_what_runs_and_what_is_next_is_shown_however_much_waits_or_failed(
+    alice_client: Client, make_job: MakeJob
+) -> None:
+    make_job("first-in-queue")
+    make_job("runs", state=JobState.RUNNING, attempt=1, lease_until=timezone.now() + timedelta(minutes=5))
+    for number in range(40):
+        make_job(f"waits-{number}")
+        make_job(f"failed-{number}", state=JobState.FAILED, finished_at=timezone.now())
+    page = alice_client.get(reverse("home")).text
+    shown = re.findall(r">(runs|first-in-queue|waits-\d+)</a>", page)
+    assert shown == ["runs", "first-in-queue", *(f"waits-{number}" for number in range(MAX_ROWS - 2))]
+    assert re.findall(r">(failed-\d+)</a>", page) == [f"failed-{39 - number}" for number in range(MAX_ROWS)]
+    assert "the whole queue" in page
+    assert "all failed jobs" in page
 
 
 def test_another_team_starts_with_nothing(charlie_client: Client, make_job: MakeJob) -> None:

@@ -8,7 +8,7 @@ from jobs.models import Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
 from studio.accounts.models import AuditEvent, Team, User
 from studio.catalogue.models import BaseModel
-from studio.datasets.models import VersionState
+from studio.datasets.models import DatasetVersion, VersionState
 from tests.jobs.making import make_job, make_ready_version, make_recipe, make_running_job
 from workers.errors import RecipeError
 
@@ -34,6 +34,24 @@ def test_a_key_that_comes_back_with_another_recipe_swallows_nothing(
     queue_job(**asked, recipe=make_recipe())
     with pytest.raises(IdempotencyConflictError, match="another one"):
         queue_job(**asked, recipe=make_recipe(learning_rate=0.5))
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("deleted", ["dataset", "base_model"])
+def test_what_is_deleted_between_the_look_and_the_insert_is_explained(team: Team, bob: User, deleted: str) -> None:
+    base_model = BaseModel.objects.create(name="tiny", folder="/nowhere", revision="1" * 64)
+    version = make_ready_version(team, bob)
+    if deleted == "dataset":
+        DatasetVersion.objects.filter(pk=version.pk).delete()
+    else:
+        BaseModel.objects.filter(pk=base_model.pk).delete()
+    with pytest.raises(RecipeError, match="was deleted at this moment") as raised:
+        queue_job(
+            team=team, user=bob, recipe=make_recipe(), base_model=base_model,
+            dataset_version=version, idempotency_key="a",
+        )  # fmt: skip
+    assert raised.value.field == deleted
+    assert not Job.objects.exists()
 
 
 def test_another_teams_dataset_does_not_exist(

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from django.db.models.functions import Now
 from django.utils import timezone
+from pytest_django import DjangoAssertNumQueries
 
 from jobs import lifecycle, scheduling
 from jobs.models import Job, Worker
@@ -51,10 +52,39 @@ def test_it_names_the_job_that_is_waited_for_and_when_it_ends(team: Team, bob: U
 
 
 def test_it_does_not_name_another_teams_job(team: Team, bob: User, other_team: Team, charlie: User) -> None:
-    lifecycle.claim(make_job(other_team, charlie, name="secret merger"), make_worker())
+    theirs = lifecycle.claim(make_job(other_team, charlie, name="secret merger"), make_worker())
+    Job.objects.filter(pk=theirs.pk).update(seconds_left=720)
     said = scheduling.explain_wait(make_job(team, bob))
-    assert "secret merger" not in said
-    assert "a job of another team" in said
+    assert said == "Waits for a free device: a job of another team is running. It is next."
+
+
+def test_the_whole_queue_gives_each_job_the_place_that_it_has_alone(
+    team: Team, bob: User, other_team: Team, charlie: User
+) -> None:
+    busy = lifecycle.claim(make_job(team, bob, name="busy"), make_worker())
+    mine = [make_job(team, bob, name="slow"), make_job(team, bob, name="urgent")]
+    theirs = make_job(other_team, charlie)
+    mine.append(make_job(team, bob, name="late"))
+    Job.objects.filter(pk=mine[1].pk).update(priority=5)
+    Job.objects.filter(pk=mine[0].pk).update(not_before=Now() + timedelta(seconds=60))
+    jobs = [Job.objects.get(pk=job.pk) for job in (*mine, busy)]
+    queue = scheduling.look_at_queue(jobs)
+    assert [queue.position(job) for job in jobs] == [4, 1, 3, 0]
+    assert [scheduling.queue_position(job) for job in (*jobs, theirs)] == [4, 1, 3, 0, 2]
+    assert (queue.num_waiting, queue.num_busy, queue.has_workers) == (4, 1, True)
+
+
+def test_the_queue_is_read_at_most_twice_and_without_other_teams_rows(
+    team: Team, bob: User, other_team: Team, charlie: User, django_assert_num_queries: DjangoAssertNumQueries
+) -> None:
+    for _ in range(3):
+        make_job(other_team, charlie, name="secret merger")
+    one, two = make_job(team, bob), make_job(team, bob)
+    with django_assert_num_queries(1) as seen:
+        assert scheduling.look_at_queue([one]).position(one) == 4
+    assert not any("recipe" in query["sql"] for query in seen)
+    with django_assert_num_queries(2):
+        assert scheduling.look_at_queue([one, two]).position(two) == 5
 
 
 def test_a_worker_that_has_not_been_seen_for_long_does_not_count(team: Team, bob: User) -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 from django.conf import settings
-from django.test import Client
+from django.test import AsyncRequestFactory, Client
 from django.urls import reverse
 from django.utils import timezone
 
@@ -22,7 +22,7 @@ from jobs import streams
 from jobs.models import Job, JobState, Worker
 from jobs.progress import add
 from jobs.streams import Watcher
-from studio.accounts.models import Membership
+from studio.accounts.models import Membership, User
 from studio.asgi import application
 from tests.jobs.conftest import MakeJob
 from tests.jobs.test_series import step_event
@@ -162,9 +162,54 @@ def test_it_sends_fragments_and_ends_with_the_job(server: str, running: Job, ali
                 )
     assert found[1].event == ""
     assert 'hx-target="#job-progress"' in "\n".join(found[1].data)
-    assert [message.event for message in found if message.event not in {"points", ""}] == ["state", "end"]
+    assert [message.event for message in found if message.event not in {"points", ""}] == [
+        "state", "state", "end",
+    ]  # fmt: skip
     assert found[-1].event == "end", "the response ended by itself"
     assert 7 in [step for message in found if message.event == "points" for step in message.steps()]
+
+
+def test_every_connection_says_once_where_the_job_stands(server: str, running: Job, alice_client: Client) -> None:
+    # The page may be older than the connection, so even a job that does not change anew is told.
+    with open_stream(server, running, alice_client) as response:
+        assert stands(read(response)) == {"state": "running", "phase": "training"}
+    add(running.pk, 1, step_event(1))
+    last_id = ""
+    with open_stream(server, running, alice_client) as response:
+        last_id = next(read(response)).id
+    Job.objects.filter(pk=running.pk).update(phase="evaluating")
+    with open_stream(server, running, alice_client, last_id) as response:
+        assert stands(read(response)) == {"state": "running", "phase": "evaluating"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"phase": "evaluating"}, {"state": JobState.CANCELLING, "stop_mode": "keep"}, {"attempt": 2}],
+    ids=["phase", "state", "attempt"],
+)
+def test_what_the_header_depends_on_is_told_when_it_changes(
+    server: str, running: Job, alice_client: Client, changes: dict[str, Any]
+) -> None:
+    with open_stream(server, running, alice_client) as response:
+        messages = read(response)
+        stands(messages)
+        Job.objects.filter(pk=running.pk).update(**changes)
+        expected = {"state": str(changes.get("state", "running")), "phase": changes.get("phase", "training")}
+        assert stands(messages) == expected
+
+
+def test_giving_up_what_was_to_be_kept_is_told(server: str, running: Job, alice_client: Client) -> None:
+    Job.objects.filter(pk=running.pk).update(state=JobState.CANCELLING, stop_mode="keep")
+    with open_stream(server, running, alice_client) as response:
+        messages = read(response)
+        stands(messages)
+        Job.objects.filter(pk=running.pk).update(stop_mode="now")
+        assert stands(messages)["state"] == "cancelling"
+
+
+def stands(messages: Iterator[Message]) -> Any:
+    """What the next message about the job's standing says."""
+    return next(message for message in messages if message.event == "state").json()
 
 
 def test_a_stranger_an_outsider_and_an_anonymous_get_nothing(server: str, running: Job, charlie_client: Client) -> None:
@@ -200,6 +245,22 @@ def test_a_person_has_a_limited_number_of_open_streams(
         add(running.pk, 1, step_event(1))
         time.sleep(0.1)
     assert not streams._open_streams, "a closed page gives its place back"
+
+
+def test_a_browser_that_leaves_before_the_first_message_takes_no_place(
+    running: Job, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_STREAMS_PER_USER", 1)
+    monkeypatch.setattr(streams, "_watching_user", lambda request, job_id: alice.pk)
+    request = AsyncRequestFactory().get(reverse("jobs:events", args=[running.pk]))
+
+    async def leave_at_once() -> int:
+        response = await streams.events(request, running.pk)
+        response.close()
+        return response.status_code
+
+    assert [asyncio.run(leave_at_once()) for _ in range(3)] == [200, 200, 200]
+    assert not streams._open_streams
 
 
 def test_an_open_stream_holds_no_thread_and_no_connection(server: str, running: Job, alice_client: Client) -> None:

@@ -12,6 +12,7 @@ from django.urls import reverse
 from django.utils import timezone
 from pytest_django import DjangoAssertNumQueries
 
+from jobs import views
 from jobs.models import Job, JobAttempt, JobState, MetricPoint, Worker
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import BaseModel
@@ -115,6 +116,18 @@ def test_a_trainer_queues_a_job_and_a_second_submit_gives_the_same(
     assert "auto" not in [job.recipe["precision"], *job.recipe["training"].values()]
     assert job.asked_recipe["training"]["learning_rate"] == "auto"
     assert job.estimate["num_steps"] == 7, "54 rows to train, 8 at a step"
+
+
+def test_a_form_that_is_changed_after_back_queues_one_more_job_however_often_it_is_sent(
+    bob_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    bob_client.post(reverse("jobs:new"), form_data(base_model, version))
+    changed = form_data(base_model, version, **{"training.epochs": "2"})
+    first, second = (bob_client.post(reverse("jobs:new"), changed) for _ in range(2))
+    assert first["Location"] == second["Location"]
+    assert Job.objects.count() == 2
+    bob_client.post(reverse("jobs:new"), changed | {"training.epochs": "3"})
+    assert Job.objects.count() == 3
 
 
 def test_a_bad_form_comes_back_with_its_values_and_queues_nothing(
@@ -313,6 +326,22 @@ def test_the_list_filters_by_state_and_owner_and_ignores_nonsense(
     assert "No job matches" in bob_client.get(reverse("jobs:list"), {"state": "succeeded"}).text
 
 
+def test_the_list_cuts_finished_jobs_only_and_keeps_the_order_of_the_queue(
+    make_job: MakeJob, alice_client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "MAX_LISTED", 2)
+    run_of(make_job("runs"), worker)
+    for name in ("first", "second", "third"):
+        make_job(name)
+    for name in ("oldest", "older", "newer"):
+        make_job(name, state=JobState.FAILED, finished_at=timezone.now())
+    page = alice_client.get(reverse("jobs:list")).text
+    shown = re.findall(r">(runs|first|second|third|oldest|older|newer)</a>", page)
+    assert shown == ["runs", "first", "second", "third", "newer", "older"]
+    assert "The newest 2 are shown; the API lists all." in page
+    assert "are shown" not in alice_client.get(reverse("jobs:list"), {"state": "active"}).text
+
+
 def test_the_list_refreshes_itself_with_its_own_fragment(make_job: MakeJob, alice_client: Client) -> None:
     make_job()
     whole = alice_client.get(reverse("jobs:list")).text
@@ -332,7 +361,7 @@ def test_points_are_json_for_the_chart_and_a_table_for_reading(
     assert "1.250" in alice_client.get(reverse("jobs:point_table", args=[job.pk])).text
 
 
-@pytest.mark.parametrize("state", ["queued", "running", "failed", "succeeded"])
+@pytest.mark.parametrize("state", ["queued", "handed_back", "retry_wait", "running", "failed", "succeeded"])
 def test_a_page_costs_at_most_eight_queries(
     state: str, make_job: MakeJob, alice: User, alice_client: Client, worker: Worker, team: Team,
     base_model: BaseModel, version: DatasetVersion, django_assert_max_num_queries: DjangoAssertNumQueries,
@@ -341,6 +370,9 @@ def test_a_page_costs_at_most_eight_queries(
         job = make_job(name)
         if state == "running":
             run_of(job, worker)
+        if state in {"handed_back", "retry_wait"}:
+            waits = "queued" if state == "handed_back" else state
+            run_of(job, worker, state=waits, phase="", lease_until=None)
         if state == "failed":
             run_of(job, worker, state=state, lease_until=None, finished_at=timezone.now())
         if state == "succeeded":
