@@ -70,7 +70,7 @@ class BottleneckSettings(MethodSettings):
         title="Dropout",
         description="Share of what an adapter adds that is dropped while training. 0 is fastest; too high learns "
         "little.",
-        json_schema_extra={"unit": "share", "source": "none in Houlsby et al. 2019; the adapters library's default"},
+        json_schema_extra={"source": "none in Houlsby et al. 2019; the adapters library's default"},
     )
 
 
