@@ -1,4 +1,4 @@
-// What every page shares: menus close, error summaries take the focus, a failed request says so.
+// What every page shares: menus close, error summaries take the focus, a failed request says so, forms outlive a session.
 (() => {
   const closeMenus = (except) => {
     for (const menu of document.querySelectorAll("details[data-menu][open]"))
@@ -30,6 +30,18 @@
     region.querySelector("[data-connection]")?.remove();
     region.append(alert);
   };
+
+  // Signing in in another tab changes the token that this page's forms carry: take the new one from the cookie.
+  const renewTokens = () => {
+    const token = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/)?.[1];
+    if (!token) return;
+    for (const field of document.querySelectorAll("input[name=csrfmiddlewaretoken]")) field.value = token;
+    document.body.setAttribute("hx-headers:inherited", JSON.stringify({ "X-CSRFToken": token }));
+  };
+
+  window.addEventListener("focus", renewTokens);
+  document.addEventListener("visibilitychange", renewTokens);
+  document.addEventListener("submit", renewTokens, { capture: true });
 
   document.addEventListener("htmx:error", () =>
     say("The studio did not answer. What you see may be out of date: check your connection and reload the page."),
