@@ -41,9 +41,9 @@ def file_chunks(file: BinaryIO) -> Iterator[bytes]:
 
 async def _off_the_event_loop(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
     # Thread-sensitive: rows of the database go on in the thread whose connection began them.
-    read = sync_to_async(next, thread_sensitive=True)
+    read = sync_to_async(lambda: next(chunks, None), thread_sensitive=True)
     try:
-        while (chunk := await read(chunks, None)) is not None:
+        while (chunk := await read()) is not None:
             yield chunk
     finally:
         if (close := getattr(chunks, "close", None)) is not None:

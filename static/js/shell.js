@@ -32,16 +32,23 @@
   };
 
   // Signing in in another tab changes the token that this page's forms carry: take the new one from the cookie.
-  const renewTokens = () => {
-    const token = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/)?.[1];
-    if (!token) return;
-    for (const field of document.querySelectorAll("input[name=csrfmiddlewaretoken]")) field.value = token;
-    document.body.setAttribute("hx-headers:inherited", JSON.stringify({ "X-CSRFToken": token }));
-  };
+  const token = () => document.cookie.match(/(?:^|; )csrftoken=([^;]+)/)?.[1];
 
-  window.addEventListener("focus", renewTokens);
-  document.addEventListener("visibilitychange", renewTokens);
-  document.addEventListener("submit", renewTokens, { capture: true });
+  document.addEventListener(
+    "submit",
+    (event) => {
+      const field = event.target.querySelector("input[name=csrfmiddlewaretoken]");
+      if (field && token()) field.value = token();
+    },
+    { capture: true },
+  );
+
+  document.addEventListener("htmx:config:request", (event) => {
+    const { request } = event.detail.ctx;
+    if (!token()) return;
+    if (request.headers["X-CSRFToken"]) request.headers["X-CSRFToken"] = token();
+    if (request.body?.has("csrfmiddlewaretoken")) request.body.set("csrfmiddlewaretoken", token());
+  });
 
   document.addEventListener("htmx:error", () =>
     say("The studio did not answer. What you see may be out of date: check your connection and reload the page."),

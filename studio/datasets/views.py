@@ -272,8 +272,8 @@ def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Jobs and adapters that use the version."""
     version = _version(request, dataset_id, number)
     # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one.
-    jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")  # type: ignore[attr-defined]
-    adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")  # type: ignore[attr-defined]
+    jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")
+    adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")
     return _render_tab(
         request,
         version,
