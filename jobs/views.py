@@ -26,6 +26,7 @@ from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_
 from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
+from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.recipe_table import recipe_sections
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
@@ -237,11 +238,15 @@ def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     return found
 
 
-@team_page(Role.TRAINER)
+@team_page(Role.TRAINER, keeps_form=True)
 def new_job(request: TeamRequest) -> HttpResponse:
     """The New job form; a POST queues the job or says what to mend, with every value kept."""
     if request.method == "POST":
         return _queue(request)
+    if (kept := take_kept_form(request)) is not None:
+        messages.info(request, "You were signed out, so nothing was started. What you had chosen is filled in again.")
+        form = JobForm(kept, team=request.team)
+        return render(request, "jobs/new_job.html", _form_context(request, form, _make_plan(form), show_errors=False))
     parent = None
     if asked := request.GET.get("from"):
         parent = get_object_or_404(request.team.jobs.annotate(num_again=Count("children")), pk=_uuid(asked))

@@ -1,4 +1,4 @@
-"""How large a request's body may be. Asked before Django, which spools a whole body before it looks who sent it."""
+"""How large a request's body may be. Asked before Django, which spools a whole body to disk before it looks at it."""
 
 from __future__ import annotations
 

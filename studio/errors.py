@@ -1,10 +1,14 @@
-"""Django's own error pages; below /api/ they answer in the API's form."""
+"""Django's own error pages, and one for 405; below /api/ they answer in the API's form."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from django.http import HttpRequest, HttpResponse
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, HttpResponseNotAllowed
+from django.shortcuts import render
+from django.utils.decorators import sync_and_async_middleware
 from django.views import defaults
 
 from studio.api.errors import INTERNAL, NOT_FOUND, ErrorDetail, error_response
@@ -35,3 +39,37 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
     if _is_api(request):
         return error_response(400, [_BAD_REQUEST])
     return defaults.bad_request(request, exception)
+
+
+def explain_not_allowed(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
+    """405 in words, for Django's own answer is an empty page; any other response as it is."""
+    if not isinstance(response, HttpResponseNotAllowed):
+        return response
+    allowed = {"Allow": response["Allow"]}
+    if _is_api(request):
+        sentence = f"This address does not take {request.method}."
+        detail = ErrorDetail(code="method_not_allowed", message=sentence, help=f"It takes {allowed['Allow']}.")
+        return error_response(405, [detail], allowed)
+    explained = render(request, "405.html", status=405)
+    explained["Allow"] = allowed["Allow"]
+    return explained
+
+
+@sync_and_async_middleware
+def NotAllowedMiddleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:  # noqa: N802
+    """Hybrid like TeamMiddleware, so that a progress stream does not hold a thread for its whole life."""
+    if iscoroutinefunction(get_response):
+
+        async def asynchronous(request: HttpRequest) -> HttpResponseBase:
+            answer: Awaitable[HttpResponseBase] = get_response(request)
+            response = await answer
+            if isinstance(response, HttpResponseNotAllowed):
+                return await sync_to_async(explain_not_allowed)(request, response)
+            return response
+
+        return asynchronous
+
+    def synchronous(request: HttpRequest) -> HttpResponseBase:
+        return explain_not_allowed(request, get_response(request))
+
+    return synchronous

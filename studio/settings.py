@@ -84,6 +84,7 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "studio.accounts.middleware.TeamMiddleware",
+    "studio.errors.NotAllowedMiddleware",
 ]
 
 ROOT_URLCONF = "studio.urls"

@@ -1,4 +1,4 @@
-// What every page shares: menus close, error summaries take the focus, a failed request says so.
+// What every page shares: menus close, error summaries take the focus, a failed request says so, forms outlive a session.
 (() => {
   const closeMenus = (except) => {
     for (const menu of document.querySelectorAll("details[data-menu][open]"))
@@ -30,6 +30,25 @@
     region.querySelector("[data-connection]")?.remove();
     region.append(alert);
   };
+
+  // Signing in in another tab changes the token that this page's forms carry: take the new one from the cookie.
+  const token = () => document.cookie.match(/(?:^|; )csrftoken=([^;]+)/)?.[1];
+
+  document.addEventListener(
+    "submit",
+    (event) => {
+      const field = event.target.querySelector("input[name=csrfmiddlewaretoken]");
+      if (field && token()) field.value = token();
+    },
+    { capture: true },
+  );
+
+  document.addEventListener("htmx:config:request", (event) => {
+    const { request } = event.detail.ctx;
+    if (!token()) return;
+    if (request.headers["X-CSRFToken"]) request.headers["X-CSRFToken"] = token();
+    if (request.body?.has("csrfmiddlewaretoken")) request.body.set("csrfmiddlewaretoken", token());
+  });
 
   document.addEventListener("htmx:error", () =>
     say("The studio did not answer. What you see may be out of date: check your connection and reload the page."),

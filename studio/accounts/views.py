@@ -6,31 +6,35 @@ from typing import Any, cast
 
 from django.contrib import messages
 from django.contrib.auth import update_session_auth_hash
-from django.contrib.auth.decorators import login_required
 from django.db.models import F
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.debug import sensitive_post_parameters
 from django.views.decorators.http import require_POST, require_safe
 
+from studio.accounts.access import signed_in_page
 from studio.accounts.forms import NameForm, password_form
 from studio.accounts.middleware import SESSION_KEY
 from studio.accounts.models import Team, User, record
+from studio.accounts.signed_out import say_on_page
 
 
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     """403 for a form without its token."""
+    # Asked before the middleware that sets request.htmx has run.
+    if request.headers.get("HX-Request") == "true":
+        return say_on_page(request, "components/stale_page.html")
     return render(request, "403_csrf.html", {"reason": reason}, status=403)
 
 
-@login_required
+@signed_in_page
 @require_safe
 def account(request: HttpRequest) -> HttpResponse:
     """Name, password, sessions."""
     return _account_page(request)
 
 
-@login_required
+@signed_in_page
 @require_POST
 def change_name(request: HttpRequest) -> HttpResponse:
     """Take a new name."""
@@ -42,7 +46,7 @@ def change_name(request: HttpRequest) -> HttpResponse:
     return redirect("accounts:account")
 
 
-@login_required
+@signed_in_page
 @sensitive_post_parameters()
 @require_POST
 def change_password(request: HttpRequest) -> HttpResponse:
@@ -58,7 +62,7 @@ def change_password(request: HttpRequest) -> HttpResponse:
     return redirect("accounts:account")
 
 
-@login_required
+@signed_in_page
 @require_POST
 def end_sessions(request: HttpRequest) -> HttpResponse:
     """End every session of this person but this one."""
@@ -71,7 +75,7 @@ def end_sessions(request: HttpRequest) -> HttpResponse:
     return redirect("accounts:account")
 
 
-@login_required
+@signed_in_page
 @require_safe
 def no_team(request: HttpRequest) -> HttpResponse:
     """For somebody whom no team has taken in yet."""
@@ -80,7 +84,7 @@ def no_team(request: HttpRequest) -> HttpResponse:
     return render(request, "accounts/no_team.html")
 
 
-@login_required
+@signed_in_page
 @require_POST
 def switch_team(request: HttpRequest) -> HttpResponse:
     """Look at another one of one's teams."""
