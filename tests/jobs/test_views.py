@@ -144,6 +144,48 @@ def test_a_bad_form_comes_back_with_its_values_and_queues_nothing(
     assert not Job.objects.exists()
 
 
+def test_every_error_of_the_form_is_tied_to_its_field(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    wrong: dict[str, Any] = {
+        "base_model": "", "dataset_version": "", "name": "", "method": "lroa", "training.epochs": "1,5",
+        "precision": "int3", "evaluation.metrics": "beauty",
+    }  # fmt: skip
+    page = alice_client.post(reverse("jobs:new"), form_data(base_model, version) | wrong).text
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for name in wrong:
+        tags = re.findall(rf'<(?:input|select)[^>]* name="{re.escape(name)}"[^>]*>', page)
+        assert tags, name
+        assert all('aria-invalid="true"' in tag for tag in tags), name
+        error_id = "dataset-note" if name == "dataset_version" else f"id_{name.replace('.', '-')}_error"
+        group = (
+            rf"<fieldset[^>]*{error_id}"
+            if name in {"method", "evaluation.metrics"}
+            else rf'name="{name}"[^>]*{error_id}'
+        )
+        assert re.search(group, page), name
+        text = re.search(rf'id="{error_id}"[^>]*>([^<]+)</p>', page)
+        assert text, name
+        assert text[1].strip(), name
+    good = alice_client.get(reverse("jobs:new"), {"dataset": version.pk}).text
+    assert "aria-invalid" not in good
+    for described in re.findall(r'aria-describedby="([^"]+)"', good):
+        assert all(f'id="{one}"' in good for one in described.split())
+
+
+def test_only_a_short_summary_of_the_estimate_is_read_out(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    panel = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version)).text
+    assert "aria-live" not in panel
+    said = re.search(r'role="status"[^>]*>([^<]+)<', panel)
+    assert said
+    assert re.fullmatch(r"Fits: [\d.]+ of 24\.0 GiB, .+ to .+", said[1])
+    bad = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, **{"training.epochs": "x"})).text
+    assert ">1 thing to mend<" in bad
+
+
 def test_a_dataset_that_is_too_small_says_so_beside_the_dataset(
     alice_client: Client, base_model: BaseModel, team: Team, alice: User, worker: Worker
 ) -> None:
