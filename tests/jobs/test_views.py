@@ -340,6 +340,29 @@ def test_stopping_asks_the_worker_and_cancelling_takes_out_of_the_queue(
     assert answer["Location"] == reverse("jobs:list")
 
 
+def test_what_is_to_be_kept_can_still_be_discarded_on_the_page(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker, state=JobState.CANCELLING, stop_mode="keep")
+    page = bob_client.get(job.get_absolute_url()).text
+    assert "Discard instead" in page
+    assert "Stop and keep" not in page
+    bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "now"})
+    job.refresh_from_db()
+    assert (job.state, job.stop_mode) == (JobState.CANCELLING, "now")
+    assert "Discard instead" not in bob_client.get(job.get_absolute_url()).text
+
+
+def test_keeping_what_was_just_handed_back_is_refused_and_discards_nothing(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker, state=JobState.RETRY_WAIT, phase="", lease_until=None)
+    page = bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "keep"}, follow=True)
+    assert "waits for a device, so it cannot end with what it has learned" in page.text
+    job.refresh_from_db()
+    assert (job.state, job.stop_mode) == (JobState.RETRY_WAIT, "")
+
+
 def test_an_unknown_way_to_stop_is_explained(make_job: MakeJob, bob_client: Client) -> None:
     job = make_job()
     page = bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "explode"}, follow=True)
