@@ -221,6 +221,7 @@ def create_job(
         base_model=base_model,
         dataset_version=version,
         idempotency_key=idempotency_key or secrets.token_urlsafe(16),
+        token=request.token,
     )
     return Status(201, _detail(job))
 
@@ -253,9 +254,12 @@ def get_points(request: ApiRequest, job_id: UUID) -> dict[str, Any]:
 
 @router.post("jobs/{uuid:job_id}/cancel/", response={200: JobDetailOut, **ERRORS}, auth=may_write, summary="Stop a job")
 def stop_job(request: ApiRequest, job_id: UUID, body: StopIn) -> dict[str, Any]:
-    """Stop a job; stopping one that has ended changes nothing."""
+    """Stop a job; stopping one that has ended changes nothing.
+
+    Mode "keep" is refused for a job that has begun and waits for a device again: stopping it there would discard it.
+    """
     job = get_object_or_404(request.team.jobs, pk=job_id)
-    cancel_job(job, request.user, body.mode)
+    cancel_job(job, request.user, body.mode, token=request.token)
     job.refresh_from_db()
     return _detail(job)
 
@@ -267,7 +271,7 @@ def run_again(request: ApiRequest, job_id: UUID, idempotency_key: str = Header("
     """Queue a failed or cancelled job again, as a new job with the same recipe."""
     job = get_object_or_404(request.team.jobs, pk=job_id)
     key = idempotency_key[:KEY_CHARACTERS] or secrets.token_urlsafe(16)
-    return Status(201, _detail(retry_job(job, request.user, idempotency_key=key)))
+    return Status(201, _detail(retry_job(job, request.user, idempotency_key=key, token=request.token)))
 
 
 def _detail(job: Job) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from django.db.models.functions import Now
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
 from studio.accounts.models import User
 from studio.catalogue.models import Adapter
+from workers.errors import RecipeError
 
 # Seconds before the next try after the first, second, ... counted failure, at the default lease of 60 s.
 BACKOFF_SECONDS = (10, 60, 300, 900)
@@ -191,6 +192,9 @@ def ask_stop(job: Job, user: User, mode: str) -> bool:
     """A person asks to stop: a waiting job is cancelled at once, a running one when its worker hears of it.
 
     `mode` is "now" (discard) or "keep" (end with the adapter of the last step). False when it was final already.
+
+    Raises:
+        RecipeError: "keep" was asked of a job that has begun and waits: cancelling would discard what it has learned.
     """
     with transaction.atomic():
         locked = Job.objects.select_for_update().get(pk=job.pk)
@@ -203,6 +207,14 @@ def ask_stop(job: Job, user: User, mode: str) -> bool:
             what = "end with the adapter of the last step" if mode == "keep" else "stop now and discard the run"
             add_event(job.pk, locked.attempt, f"{user.display_name()} asked to {what}.")
             return True
+        if mode == "keep" and locked.attempt:
+            if locked.stop_mode == "keep":
+                return True  # The worker that takes it next ends it and keeps what there is.
+            raise RecipeError(
+                f"“{locked.name}” waits for a device, so it cannot end with what it has learned; nothing was changed.",
+                next_step="Ask again once it runs, or stop it now, which discards what it has learned.",
+                field="mode",
+            )
         Job.objects.filter(pk=job.pk).update(stop_asked_by=user, stop_mode=mode)
         _cancel_locked(locked, f"Cancelled by {user.display_name()} before it started.")
         return True

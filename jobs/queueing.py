@@ -11,7 +11,7 @@ from django.db.models.functions import Now
 from jobs import lifecycle
 from jobs.models import Job, JobState
 from jobs.waking import wake_workers
-from studio.accounts.models import Team, User, record
+from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
@@ -35,12 +35,14 @@ def queue_job(
     asked_recipe: Recipe | None = None,
     estimate: dict[str, object] | None = None,
     parent: Job | None = None,
+    token: ApiToken | None = None,
 ) -> Job:
     """Add a job to the queue. The same key in the same team gives the job that the first call made.
 
     Args:
         recipe: with every "auto" resolved (workers.resolving.resolve).
         asked_recipe: as the person gave it; `recipe` when it is None.
+        token: the API token that asked, for the audit log.
 
     Raises:
         RecipeError: the dataset is not ready or not the team's.
@@ -67,7 +69,7 @@ def queue_job(
                 needs={"gpus": 1, "memory_bytes": (estimate or {}).get("total_bytes", 0)}, estimate=estimate or {},
             )  # fmt: skip
             lifecycle.add_event(job.pk, 0, f"Queued by {user.display_name()}.")
-            record("job.queued", team=team, user=user, target=job)
+            record("job.queued", team=team, user=user, token=token, target=job)
             transaction.on_commit(wake_workers)
     except IntegrityError:
         # A second submit of the same form was committed between our look and our insert; or what the job needs
@@ -104,10 +106,13 @@ def _same_job(known: Job, asked: dict[str, object]) -> Job:
     )
 
 
-def cancel_job(job: Job, user: User, mode: str = "now") -> bool:
+def cancel_job(job: Job, user: User, mode: str = "now", *, token: ApiToken | None = None) -> bool:
     """Stop a job: "now" discards the run, "keep" ends with the adapter of the last step. Asking twice is harmless.
 
     Returns False when the job had ended already.
+
+    Raises:
+        RecipeError: there is no such mode, or the job waits and has something that "keep" would lose.
     """
     if mode not in {"now", "keep"}:
         raise RecipeError(
@@ -116,11 +121,11 @@ def cancel_job(job: Job, user: User, mode: str = "now") -> bool:
     with transaction.atomic():
         asked = lifecycle.ask_stop(job, user, mode)
         if asked:
-            record("job.stopped", team=job.team, user=user, target=job, mode=mode)
+            record("job.stopped", team=job.team, user=user, token=token, target=job, mode=mode)
     return asked
 
 
-def retry_job(job: Job, user: User, *, idempotency_key: str) -> Job:
+def retry_job(job: Job, user: User, *, idempotency_key: str, token: ApiToken | None = None) -> Job:
     """Run a failed or cancelled job again as a new job with the same recipe; the old one stays as it is."""
     if job.state not in {JobState.FAILED, JobState.CANCELLED}:
         raise RecipeError(
@@ -130,5 +135,5 @@ def retry_job(job: Job, user: User, *, idempotency_key: str) -> Job:
     return queue_job(
         team=job.team, user=user, recipe=Recipe.from_dict(job.recipe), asked_recipe=Recipe.from_dict(job.asked_recipe),
         base_model=job.base_model, dataset_version=job.dataset_version, idempotency_key=idempotency_key, parent=job,
-        estimate=job.estimate,
+        estimate=job.estimate, token=token,
     )  # fmt: skip

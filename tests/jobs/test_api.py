@@ -7,7 +7,7 @@ from django.test import Client
 from django.utils import timezone
 
 from jobs.models import Job, JobState, MetricPoint, Worker
-from studio.accounts.models import ApiToken, Team, User
+from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from tests.factories import make_dataset_version
@@ -149,6 +149,33 @@ def test_stopping_and_running_again(bob_api: Client, make_job: MakeJob) -> None:
     assert again.status_code == 201, again.text
     assert again.json()["parent_id"] == str(job.pk)
     assert post(bob_api, f"jobs/{again.json()['id']}/retry/", {}).status_code == 422
+
+
+def test_keep_is_refused_for_a_waiting_job_that_has_learned_something(bob_api: Client, make_job: MakeJob) -> None:
+    job = make_job(state=JobState.RETRY_WAIT, attempt=1, step=40)
+    answer = post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "keep"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["field"] == "mode"
+    assert "nothing was changed" in answer.json()["error"]["message"]
+    job.refresh_from_db()
+    assert job.state == JobState.RETRY_WAIT
+    Job.objects.filter(pk=job.pk).update(stop_mode="keep")
+    assert post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "keep"}).json()["state"] == "retry_wait"
+    assert post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "now"}).json()["state"] == "cancelled"
+    fresh = make_job()
+    assert post(bob_api, f"jobs/{fresh.pk}/cancel/", {"mode": "keep"}).json()["state"] == "cancelled"
+
+
+def test_the_audit_log_names_the_token_that_queued_stopped_and_ran_again(
+    bob_api: Client, base_model: BaseModel, version: DatasetVersion
+) -> None:
+    job_id = post(bob_api, "jobs/", job_body(base_model, version)).json()["id"]
+    post(bob_api, f"jobs/{job_id}/cancel/", {})
+    post(bob_api, f"jobs/{job_id}/retry/", {})
+    told = AuditEvent.objects.filter(action__startswith="job.").order_by("pk")
+    assert [(event.action, event.token) for event in told] == [
+        (action, ApiToken.objects.get()) for action in ("job.queued", "job.stopped", "job.queued")
+    ]
 
 
 def test_methods_come_with_the_schema_of_their_settings(bob_api: Client) -> None:

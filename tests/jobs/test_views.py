@@ -144,6 +144,48 @@ def test_a_bad_form_comes_back_with_its_values_and_queues_nothing(
     assert not Job.objects.exists()
 
 
+def test_every_error_of_the_form_is_tied_to_its_field(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    wrong: dict[str, Any] = {
+        "base_model": "", "dataset_version": "", "name": "", "method": "lroa", "training.epochs": "1,5",
+        "precision": "int3", "evaluation.metrics": "beauty",
+    }  # fmt: skip
+    page = alice_client.post(reverse("jobs:new"), form_data(base_model, version) | wrong).text
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for name in wrong:
+        tags = re.findall(rf'<(?:input|select)[^>]* name="{re.escape(name)}"[^>]*>', page)
+        assert tags, name
+        assert all('aria-invalid="true"' in tag for tag in tags), name
+        error_id = "dataset-note" if name == "dataset_version" else f"id_{name.replace('.', '-')}_error"
+        group = (
+            rf"<fieldset[^>]*{error_id}"
+            if name in {"method", "evaluation.metrics"}
+            else rf'name="{name}"[^>]*{error_id}'
+        )
+        assert re.search(group, page), name
+        text = re.search(rf'id="{error_id}"[^>]*>([^<]+)</p>', page)
+        assert text, name
+        assert text[1].strip(), name
+    good = alice_client.get(reverse("jobs:new"), {"dataset": version.pk}).text
+    assert "aria-invalid" not in good
+    for described in re.findall(r'aria-describedby="([^"]+)"', good):
+        assert all(f'id="{one}"' in good for one in described.split())
+
+
+def test_only_a_short_summary_of_the_estimate_is_read_out(
+    alice_client: Client, base_model: BaseModel, version: DatasetVersion, worker: Worker
+) -> None:
+    panel = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version)).text
+    assert "aria-live" not in panel
+    said = re.search(r'role="status"[^>]*>([^<]+)<', panel)
+    assert said
+    assert re.fullmatch(r"Fits: [\d.]+ of 24\.0 GiB, .+ to .+", said[1])
+    bad = alice_client.post(reverse("jobs:estimate"), form_data(base_model, version, **{"training.epochs": "x"})).text
+    assert ">1 thing to mend<" in bad
+
+
 def test_a_dataset_that_is_too_small_says_so_beside_the_dataset(
     alice_client: Client, base_model: BaseModel, team: Team, alice: User, worker: Worker
 ) -> None:
@@ -296,6 +338,29 @@ def test_stopping_asks_the_worker_and_cancelling_takes_out_of_the_queue(
     assert (running.state, running.stop_mode) == (JobState.CANCELLING, "keep")
     assert waiting.state == JobState.CANCELLED
     assert answer["Location"] == reverse("jobs:list")
+
+
+def test_what_is_to_be_kept_can_still_be_discarded_on_the_page(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker, state=JobState.CANCELLING, stop_mode="keep")
+    page = bob_client.get(job.get_absolute_url()).text
+    assert "Discard instead" in page
+    assert "Stop and keep" not in page
+    bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "now"})
+    job.refresh_from_db()
+    assert (job.state, job.stop_mode) == (JobState.CANCELLING, "now")
+    assert "Discard instead" not in bob_client.get(job.get_absolute_url()).text
+
+
+def test_keeping_what_was_just_handed_back_is_refused_and_discards_nothing(
+    make_job: MakeJob, bob_client: Client, worker: Worker
+) -> None:
+    job = run_of(make_job(), worker, state=JobState.RETRY_WAIT, phase="", lease_until=None)
+    page = bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "keep"}, follow=True)
+    assert "waits for a device, so it cannot end with what it has learned" in page.text
+    job.refresh_from_db()
+    assert (job.state, job.stop_mode) == (JobState.RETRY_WAIT, "")
 
 
 def test_an_unknown_way_to_stop_is_explained(make_job: MakeJob, bob_client: Client) -> None:
