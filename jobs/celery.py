@@ -61,7 +61,7 @@ def start_slot(sender: Any, **_kwargs: Any) -> None:
 
 @signals.worker_shutting_down.connect
 def drain_slot(**_kwargs: Any) -> None:
-    """Warm shutdown: the running job saves a checkpoint and goes back to the queue."""
+    """Warm shutdown: the running job saves a checkpoint and goes back to the queue. Runs in a signal handler."""
     from jobs import slots
 
     slots.drain()
@@ -69,6 +69,8 @@ def drain_slot(**_kwargs: Any) -> None:
 
 @signals.worker_shutdown.connect
 def wait_for_slot(**_kwargs: Any) -> None:
+    """Say that this worker goes, now that no signal is being handled any more, and wait for its slot."""
     from jobs import slots
 
+    slots.drain(announce=True)
     slots.wait()

@@ -72,10 +72,22 @@ class Slot(threading.Thread):
         """Look at the queue now."""
         self._look.set()
 
-    def drain(self) -> None:
-        """Take no more jobs, and have the running one save a checkpoint and stop."""
+    def drain(self, *, announce: bool = False) -> None:
+        """Take no more jobs, and have the running one save a checkpoint and stop.
+
+        With `announce` the worker's row says so, too, and no estimate counts on its device any more. That asks the
+        database, so it is not for a signal handler.
+        """
         self._draining.set()
         self._look.set()
+        if not announce or self.worker is None:
+            return
+        try:
+            Worker.objects.filter(pk=self.worker.pk).update(is_draining=True)
+        except (OperationalError, InterfaceError) as error:
+            logger.warning("The database does not answer, the worker stops without telling it: %s", error)
+        finally:
+            connection.close()
 
 
 def lock_slot(index: int) -> IO[str]:
@@ -130,10 +142,10 @@ def wake() -> None:
         _slot.wake()
 
 
-def drain() -> None:
-    """Drain this process's slot, if it has one."""
+def drain(*, announce: bool = False) -> None:
+    """Drain this process's slot, if it has one; `announce` is not for a signal handler."""
     if _slot is not None:
-        _slot.drain()
+        _slot.drain(announce=announce)
 
 
 def wait() -> None:

@@ -13,7 +13,7 @@ import redis
 from django.conf import settings
 
 from jobs import scheduling
-from jobs.models import Job, JobState
+from jobs.models import Job, JobState, Worker
 from jobs.queueing import cancel_job
 from studio import storage
 from studio.accounts.models import User
@@ -109,6 +109,7 @@ def test_sigterm_hands_the_job_back_and_another_worker_goes_on(queue: Callable[.
         worker.wait(60)
     job.refresh_from_db()
     assert (job.state, job.failures_counted) == (JobState.QUEUED, 0)
+    assert list(Worker.objects.values_list("is_draining", flat=True)) == [True]
     with celery_worker("gpu", tmp_path / "second.log"):
         job = wait_until_final(job)
     assert job.state == JobState.SUCCEEDED
