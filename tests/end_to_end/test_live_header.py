@@ -38,11 +38,11 @@ def test_a_job_that_started_between_page_and_stream_gets_its_stop_buttons(
     page.route(f"**/jobs/{job.pk}/events/**", claim_then_connect, times=1)
     page.goto(f"{browser.root}{job.get_absolute_url()}")
     keep = page.get_by_role("button", name="Stop and keep")
-    expect(keep).to_be_visible()
+    expect(keep).to_be_visible(timeout=20 * SECOND)
     expect(page.get_by_role("button", name="Stop and discard")).to_be_visible()
 
     keep.click()
-    expect(page.get_by_role("button", name="Discard instead")).to_be_visible()
+    expect(page.get_by_role("button", name="Discard instead")).to_be_visible(timeout=20 * SECOND)
     # What somebody else does while the page is watched changes its buttons, too.
     Job.objects.filter(pk=job.pk).update(stop_mode="now")
     expect(page.get_by_role("button", name="Discard instead")).to_be_hidden(timeout=20 * SECOND)
