@@ -19,6 +19,8 @@ from pathlib import Path
 
 from django.conf import settings
 
+from workers.digests import file_sha256
+
 
 class StorageError(OSError):
     """A file cannot be stored; the message is for people."""
@@ -156,7 +158,6 @@ def file_digests(folder: Path) -> list[dict[str, str | int]]:
     """Every file below a folder as {name, sha256, num_bytes}, sorted by name; reads in chunks of 1 MiB."""
     found: list[dict[str, str | int]] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         found.append({"name": path.relative_to(folder).as_posix(), "sha256": digest, "num_bytes": path.stat().st_size})
     return found

@@ -6,7 +6,6 @@ were scored. Programs that serve in 16 bits round them on loading.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from workers.base_folders import hub_name
+from workers.digests import file_sha256
 from workers.errors import BaseModelError
 from workers.methods import get_method, method_of_type
 from workers.model_card import write_card
@@ -137,12 +137,11 @@ def load(model: Any, folder: Path) -> Any:
 
 def write_checksums(folder: Path) -> None:
     """SHA256SUMS over every other file of the folder, as `sha256sum -c` reads it."""
-    lines = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != CHECKSUM_FILE:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    lines = [
+        f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != CHECKSUM_FILE
+    ]
     (folder / CHECKSUM_FILE).write_text("".join(lines), "utf-8")
 
 

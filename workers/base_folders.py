@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from workers.digests import file_sha256
 from workers.errors import BaseModelError
 from workers.shapes import LinearShape, ModelShape
 
@@ -121,7 +122,7 @@ def read_base_folder(folder: Path) -> BaseFolder:
     tensors = _read_tensors(folder, paths)
     shape = read_shape(config, tensors)
     files: list[dict[str, Any]] = [
-        {"name": name, "sha256": _sha256(path), "num_bytes": path.stat().st_size}
+        {"name": name, "sha256": file_sha256(path), "num_bytes": path.stat().st_size}
         for name, path in sorted(paths.items())
     ]
     front = _front_matter(folder)
@@ -486,8 +487,3 @@ def hub_name(folder: Path) -> tuple[str, str]:
     if snapshots == "snapshots" and repository.startswith("models--") and re.fullmatch(r"[0-9a-f]{40}", commit):
         return repository.removeprefix("models--").replace("--", "/"), commit
     return "", ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

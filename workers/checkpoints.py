@@ -7,7 +7,6 @@ lists each with its size and sha256. It is written aside, forced to disk and ren
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from workers.digests import file_sha256
 from workers.errors import CheckpointError, ExplainedError
 from workers.stopping import Watch
 
@@ -225,7 +225,7 @@ def _write_manifest(folder: Path, position: Position, recipe_sha256: str, versio
     files = []
     for path in sorted(folder.iterdir()):
         _sync(path)
-        files.append({"path": path.name, "size": path.stat().st_size, "sha256": _sha256(path)})
+        files.append({"path": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)})
     manifest = {
         "manifest_version": 1,
         "step": position.step,
@@ -259,7 +259,7 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != listed[name][0]:
             raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {listed[name][0]}")
-        if _sha256(path) != listed[name][1]:
+        if file_sha256(path) != listed[name][1]:
             raise CheckpointError(f"{name} does not match its checksum")
     try:
         position = Position.from_dict(json.loads((folder / "position.json").read_text("utf-8")))
@@ -288,11 +288,6 @@ def _remove_old(root: Path, *, keep: Path) -> None:
         # The manifest goes first: a half-removed checkpoint must never look complete.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -21,6 +20,7 @@ from workers import adapters, base_models, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder, read_base_folder
 from workers.batching import Batch, Plan, TokenRows, batches
 from workers.checkpoints import Checkpoint, Position
+from workers.digests import file_sha256
 from workers.errors import BaseModelError, DatasetError, DivergedError, OutOfMemoryError
 from workers.evaluations import ScoredRow
 from workers.events import (
@@ -696,7 +696,6 @@ def _end_if_asked(run: Run, *, step: int) -> None:
 
 def _file_sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise DatasetError(f"The dataset file {path.name} cannot be read: {error.strerror}.") from error
