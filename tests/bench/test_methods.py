@@ -9,6 +9,11 @@ import pytest
 
 from tests.bench.methods import Options, merge, print_table, row, speed
 from tests.tiny import make_tiny_base, tiny_rows
+from workers.measured import measured_methods
+from workers.methods import methods
+
+ROWS = Path(__file__).with_name("rows") / "methods"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture
@@ -46,3 +51,20 @@ def test_rows_are_kept_resumed_and_merged(options: Options, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert "| LoRA |" in said
     assert "not measured" in said
+
+
+def test_the_published_table_is_what_the_kept_rows_say() -> None:
+    published = measured_methods()
+    assert published is not None
+    assert merge(ROWS).model_dump(exclude={"measured_on"}) == published.model_dump(exclude={"measured_on"})
+    assert {one.method for one in published.rows} == set(methods())
+    assert {one.num_seeds for one in published.rows} == {3}
+
+
+def test_the_readme_quotes_the_published_table() -> None:
+    published = measured_methods()
+    assert published is not None
+    readme = README.read_text("utf-8")
+    for one in published.rows:
+        quoted = f"| {one.loss.value:.3f} [{one.loss.low:.3f}, {one.loss.high:.3f}] | {one.num_trainable:,} |"
+        assert quoted in readme, one.label
