@@ -1,4 +1,4 @@
-"""Intervals for weighted means over rows, and for the paired difference of two models on the same rows."""
+"""Intervals for figures over rows, and for the paired difference of two models on the same rows."""
 
 from __future__ import annotations
 
@@ -50,13 +50,7 @@ def compare(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """Both figures and their paired difference, each with a 95 % interval.
-
-    A figure is present(sum(value * weight) / sum(weight)). The intervals are BCa bootstrap intervals (Efron
-    1987, "Better bootstrap confidence intervals") over rows, with the same resampled rows for both models, so
-    that the difficulty of a row cancels in the difference. Where every row has the same value there is nothing
-    to resample: with `bounds` of a row's value the interval is the widest that the rows do not contradict,
-    without bounds it is the value itself. One row says nothing about a difference: its interval covers zero.
+    """`compare_counts` for figures that are weighted means: present(sum(value * weight) / sum(weight)).
 
     Args:
         present: monotone function from the mean to the figure shown.
@@ -67,17 +61,55 @@ def compare(
     """
     import numpy as np
 
+    shown = np.vectorize(present, otypes=[np.float64])
+
+    def figure(sums: Array) -> Array:
+        return shown(sums[..., 0] / sums[..., 1])
+
+    return compare_counts(
+        [(row.value * row.weight, row.weight) for row in base],
+        [(row.value * row.weight, row.weight) for row in adapter],
+        figure=figure, bounds=None if bounds is None else (present(bounds[0]), present(bounds[1])),
+        num_resamples=num_resamples, seed=seed,
+    )  # fmt: skip
+
+
+def compare_counts(
+    base: Sequence[Sequence[float]],
+    adapter: Sequence[Sequence[float]],
+    *,
+    figure: Callable[[Array], Array],
+    bounds: tuple[float, float] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = SEED,
+) -> Comparison:
+    """The figures of two models over the same rows and their paired difference, each with a 95 % interval.
+
+    A figure is a function of sums over rows, as a mean, BLEU and chrF are. The intervals are BCa bootstrap intervals
+    (Efron 1987, "Better bootstrap confidence intervals") over rows, with the same resampled rows for both models, so
+    that the difficulty of a row cancels in the difference. Where every row has the same figure there is nothing
+    to resample: with `bounds` of the figure the interval is the widest that the rows do not contradict,
+    without bounds it is the figure itself. One row says nothing about a difference: its interval covers zero.
+
+    Args:
+        base, adapter: what each row adds to the sums, K numbers a row; the last one is its weight.
+        figure: (..., K) sums to (...) figures.
+        bounds: smallest and largest figure, when there are such.
+
+    Raises:
+        ValueError: no rows, rows that do not correspond, or no weight at all.
+    """
+    import numpy as np
+
     if len(base) != len(adapter) or not base:
         raise ValueError(f"expected the same rows for both models, got {len(base)} and {len(adapter)}")
-    values_2N = np.array([[row.value for row in base], [row.value for row in adapter]], dtype=np.float64)
-    weights_2N = np.array([[row.weight for row in base], [row.weight for row in adapter]], dtype=np.float64)
-    if not (weights_2N.sum(axis=1) > 0).all():
+    counts_2NK = np.array([base, adapter], dtype=np.float64)
+    weights_2N = counts_2NK[..., -1]
+    sums_2K = counts_2NK.sum(axis=1)
+    if not (sums_2K[:, -1] > 0).all():
         raise ValueError("the rows have no weight, so they have no mean")
     num_rows = len(base)
-    shown = np.vectorize(present, otypes=[np.float64])
-    sums_2N = values_2N * weights_2N
-    means_2 = sums_2N.sum(axis=1) / weights_2N.sum(axis=1)
-    point_base, point_adapter = (float(value) for value in shown(means_2))
+    point_base, point_adapter = (float(value) for value in figure(sums_2K))
     point_difference = point_adapter - point_base
 
     if num_rows == 1:
@@ -90,57 +122,56 @@ def compare(
             interval_method="none: one row has no interval",
         )
 
-    resampled_2R = shown(_resampled_means(sums_2N, weights_2N, num_resamples, seed))
-    left_out_2N = shown(_left_out_means(sums_2N, weights_2N))
+    # A sample of rows without any weight has no figure: it counts as the whole.
+    def figures(sums_2RK: Array) -> Array:
+        return figure(np.where(sums_2RK[..., -1:] > 0, sums_2RK, sums_2K[:, None, :]))
+
+    resampled_2R = figures(_resampled_sums(counts_2NK, num_resamples, seed))
+    left_out_2N = figures(sums_2K[:, None, :] - counts_2NK)
+    # Each row alone. Rows without weight say nothing, so they contradict nobody.
+    alone_2N = figure(np.where(weights_2N[..., None] > 0, counts_2NK, sums_2K[:, None, :]))
     method = f"BCa bootstrap over rows, {num_resamples} resamples, seed {seed}; difference paired by row"
     intervals: list[Interval] = []
     any_degenerate = False
     for which, point in ((1, point_adapter), (0, point_base)):
-        if np.ptp(values_2N[which]) == 0:
+        if _are_equal(alone_2N[which]) and _are_equal(resampled_2R[which]):
             any_degenerate = True
-            worst = None if bounds is None else (present(bounds[0]), present(bounds[1]))
-            intervals.append(_identical_rows(point, num_rows, worst))
+            intervals.append(_identical_rows(point, num_rows, bounds))
         else:
             intervals.append(_bca(point, resampled_2R[which], left_out_2N[which]))
+    differences_R = resampled_2R[1] - resampled_2R[0]
+    same_difference = _are_equal(alone_2N[1] - alone_2N[0]) and _are_equal(differences_R)
     same_weights = bool((weights_2N[0] == weights_2N[1]).all())
-    if same_weights and np.ptp(values_2N[1] - values_2N[0]) == 0 and (bounds is not None or point_difference == 0):
+    if same_weights and same_difference and (bounds is not None or point_difference == 0):
         any_degenerate = True
-        span = None if bounds is None or point_difference == 0 else abs(present(bounds[1]) - present(bounds[0]))
+        span = None if bounds is None or point_difference == 0 else abs(bounds[1] - bounds[0])
         difference = _identical_rows(point_difference, num_rows, None if span is None else (-span, span))
     else:
-        difference = _bca(point_difference, resampled_2R[1] - resampled_2R[0], left_out_2N[1] - left_out_2N[0])
+        difference = _bca(point_difference, differences_R, left_out_2N[1] - left_out_2N[0])
     if any_degenerate:
         method += "; exact bound where all rows are equal"
     return Comparison(num_rows, intervals[0], intervals[1], difference, method)
 
 
-def _resampled_means(sums_2N: Array, weights_2N: Array, num_resamples: int, seed: int) -> Array:
-    """Weighted means over resampled rows, the same rows for both models: (2, num_resamples)."""
+def _are_equal(figures: Array) -> bool:
+    """Whether figures differ by rounding at most."""
+    import numpy as np
+
+    return bool(np.ptp(figures) <= 1e-12 * max(1.0, float(np.abs(figures).max())))
+
+
+def _resampled_sums(counts_2NK: Array, num_resamples: int, seed: int) -> Array:
+    """Sums over resampled rows, the same rows for both models: (2, num_resamples, K)."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
-    num_rows = sums_2N.shape[1]
+    num_rows = counts_2NK.shape[1]
     at_once = max(1, MAX_CELLS // num_rows)
     parts = []
     for start in range(0, num_resamples, at_once):
         rows_RN = generator.integers(0, num_rows, size=(min(at_once, num_resamples - start), num_rows))
-        totals_2R = weights_2N[:, rows_RN].sum(axis=2)
-        # A resample without any weight (every drawn row is empty) has no mean: it counts as one draw of the whole.
-        empty_2R = totals_2R == 0
-        means_2R = sums_2N[:, rows_RN].sum(axis=2) / np.where(empty_2R, 1.0, totals_2R)
-        whole_2 = sums_2N.sum(axis=1) / weights_2N.sum(axis=1)
-        parts.append(np.where(empty_2R, whole_2[:, None], means_2R))
+        parts.append(np.stack([column_2N[:, rows_RN].sum(axis=2) for column_2N in np.moveaxis(counts_2NK, 2, 0)], -1))
     return np.concatenate(parts, axis=1)
-
-
-def _left_out_means(sums_2N: Array, weights_2N: Array) -> Array:
-    """Weighted means with one row left out at a time (jackknife): (2, rows)."""
-    import numpy as np
-
-    totals_2N = weights_2N.sum(axis=1, keepdims=True) - weights_2N
-    rest_2N = sums_2N.sum(axis=1, keepdims=True) - sums_2N
-    whole_21 = (sums_2N.sum(axis=1) / weights_2N.sum(axis=1))[:, None]
-    return np.where(totals_2N > 0, rest_2N / np.where(totals_2N > 0, totals_2N, 1.0), whole_21)
 
 
 def _bca(point: float, resampled_R: Array, left_out_N: Array) -> Interval:
@@ -148,8 +179,9 @@ def _bca(point: float, resampled_R: Array, left_out_N: Array) -> Interval:
     import numpy as np
     from scipy.stats import norm
 
-    # Ties count half, else a figure with few distinct values looks biased.
-    share = float(np.mean(resampled_R < point) + np.mean(resampled_R <= point)) / 2
+    # Ties count half, else a figure with few distinct values looks biased; sums in another order tie as well.
+    rounding = 1e-12 * max(1.0, abs(point))
+    share = float(np.mean(resampled_R < point - rounding) + np.mean(resampled_R <= point + rounding)) / 2
     below = float(np.clip(share, 0.5 / len(resampled_R), 1 - 0.5 / len(resampled_R)))
     bias = float(norm.ppf(below))
     centred_N = left_out_N.mean() - left_out_N

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from workers.evaluations import RowValue
-from workers.statistics import compare
+from workers.statistics import compare, compare_counts
 
 
 def rows(values, weights=None):
@@ -105,3 +105,35 @@ def test_rows_without_weight_are_refused() -> None:
         compare(rows([1.0], [0.0]), rows([1.0], [0.0]))
     with pytest.raises(ValueError, match="same rows"):
         compare(rows([1.0]), rows([1.0, 2.0]))
+
+
+def test_the_order_of_the_rows_changes_no_interval_of_a_figure_with_few_values() -> None:
+    # Thirds do not sum exactly, so equal means of resamples differ in their last bits.
+    random = np.random.default_rng(5)
+    values = np.array([1 / 3] * 6 + [2 / 3] * 2 + [0.0] * 56)
+    base = np.array([0.0] * 62 + [1.0] * 2)
+    found = [compare(rows(base), rows(values))]
+    for _ in range(5):
+        order = random.permutation(64)
+        found.append(compare(rows(base[order]), rows(values[order]), seed=int(order[0])))
+    assert len({round(one.adapter.value, 12) for one in found}) == 1
+    lows = [one.adapter.low for one in found]
+    assert max(lows) - min(lows) < 1 / 64, "no jump by the rounding of a tie"
+
+
+def test_a_figure_of_sums_has_the_interval_of_a_mean_where_it_is_one() -> None:
+    random = np.random.default_rng(6)
+    base, adapter = random.normal(3, 1, 40), random.normal(2, 1, 40)
+    counted = compare_counts(
+        [(value, 1.0) for value in base], [(value, 1.0) for value in adapter], figure=lambda s: s[..., 0] / s[..., 1]
+    )
+    assert counted == compare(rows(base), rows(adapter))
+
+
+def test_a_figure_that_no_single_row_shows_still_has_an_interval() -> None:
+    """A corpus figure may be zero for every row alone and not over all of them: BLEU, for one."""
+    counts = [(float(i % 2), float((i + 1) % 2), 1.0) for i in range(40)]
+    found = compare_counts(counts, counts, figure=lambda s: s[..., 0] * s[..., 1] / s[..., 2] ** 2)
+    assert found.adapter.value == pytest.approx(0.25)
+    assert found.adapter.low < 0.25
+    assert found.difference.low == found.difference.high == 0
