@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workers.batching import Batch
-from workers.evaluations import Evaluation, RowValue, ScoredRow, get_evaluation
+from workers.evaluations import Evaluation, ScoredRow, get_evaluation
 from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
 from workers.results import HeldOutRecord, SampleRecord, ScoreRecord
-from workers.statistics import compare
+from workers.statistics import compare_counts
 
 if TYPE_CHECKING:
-    from workers.rendering import Renderer
+    from workers.rendering import Rendered, Renderer
 
 # B rows, T tokens of the longest row, N loss-carrying tokens.
 
@@ -114,15 +114,22 @@ def _score_rows(
         ScoredRow(
             line=example.line,
             prompt=prompt_text(example),
-            reference=(reference := renderer.reference(example)),
+            reference=renderer.reference(example),
             answer=answers.get(index),
             loss_sum=losses[index][0],
             num_tokens=losses[index][1],
-            num_reference_bytes=len(reference.encode()),
+            num_bytes=_num_trained_bytes(renderer, rendered[index]),
         )
         for index, example in enumerate(examples)
         if index in losses
     ]
+
+
+def _num_trained_bytes(renderer: Renderer, row: Rendered) -> int:
+    """Bytes of the text whose tokens carry loss: a token that ends a turn has none."""
+    return len(
+        renderer.decode([one for one, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]).encode()
+    )
 
 
 def row_losses(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> list[tuple[float, int]]:
@@ -169,19 +176,15 @@ def compare_rows(
     for name in metrics:
         evaluation = get_evaluation(name)
         usable = [pair for pair in pairs if all(_is_usable(row, evaluation.needs) for row in pair)]
-        values: list[tuple[RowValue, RowValue]] = [
-            (evaluation.row_value(base), evaluation.row_value(adapter)) for base, adapter in usable
-        ]
+        counts = [(evaluation.row_counts(base), evaluation.row_counts(adapter)) for base, adapter in usable]
         # A row without weight for either model has no part in the score, so it is no part of n.
-        values = [pair for pair in values if pair[0].weight > 0 or pair[1].weight > 0]
-        if not values:
+        counts = [pair for pair in counts if any(one[-1] > 0 for one in pair)]
+        if not all(any(pair[which][-1] > 0 for pair in counts) for which in (0, 1)):
             continue
-        found = compare(
-            [base for base, _ in values],
-            [adapter for _, adapter in values],
-            present=evaluation.present,
-            bounds=getattr(evaluation, "row_bounds", None),
-        )
+        found = compare_counts(
+            [base for base, _ in counts], [adapter for _, adapter in counts], figure=evaluation.figure,
+            bounds=evaluation.bounds,
+        )  # fmt: skip
         records.append(
             ScoreRecord(
                 evaluation=evaluation.name,
@@ -249,9 +252,12 @@ def prompt_text(example: Example) -> str:
 
 def mean_value(rows: Sequence[ScoredRow], evaluation: Evaluation) -> float | None:
     """What an evaluation gives for one model's rows; None when it can use none of them."""
-    values = [evaluation.row_value(row) for row in rows if _is_usable(row, evaluation.needs)]
-    weight = sum(value.weight for value in values)
-    return evaluation.present(sum(value.value * value.weight for value in values) / weight) if weight else None
+    import numpy as np
+
+    counts = np.array([evaluation.row_counts(row) for row in rows if _is_usable(row, evaluation.needs)])
+    if not counts.size or counts[:, -1].sum() <= 0:
+        return None
+    return float(evaluation.figure(counts.sum(axis=0)))
 
 
 def _is_usable(row: ScoredRow, needs: str) -> bool:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from workers.plugins import discover, look_up
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ScoredRow:
     """One held-out row as a model answered it.
 
-    `loss_sum` is the summed cross-entropy in nats over `num_tokens` loss-carrying tokens; `answer` is None
-    when the row was not generated.
+    `loss_sum` is the summed cross-entropy in nats over `num_tokens` loss-carrying tokens, whose text has `num_bytes`
+    bytes of UTF-8; `answer` is None when the row was not generated.
     """
 
     line: int
@@ -24,7 +30,7 @@ class ScoredRow:
     answer: str | None
     loss_sum: float
     num_tokens: int
-    num_reference_bytes: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class RowValue:
 
 
 class Evaluation(ABC):
-    """A figure of merit that is a weighted mean over rows, so that one bootstrap serves them all."""
+    """A figure of merit that is a function of sums over rows, so that one bootstrap serves them all."""
 
     name: str
     label: str
@@ -44,6 +50,20 @@ class Evaluation(ABC):
     help: str
     higher_is_better: bool
     needs: Literal["loss", "answer"]
+    bounds: ClassVar[tuple[float, float] | None] = None
+    """Smallest and largest figure, when there are such."""
+
+    @abstractmethod
+    def row_counts(self, row: ScoredRow) -> tuple[float, ...]:
+        """What a row adds to the sums; the last number is its weight, 0 for a row that has no part in the figure."""
+
+    @abstractmethod
+    def figure(self, sums: Array) -> Array:
+        """(..., K) sums of `row_counts` to (...) figures. The weights' sums are positive."""
+
+
+class MeanEvaluation(Evaluation):
+    """A figure of merit that is a weighted mean over rows, or a monotone function of one."""
 
     @abstractmethod
     def row_value(self, row: ScoredRow) -> RowValue:
@@ -52,6 +72,17 @@ class Evaluation(ABC):
     def present(self, mean: float) -> float:
         """The figure shown for a weighted mean; perplexity, for one, is its exponential. Must be monotone."""
         return mean
+
+    def row_counts(self, row: ScoredRow) -> tuple[float, ...]:
+        """The row's weighted value and its weight."""
+        found = self.row_value(row)
+        return found.value * found.weight, found.weight
+
+    def figure(self, sums: Array) -> Array:
+        """`present` of the weighted means."""
+        import numpy as np
+
+        return np.vectorize(self.present, otypes=[np.float64])(sums[..., 0] / sums[..., 1])
 
 
 @cache

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from workers.evaluations import Evaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
 from workers.evaluations._answers import normalise
 
 
-class ExactMatch(Evaluation):
+class ExactMatch(MeanEvaluation):
     name = "exact_match"
     label = "Exact match"
     help = (
@@ -15,7 +15,7 @@ class ExactMatch(Evaluation):
     )
     higher_is_better = True
     needs = "answer"
-    row_bounds = (0.0, 1.0)
+    bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 for a match, else 0."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from workers.evaluations import Evaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
 
 
-class Loss(Evaluation):
+class Loss(MeanEvaluation):
     name = "loss"
     label = "Held-out loss"
     unit = "nats/token"

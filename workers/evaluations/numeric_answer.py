@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-from workers.evaluations import Evaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
 
 _MARKED = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 
-class NumericAnswer(Evaluation):
+class NumericAnswer(MeanEvaluation):
     name = "numeric_answer"
     label = "Numeric answer"
     help = (
@@ -20,7 +20,7 @@ class NumericAnswer(Evaluation):
     )
     higher_is_better = True
     needs = "answer"
-    row_bounds = (0.0, 1.0)
+    bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 for the right number, else 0; no weight for a reference without one."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from workers.evaluations import Evaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
 from workers.evaluations._answers import normalise
 
 
-class TokenF1(Evaluation):
+class TokenF1(MeanEvaluation):
     name = "token_f1"
     label = "Token F1"
     help = (
@@ -17,7 +17,7 @@ class TokenF1(Evaluation):
     )
     higher_is_better = True
     needs = "answer"
-    row_bounds = (0.0, 1.0)
+    bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """F1 over the words of both texts, counted with repetition; two empty texts agree."""

@@ -82,3 +82,15 @@ def test_rows_that_a_metric_cannot_weigh_are_no_part_of_n() -> None:
     (record,) = compare_rows(base, [row("4", one.reference, line=one.line) for one in base], ["numeric_answer"])
     assert (record.num_rows, record.base_value, record.value) == (2, 0.5, 1.0)
     assert compare_rows(base[2:], base[2:], ["numeric_answer"]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ('{"a": [1, null]}', 1), ("[]", 1), (' {"a": 1}\n', 1), ("", 0), ("42", 0), ('"text"', 0), ("{a: 1}", 0),
+        ('{"a": NaN}', 0), ('```json\n{"a": 1}\n```', 0), ('Here it is: {"a": 1}', 0), ('{"a": 1', 0),
+    ],
+)  # fmt: skip
+def test_valid_json_is_an_object_or_a_list_and_nothing_else(answer: str, value: int) -> None:
+    assert get_evaluation("json_valid").row_value(row(answer, '{"b": 2}')) == RowValue(value)
+    assert get_evaluation("json_valid").row_value(row(answer, "plain words")).weight == 0

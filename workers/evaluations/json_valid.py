@@ -1,0 +1,33 @@
+"""JSON validity: whether an answer can be read by a program at all."""
+
+from __future__ import annotations
+
+import orjson
+
+from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
+
+
+class JsonValid(MeanEvaluation):
+    name = "json_valid"
+    label = "Valid JSON"
+    help = (
+        "Share of generated answers that are one JSON object or list and nothing else (RFC 8259): no words around it, "
+        "no code fence, no NaN. Rows whose reference is not JSON are left out."
+    )
+    higher_is_better = True
+    needs = "answer"
+    bounds = (0.0, 1.0)
+
+    def row_value(self, row: ScoredRow) -> RowValue:
+        """1 for JSON, else 0; no weight where the reference is none."""
+        return RowValue(float(_is_json(row.answer or ""))) if _is_json(row.reference) else RowValue(0.0, 0.0)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), (dict, list))
+    except orjson.JSONDecodeError:
+        return False
+
+
+PLUGIN = JsonValid()
