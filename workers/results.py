@@ -43,6 +43,10 @@ class ScoreRecord(_Part):
     difference_low: float
     difference_high: float
     interval_method: str
+    p_value: float | None = Field(None, description="Of the paired test; None in results of older versions.")
+    smallest_effect: float | None = Field(None, description="The smallest difference worth telling, in its units.")
+    rows_needed: int | None = Field(None, description="With fewer rows, no difference of that size would show.")
+    rows_recommended: int | None = Field(None, description="As many rows would surely do.")
 
 
 class SampleRecord(_Part):

@@ -15,6 +15,7 @@ from workers.generation import context_room, generate
 from workers.losses import token_losses
 from workers.results import HeldOutRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
+from workers.verdicts import rows_needed, rows_recommended
 
 if TYPE_CHECKING:
     from workers.rendering import Rendered, Renderer
@@ -185,6 +186,7 @@ def compare_rows(
             [base for base, _ in counts], [adapter for _, adapter in counts], figure=evaluation.figure,
             bounds=evaluation.bounds,
         )  # fmt: skip
+        effect = evaluation.effect_at(found.base.value)
         records.append(
             ScoreRecord(
                 evaluation=evaluation.name,
@@ -202,6 +204,10 @@ def compare_rows(
                 difference_low=found.difference.low,
                 difference_high=found.difference.high,
                 interval_method=found.interval_method,
+                p_value=found.p_value,
+                smallest_effect=effect,
+                rows_needed=rows_needed(found, effect),
+                rows_recommended=rows_recommended(found, effect),
             )
         )
     return records

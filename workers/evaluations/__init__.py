@@ -52,6 +52,12 @@ class Evaluation(ABC):
     needs: Literal["loss", "answer"]
     bounds: ClassVar[tuple[float, float] | None] = None
     """Smallest and largest figure, when there are such."""
+    smallest_effect: float
+    """The smallest difference worth telling: with fewer rows than show it, "no difference" would be a guess."""
+
+    def effect_at(self, base_value: float) -> float:
+        """`smallest_effect` in units of the figure where the base has this one."""
+        return self.smallest_effect
 
     @abstractmethod
     def row_counts(self, row: ScoredRow) -> tuple[float, ...]:

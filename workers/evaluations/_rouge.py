@@ -22,6 +22,7 @@ class NgramRouge(MeanEvaluation):
 
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 0.02
     bounds = (0.0, 1.0)
     order: int
 

@@ -23,6 +23,7 @@ class Bleu(Evaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 1.0
     bounds = (0.0, 100.0)
 
     def row_counts(self, row: ScoredRow) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ class ChrF(Evaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 1.0
     bounds = (0.0, 100.0)
 
     def row_counts(self, row: ScoredRow) -> tuple[float, ...]:

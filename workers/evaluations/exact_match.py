@@ -15,6 +15,7 @@ class ExactMatch(MeanEvaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 0.05
     bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:

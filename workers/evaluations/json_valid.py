@@ -16,6 +16,7 @@ class JsonValid(MeanEvaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 0.05
     bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:

@@ -12,6 +12,7 @@ class Loss(MeanEvaluation):
     help = "Mean cross-entropy per token of the reference answers. Lower is better; 0 would be certainty."
     higher_is_better = False
     needs = "loss"
+    smallest_effect = 0.02
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """The row's mean loss, weighted by its tokens: the score is the mean over all tokens."""

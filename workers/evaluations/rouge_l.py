@@ -15,6 +15,7 @@ class RougeL(MeanEvaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 0.02
     bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:

@@ -17,6 +17,7 @@ class TokenF1(MeanEvaluation):
     )
     higher_is_better = True
     needs = "answer"
+    smallest_effect = 0.02
     bounds = (0.0, 1.0)
 
     def row_value(self, row: ScoredRow) -> RowValue:
