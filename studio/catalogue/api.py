@@ -19,6 +19,7 @@ from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.importing import allowed_folder, register_base_model
 from studio.catalogue.models import Adapter, BaseModel
+from workers.verdicts import Verdict
 
 router = Router(tags=["catalogue"])
 
@@ -49,7 +50,15 @@ class ScoreOut(Out):
     difference_low: float
     difference_high: float
     interval_method: str
-    is_better: bool | None = Field(description="null: the interval of the difference covers zero")
+    p_value: float | None = Field(description="Of the paired randomisation test")
+    verdict: Verdict
+    rows_recommended: int | None = Field(description="As many rows would show the smallest difference worth telling")
+    is_better: bool | None = Field(description="null: no difference, or too few rows to tell")
+
+    @staticmethod
+    def resolve_verdict(score: Any) -> Verdict:
+        result: Verdict = score.verdict()
+        return result
 
     @staticmethod
     def resolve_is_better(score: Any) -> bool | None:

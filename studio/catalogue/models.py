@@ -11,6 +11,7 @@ from django.urls import reverse
 from studio.accounts.models import Team
 from studio.datasets.models import DatasetVersion
 from workers.shapes import ModelShape
+from workers.verdicts import Verdict, verdict
 
 
 class BaseModel(models.Model):
@@ -89,6 +90,10 @@ class Score(models.Model):
     difference_low = models.FloatField()
     difference_high = models.FloatField()
     interval_method = models.CharField(max_length=200)
+    p_value = models.FloatField(null=True, help_text="Of the paired test; null in scores of older versions.")
+    smallest_effect = models.FloatField(null=True, help_text="The smallest difference worth telling.")
+    rows_needed = models.PositiveIntegerField(null=True, help_text="With fewer rows, that difference would not show.")
+    rows_recommended = models.PositiveIntegerField(null=True, help_text="As many rows would surely do.")
 
     class Meta:
         constraints: ClassVar = [
@@ -98,11 +103,13 @@ class Score(models.Model):
     def __str__(self) -> str:
         return f"{self.label} of {self.adapter}"
 
+    def verdict(self) -> Verdict:
+        """How the adapter stands beside the base."""
+        return verdict(self)
+
     def is_better(self) -> bool | None:
-        """Whether the adapter beats the base; None when the interval of the difference covers zero."""
-        if self.difference_low <= 0 <= self.difference_high:
-            return None
-        return (self.difference > 0) == self.higher_is_better
+        """Whether the adapter beats the base; None when that cannot be told, or there is no difference."""
+        return {Verdict.BETTER: True, Verdict.WORSE: False}.get(self.verdict())
 
 
 class Sample(models.Model):

@@ -13,6 +13,8 @@ from django.urls import NoReverseMatch, reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString, mark_safe
 
+from workers.verdicts import Verdict
+
 register = template.Library()
 
 NAVIGATION = (
@@ -195,17 +197,13 @@ def snippet(code: str, id: str, label: str = "") -> dict[str, str]:  # noqa: A00
     return {"code": code, "id": id, "label": label}
 
 
+VERDICT_COLOURS = {Verdict.BETTER: "badge-success", Verdict.WORSE: "badge-error"}
+
+
 @register.inclusion_tag("components/verdict.html")
-def verdict(is_better: bool | None) -> dict[str, Any]:
-    """The comparison with the base as a word and a colour: better, worse, or no difference (None)."""
-    return {"is_better": is_better, "word": verdict_word(is_better)}
-
-
-def verdict_word(is_better: bool | None) -> str:
-    """Better, worse, or no difference when the interval covers zero."""
-    if is_better is None:
-        return "no difference"
-    return "better" if is_better else "worse"
+def verdict(word: Verdict) -> dict[str, Any]:
+    """The comparison with the base as a word and a colour."""
+    return {"word": word.value, "colour": VERDICT_COLOURS.get(word, "badge-neutral")}
 
 
 INTERVAL_WIDTH, INTERVAL_MARGIN = 128, 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.db import connection
@@ -24,6 +25,7 @@ from tests.factories import (
     make_score,
 )
 from tests.tiny import make_tiny_base
+from workers.verdicts import Verdict
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7|add:7 }}'
@@ -85,15 +87,31 @@ def test_the_list_sorts_by_a_metric_of_which_more_is_better(team: Team, alice: U
 
 
 @pytest.mark.parametrize(
-    ("difference", "width", "word"), [(-0.6, 0.1, "better"), (0.6, 0.1, "worse"), (-0.05, 0.1, "no difference")]
+    ("changes", "word"),
+    [
+        ({"difference": -0.6}, "better"),
+        ({"difference": 0.6}, "worse"),
+        ({"difference": -0.05}, "no difference"),
+        ({"difference": -0.05, "rows_needed": 100}, "no difference"),
+        ({"difference": -0.05, "rows_needed": 101}, "too few rows to tell"),
+        ({"difference": -0.6, "p_value": 0.4}, "no difference"),
+    ],
 )
-def test_a_verdict_is_a_word_that_follows_from_the_interval(
-    difference: float, width: float, word: str, team: Team, alice: User, alice_client: Client
+def test_a_verdict_is_a_word_that_follows_from_interval_test_and_rows(
+    changes: dict[str, Any], word: str, team: Team, alice: User, alice_client: Client
 ) -> None:
-    make_adapter(team, alice, result=make_result([make_score(difference, width=width)]))
+    make_adapter(team, alice, result=make_result([make_score(**changes)]))
     page = alice_client.get(reverse("catalogue:adapters")).content.decode()
-    shown = {one for one in ("better", "worse", "no difference") if f">{one}</span>" in page}
-    assert shown == {word}
+    assert {one.value for one in Verdict if f">{one.value}</span>" in page} == {word}
+
+
+def test_too_few_rows_are_told_with_the_number_that_would_do(team: Team, alice: User, alice_client: Client) -> None:
+    score = make_score(-0.05, rows_needed=700, rows_recommended=1900, smallest_effect=0.02, p_value=0.31)
+    adapter = make_adapter(team, alice, result=make_result([score]))
+    page = " ".join(alice_client.get(adapter.get_absolute_url()).content.decode().split())
+    assert "<strong>too few rows to tell</strong>" in page
+    assert "p = 0.310" in page
+    assert "About 1,900 rows would show a difference of 0.0200." in page
 
 
 def test_the_list_filters_by_base_method_and_dataset(team: Team, alice: User, alice_client: Client) -> None:
