@@ -6,72 +6,96 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('accounts', '0001_initial'),
-        ('jobs', '0001_initial'),
+        ("accounts", "0001_initial"),
+        ("jobs", "0001_initial"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
     operations = [
         migrations.AddField(
-            model_name='worker',
-            name='boot_id',
-            field=models.CharField(blank=True, help_text='Changes when the machine starts anew: no process outlives it.', max_length=64),
+            model_name="worker",
+            name="boot_id",
+            field=models.CharField(
+                blank=True, help_text="Changes when the machine starts anew: no process outlives it.", max_length=64
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='free_memory_bytes',
-            field=models.BigIntegerField(help_text='What a job could use: all of the device but what others hold; own trainers do not count.', null=True),
+            model_name="worker",
+            name="free_memory_bytes",
+            field=models.BigIntegerField(
+                help_text="What a job could use: all of the device but what others hold; own trainers do not count.",
+                null=True,
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='quarantined_until',
-            field=models.DateTimeField(help_text='Takes no job before; empty while trusted.', null=True),
+            model_name="worker",
+            name="quarantined_until",
+            field=models.DateTimeField(help_text="Takes no job before; empty while trusted.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='reported_at',
+            model_name="worker",
+            name="reported_at",
             field=models.DateTimeField(null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='temperature_celsius',
+            model_name="worker",
+            name="temperature_celsius",
             field=models.FloatField(null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='used_by_others_bytes',
+            model_name="worker",
+            name="used_by_others_bytes",
             field=models.BigIntegerField(help_text="Held by processes that are not the studio's.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='used_by_own_bytes',
-            field=models.BigIntegerField(help_text='Held by this worker and its trainer.', null=True),
+            model_name="worker",
+            name="used_by_own_bytes",
+            field=models.BigIntegerField(help_text="Held by this worker and its trainer.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='utilisation_percent',
+            model_name="worker",
+            name="utilisation_percent",
             field=models.FloatField(help_text="0 to 100: of the GPU's time, or of all CPU cores.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='warm_base',
-            field=models.CharField(blank=True, help_text='Name of the base model that an idle trainer holds loaded.', max_length=200),
+            model_name="worker",
+            name="warm_base",
+            field=models.CharField(
+                blank=True, help_text="Name of the base model that an idle trainer holds loaded.", max_length=200
+            ),
         ),
         migrations.CreateModel(
-            name='JoinToken',
+            name="JoinToken",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('secret_sha256', models.CharField(max_length=64, unique=True)),
-                ('hint', models.CharField(help_text="The secret's first characters, to tell tokens apart.", max_length=12)),
-                ('created_at', models.DateTimeField(auto_now_add=True)),
-                ('expires_at', models.DateTimeField()),
-                ('used_at', models.DateTimeField(null=True)),
-                ('used_by', models.CharField(blank=True, help_text="The machine's own name and its address.", max_length=200)),
-                ('revoked_at', models.DateTimeField(null=True)),
-                ('created_by', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='join_tokens', to=settings.AUTH_USER_MODEL)),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='join_tokens', to='accounts.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("secret_sha256", models.CharField(max_length=64, unique=True)),
+                (
+                    "hint",
+                    models.CharField(help_text="The secret's first characters, to tell tokens apart.", max_length=12),
+                ),
+                ("created_at", models.DateTimeField(auto_now_add=True)),
+                ("expires_at", models.DateTimeField()),
+                ("used_at", models.DateTimeField(null=True)),
+                (
+                    "used_by",
+                    models.CharField(blank=True, help_text="The machine's own name and its address.", max_length=200),
+                ),
+                ("revoked_at", models.DateTimeField(null=True)),
+                (
+                    "created_by",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="join_tokens",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="join_tokens", to="accounts.team"
+                    ),
+                ),
             ],
         ),
     ]
