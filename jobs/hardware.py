@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -54,13 +53,6 @@ def device_of(slot: int) -> Device:
     """The device that belongs to a slot of this process."""
     devices = find_devices()
     return devices[slot] if slot < len(devices) else devices[0]
-
-
-def boot_id() -> str:
-    """Names this start of the machine: another one after each boot."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"boot-{psutil.boot_time():.0f}"
 
 
 def own_processes() -> set[int]:

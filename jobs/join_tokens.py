@@ -12,9 +12,9 @@ from django.db import transaction
 from django.db.models import Q, QuerySet
 from django.utils import timezone
 
-from jobs.hardware import boot_id
 from jobs.models import JoinToken
 from studio.accounts.models import Membership, Role, Team, User, hash_secret, record
+from studio.devices import boot_id
 from studio.storage import is_remote
 from studio.version import STUDIO_VERSION
 from workers.errors import ExplainedError

@@ -61,9 +61,9 @@ def make_join_token(request: TeamRequest) -> HttpResponse:
 @team_page(Role.ADMIN)
 def end_join_token(request: TeamRequest, token_id: int) -> HttpResponse:
     """End a token that no machine has used."""
+    token = get_object_or_404(request.team.join_tokens, pk=token_id)
     if not may_add_machines(request.membership):
         return _refuse(request)
-    token = get_object_or_404(request.team.join_tokens, pk=token_id)
     if revoke_join_token(token, request.user):
         messages.success(request, f"The join token {token.hint}… works no more.")
     else:

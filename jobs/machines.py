@@ -152,7 +152,9 @@ def look_at_machines(team: Team) -> list[MachineView]:
     queries, however many machines there are.
     """
     last_team = JobAttempt.objects.filter(worker=OuterRef("pk")).order_by("-started_at").values("job__team_id")[:1]
-    running = Job.objects.filter(state__in=LEASED_STATES).select_related("base_model")
+    running = Job.objects.filter(state__in=LEASED_STATES).select_related("base_model").defer(
+        "recipe", "asked_recipe", "estimate", "plan", "base_model__files", "base_model__shape"
+    )  # fmt: skip
     workers = (
         Worker.objects.filter(Q(last_seen__gte=timezone.now() - SHOWN_AFTER_END) | Q(jobs__state__in=LEASED_STATES))
         .distinct()
@@ -161,15 +163,19 @@ def look_at_machines(team: Team) -> list[MachineView]:
         .order_by("host", "slot", "-started_at")
     )
     limit = gone_before()
-    machines: dict[str, dict[int, DeviceView]] = {}
+    machines: dict[str, dict[int, list[DeviceView]]] = {}
     for worker in workers:
-        devices = machines.setdefault(worker.host, {})
+        shown = machines.setdefault(worker.host, {}).setdefault(worker.slot, [])
         view = _view(worker, team, limit)
-        before = devices.get(worker.slot)
-        # A worker that is paused and one that took its place can both be there: the one that works is shown.
-        if before is None or (view.is_here and not before.is_here):
-            devices[worker.slot] = view
-    found = [MachineView(host, [devices[slot] for slot in sorted(devices)]) for host, devices in machines.items()]
+        # Two that live on one device are both shown: a machine may have joined over two data folders.
+        if view.is_here:
+            shown[:] = [*(one for one in shown if one.is_here), view]
+        elif not shown:
+            shown.append(view)
+    found = [
+        MachineView(host, [view for slot in sorted(devices) for view in devices[slot]])
+        for host, devices in machines.items()
+    ]
     return sorted(found, key=lambda machine: (not machine.is_here, machine.host))
 
 

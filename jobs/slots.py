@@ -19,10 +19,11 @@ from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
 from jobs import lifecycle, scheduling
-from jobs.hardware import boot_id, find_device
+from jobs.hardware import find_device
 from jobs.machines import Reporter
 from jobs.models import Worker
 from jobs.running import run_job
+from studio.devices import boot_id
 from studio.version import STUDIO_VERSION
 
 logger = logging.getLogger(__name__)

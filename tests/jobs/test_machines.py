@@ -14,11 +14,12 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from jobs import machines
-from jobs.hardware import CpuMeter, Reading, attribute_memory, boot_id, own_processes
+from jobs.hardware import CpuMeter, Reading, attribute_memory, own_processes
 from jobs.lifecycle import claim
 from jobs.machines import Reporter, forget_gone_workers, look_at_machines
 from jobs.models import JobAttempt, Worker
 from studio.accounts.models import ApiToken, Team, User
+from studio.devices import boot_id
 from studio.version import STUDIO_VERSION
 from tests.jobs.making import make_job, make_running_job, make_worker
 
