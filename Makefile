@@ -58,7 +58,7 @@ $(VENV)/.run-installed: $(INPUTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
-	$(PIP) install --quiet --constraint docker/constraints.txt --editable '.[web,embedded,worker,dev]'
+	$(PIP) install --quiet --constraint docker/constraints.txt --editable '.[web,embedded,worker,s3,dev]'
 	@touch $@
 
 $(VENV)/bin/python:

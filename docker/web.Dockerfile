@@ -13,7 +13,7 @@ COPY docker/constraints.txt docker/constraints.txt
 COPY workers workers
 COPY studio studio
 COPY jobs jobs
-RUN pip install --no-cache-dir --constraint docker/constraints.txt --editable '.[web]'
+RUN pip install --no-cache-dir --constraint docker/constraints.txt --editable '.[web,s3]'
 COPY manage.py ./
 COPY templates templates
 COPY static static

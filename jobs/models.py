@@ -51,9 +51,42 @@ class Worker(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField()
     is_draining = models.BooleanField(default=False)
+    quarantined_until = models.DateTimeField(null=True, help_text="Takes no job before; empty while trusted.")
+    warm_base = models.CharField(
+        max_length=200, blank=True, help_text="Name of the base model that an idle trainer holds loaded."
+    )
+    boot_id = models.CharField(
+        max_length=64, blank=True, help_text="Changes when the machine starts anew: no process outlives it."
+    )
+    # What jobs/machines.py measured last; None: unknown here, or not reported yet.
+    reported_at = models.DateTimeField(null=True)
+    free_memory_bytes = models.BigIntegerField(
+        null=True, help_text="What a job could use: all of the device but what others hold; own trainers do not count."
+    )
+    used_by_others_bytes = models.BigIntegerField(null=True, help_text="Held by processes that are not the studio's.")
+    used_by_own_bytes = models.BigIntegerField(null=True, help_text="Held by this worker and its trainer.")
+    temperature_celsius = models.FloatField(null=True)
+    utilisation_percent = models.FloatField(null=True, help_text="0 to 100: of the GPU's time, or of all CPU cores.")
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"
+
+
+class JoinToken(models.Model):
+    """Lets one machine join, once and soon (jobs/joining.py). Only its hash is stored."""
+
+    secret_sha256 = models.CharField(max_length=64, unique=True)
+    hint = models.CharField(max_length=12, help_text="The secret's first characters, to tell tokens apart.")
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="join_tokens")
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="join_tokens")
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField()
+    used_at = models.DateTimeField(null=True)
+    used_by = models.CharField(max_length=200, blank=True, help_text="The machine's own name and its address.")
+    revoked_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"join token {self.hint}…"
 
 
 class Job(models.Model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
 
-from jobs import failures, lifecycle
+from jobs import failures, files, lifecycle
 from jobs.lifecycle import FencedError
 from jobs.models import Job
 from jobs.supervising import Link, Outcome, boot_clock, supervise
@@ -43,10 +42,15 @@ def run_job(
 def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
     try:
         folder = prepare_folder(job)
-        outcome = supervise(
-            trainer_command(job, folder), link=link,
-            log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
-        )  # fmt: skip
+        log_file = folder / "attempts" / str(job.attempt) / "trainer.log"
+        files.fetch_checkpoint(job)
+        with files.CheckpointStore(job.pk, job.attempt) as checkpoints:
+            outcome = supervise(
+                trainer_command(job, folder), link=link, log_file=log_file, is_draining=is_draining,
+                tell=checkpoints.telling(tell),
+            )  # fmt: skip
+            if not outcome.is_fenced:
+                checkpoints.finish(log_file)
         until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
@@ -77,8 +81,8 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
     return [
         sys.executable, "-m", "workers", str(folder / "recipe.json"),
         "--out", str(folder),
-        "--base-model-folder", job.base_model.folder,
-        "--dataset-file", str(storage.blob_path(job.dataset_version.sha256)),
+        "--base-model-folder", str(files.base_model_folder(job)),
+        "--dataset-file", str(files.dataset_file(job)),
         "--attempt", str(job.attempt),
     ]  # fmt: skip
 
@@ -135,18 +139,18 @@ def register(job: Job, product: Path) -> None:
     lifecycle.heartbeat(job.pk, job.attempt)
     storage.keep_adapter(product, key)
     # Before the transaction: hashing gigabytes takes longer than one may stand open.
-    files = checked_files(key)
+    listed = checked_files(key)
     result = Result.from_folder(storage.adapter_folder(key))
     try:
         with transaction.atomic():
             adapter = register_adapter(
                 team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
-                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
+                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=listed,
                 result=result,
             )  # fmt: skip
             lifecycle.succeed(job.pk, job.attempt, adapter)
     except FencedError:
-        shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
+        storage.discard_adapter(key)
         raise
 
 

@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 import uuid
-from pathlib import Path
 from typing import IO
 
 from django.conf import settings
@@ -21,8 +20,11 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle, scheduling
 from jobs.hardware import find_device
+from jobs.machines import Reporter
 from jobs.models import Worker
 from jobs.running import run_job
+from studio.devices import boot_id
+from studio.version import STUDIO_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Slot(threading.Thread):
         self._look = threading.Event()
         self._draining = threading.Event()
         self.worker: Worker | None = None
+        self._reporter: Reporter | None = None
 
     def run(self) -> None:
         while not self._draining.is_set():
@@ -55,11 +58,16 @@ class Slot(threading.Thread):
                 logger.exception("A job ended in an unforeseen way")
                 connection.close()
             self._look.wait(min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
+        if self._reporter is not None:
+            self._reporter.stop()
         connection.close()
         self._lock.close()
 
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
+        if self._reporter is None:
+            self._reporter = Reporter(self.worker.pk, self.index, self.is_alive)
+            self._reporter.start()
         lifecycle.reap_expired()
         while not self._draining.is_set():
             Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
@@ -113,17 +121,9 @@ def register_worker(index: int) -> Worker:
     device = find_device(index)
     return Worker.objects.create(
         id=uuid.uuid4(), host=socket.gethostname(), slot=index, process_id=os.getpid(), device=device.name,
-        device_kind=device.kind, memory_bytes=device.memory_bytes, version=_version(), last_seen=Now(),
+        device_kind=device.kind, memory_bytes=device.memory_bytes, version=STUDIO_VERSION, boot_id=boot_id(),
+        last_seen=Now(),
     )  # fmt: skip
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("peft-studio")
-    except PackageNotFoundError:
-        return Path(settings.ROOT).name
 
 
 _slot: Slot | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from jobs import lifecycle, slots
+from jobs import lifecycle, machines, slots
 from jobs.waking import wake_workers
 
 
@@ -20,3 +20,4 @@ def sweep() -> None:
     lifecycle.reap_expired()
     if lifecycle.anything_waits():
         wake_workers()
+    machines.forget_gone_workers()

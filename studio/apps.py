@@ -14,7 +14,8 @@ class StudioConfig(AppConfig):
         # Where it cannot be made, `up` and Django's own check of this setting say so in a sentence.
         with suppress(OSError):
             Path(settings.FILE_UPLOAD_TEMP_DIR).mkdir(parents=True, exist_ok=True)
-        from studio import checks  # noqa: F401  registers the system checks
+        # The checks register themselves; the version is that of the code as this process starts with it.
+        from studio import checks, version  # noqa: F401
 
 
 class StudioStaticFilesConfig(StaticFilesConfig):

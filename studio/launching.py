@@ -21,7 +21,7 @@ from types import FrameType
 from studio import serving
 from studio.beside import KEY_NAME, LOCK_NAME
 from studio.devices import Device, can_train, find_devices
-from studio.embedded import EmbeddedServerError, EmbeddedServers
+from studio.embedded import EmbeddedServerError, EmbeddedServers, Listening
 from studio.processes import Plan, ProcessTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +48,8 @@ class Settings:
     host: str
     # None: 8000, or a free one when that is taken.
     port: int | None
+    # Where the embedded servers listen beside their sockets; None: nowhere.
+    listening: Listening | None = None
 
 
 def launch(settings: Settings, say: Say) -> None:
@@ -56,8 +58,8 @@ def launch(settings: Settings, say: Say) -> None:
     Raises:
         LaunchError: it runs already, or something does not start.
     """
-    stops = _StopSignals()
-    with _lock(settings.data_dir) as lock, _listen(settings.host, settings.port) as listener, stops:
+    stops = StopSignals()
+    with hold_folder(settings.data_dir) as lock, _listen(settings.host, settings.port) as listener, stops:
         url = _url(listener)
         lock.write(url)
         servers = _start_servers(settings)
@@ -112,11 +114,11 @@ def default_worker_plan() -> Plan:
     return Plan(name="worker-default", command=command, stop_order=2)
 
 
-def device_worker_plan(device: Device) -> Plan:
-    """The worker of one device: it runs one job at a time."""
+def device_worker_plan(device: Device, *, suffix: str = "") -> Plan:
+    """The worker of one device: it runs one job at a time. `suffix` tells apart what has one name on one machine."""
     name = f"{'gpu' if device.kind == 'cuda' else 'cpu'}{device.slot}"
     command = _celery("worker", "--queues", "gpu", "--pool", "solo", "--concurrency", "1", *_QUIET_WORKER,
-                      "--hostname", f"{name}@%h")  # fmt: skip
+                      "--hostname", f"{name}{suffix}@%h")  # fmt: skip
     return Plan(
         name=f"worker-{name}",
         command=command,
@@ -150,7 +152,7 @@ def secret_key(data_dir: Path) -> str:
     return key
 
 
-class _StopSignals:
+class StopSignals:
     """Counts Ctrl-C, SIGTERM and a closed terminal instead of dying of them."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -159,7 +161,7 @@ class _StopSignals:
         self.num_asked = 0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> StopSignals:
         for number in self.NUMBERS:
             self._before[number] = signal.signal(number, self._count)
         return self
@@ -185,7 +187,7 @@ class _Lock:
 
 
 @contextlib.contextmanager
-def _lock(data_dir: Path) -> Iterator[_Lock]:
+def hold_folder(data_dir: Path) -> Iterator[_Lock]:
     """Hold the data folder; the kernel lets go of it when this process ends, however it ends."""
     try:
         if not data_dir.exists():
@@ -250,8 +252,8 @@ def _start_servers(settings: Settings) -> EmbeddedServers | None:
     """The embedded servers for whichever URL is missing."""
     if settings.database_url and settings.redis_url:
         return None
-    servers = EmbeddedServers(settings.data_dir)
     try:
+        servers = EmbeddedServers(settings.data_dir, settings.listening)
         servers.start(postgres=not settings.database_url, valkey=not settings.redis_url)
     except EmbeddedServerError as error:
         raise LaunchError(str(error)) from error
@@ -305,7 +307,7 @@ def _prepare(environment: dict[str, str]) -> Prepared:
     return Prepared(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _wait_for_answer(tree: ProcessTree, listener: socket.socket, stops: _StopSignals) -> None:
+def _wait_for_answer(tree: ProcessTree, listener: socket.socket, stops: StopSignals) -> None:
     """Until the web process answers, so that the printed link works when it is read."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound

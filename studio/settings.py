@@ -30,6 +30,20 @@ ALLOWED_HOSTS = os.environ.get("STUDIO_ALLOWED_HOSTS", "localhost,127.0.0.1,[::1
 # Address and port that `manage.py up` listens on. No port: 8000, or a free one when that is taken.
 HOST = os.environ.get("STUDIO_HOST", "127.0.0.1")
 PORT = int(os.environ["STUDIO_PORT"]) if os.environ.get("STUDIO_PORT") else None
+# Address on which the embedded servers listen beside their sockets, with passwords, so that other machines reach them;
+# empty: sockets only. Their traffic is not encrypted: name an address of a network that you trust.
+SERVERS_HOST = os.environ.get("STUDIO_SERVERS_HOST", "")
+# Ports of the embedded PostgreSQL and Valkey on that address; 0: a free one, kept from then on.
+SERVERS_POSTGRES_PORT = int(os.environ.get("STUDIO_SERVERS_POSTGRES_PORT", 0))
+SERVERS_REDIS_PORT = int(os.environ.get("STUDIO_SERVERS_REDIS_PORT", 0))
+# S3-compatible storage that all machines share; without a bucket, files lie in the data folder alone.
+S3_ENDPOINT = os.environ.get("STUDIO_S3_ENDPOINT", "")
+S3_BUCKET = os.environ.get("STUDIO_S3_BUCKET", "")
+# Put before every key, so that a bucket can be shared with something else.
+S3_PREFIX = os.environ.get("STUDIO_S3_PREFIX", "")
+S3_REGION = os.environ.get("STUDIO_S3_REGION", "us-east-1")
+S3_KEY_ID = os.environ.get("STUDIO_S3_KEY_ID", "")
+S3_SECRET = os.environ.get("STUDIO_S3_SECRET", "")
 # True behind HTTPS: secure cookies, HSTS and a redirect.
 HTTPS = _flag("STUDIO_HTTPS", False)
 # True behind one reverse proxy: its X-Forwarded-Proto and the last address of X-Forwarded-For are believed.
@@ -94,6 +108,7 @@ API_ROUTERS = [
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
     "jobs.api.router",
+    "jobs.machine_api.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
 

@@ -9,6 +9,7 @@ urlpatterns = [
     path("datasets/", include("studio.datasets.urls")),
     path("", include("studio.catalogue.urls")),
     path("jobs/", include("jobs.urls")),
+    path("workers/", include("jobs.machine_urls")),
     path("api/v1/", include("studio.api.urls")),
 ]
 

@@ -6,14 +6,13 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from django.utils.text import slugify
 
 from studio.catalogue.models import Adapter
 from studio.catalogue.registering import DamagedAdapterError
-from studio.storage import adapter_folder
+from studio.storage import adapter_file_size, open_adapter_file
 
 CHUNK_BYTES = 1 << 20
 # Up to this size every file is checked before the first byte leaves; a larger one is checked while it is sent.
@@ -62,13 +61,18 @@ def check_files(adapter: Adapter) -> None:
         DamagedAdapterError: a file is missing or has changed.
     """
     for file in adapter.files:
-        path = _file_path(adapter, file)
-        if path.stat().st_size != file["num_bytes"]:
+        size = adapter_file_size(adapter.folder, str(file["name"]))
+        if size is None:
+            raise _missing(file)
+        if size != file["num_bytes"]:
             raise _damaged(file)
         if adapter.num_bytes <= CHECK_FIRST_BYTES:
-            with path.open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                    raise _damaged(file)
+            digest = hashlib.sha256()
+            with _open(adapter, file) as opened:
+                while chunk := opened.read(CHUNK_BYTES):
+                    digest.update(chunk)
+            if digest.hexdigest() != file["sha256"]:
+                raise _damaged(file)
 
 
 def zip_size(adapter: Adapter) -> int | None:
@@ -98,7 +102,7 @@ def stream_zip(adapter: Adapter) -> Iterator[bytes]:
         info.file_size = file["num_bytes"]
         digest = hashlib.sha256()
         with (
-            _file_path(adapter, file).open("rb") as source,
+            _open(adapter, file) as source,
             archive.open(info, "w", force_zip64=file["num_bytes"] > ZIP64_LIMIT) as entry,
         ):
             while chunk := source.read(CHUNK_BYTES):
@@ -112,14 +116,18 @@ def stream_zip(adapter: Adapter) -> Iterator[bytes]:
     yield sink.take()
 
 
-def _file_path(adapter: Adapter, file: dict[str, Any]) -> Path:
-    path = adapter_folder(adapter.folder) / str(file["name"])
-    if not path.is_file():
-        raise DamagedAdapterError(
-            f'The file "{file["name"]}" of this adapter is missing on the studio\'s disk.',
-            next_step="Ask whoever runs the studio to restore the data folder, or run the job again.",
-        )
-    return path
+def _open(adapter: Adapter, file: dict[str, Any]) -> BinaryIO:
+    try:
+        return open_adapter_file(adapter.folder, str(file["name"]))
+    except FileNotFoundError as error:
+        raise _missing(file) from error
+
+
+def _missing(file: dict[str, Any]) -> DamagedAdapterError:
+    return DamagedAdapterError(
+        f'The file "{file["name"]}" of this adapter is missing in the studio\'s storage.',
+        next_step="Ask whoever runs the studio to restore it, or run the job again.",
+    )
 
 
 def _damaged(file: dict[str, Any]) -> DamagedAdapterError:

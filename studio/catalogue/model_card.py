@@ -9,7 +9,7 @@ from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
 
 from studio.catalogue.models import Adapter
-from studio.storage import adapter_folder
+from studio.storage import open_adapter_file
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 512 * 1024
@@ -33,9 +33,8 @@ def render_markdown(source: str) -> SafeString:
 
 def read_card(adapter: Adapter) -> SafeString | None:
     """The adapter's card; None when its folder has none."""
-    path = adapter_folder(adapter.folder) / CARD_FILE
     try:
-        with path.open("rb") as file:
+        with open_adapter_file(adapter.folder, CARD_FILE) as file:
             return render_markdown(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
     except FileNotFoundError:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.db import connection, transaction
 
 from studio.datasets.models import DatasetVersion
-from studio.storage import blob_path
+from studio.storage import remove_blob
 
 
 def lock_blob(sha256: str) -> None:
@@ -22,4 +22,4 @@ def remove_unused_blob(sha256: str) -> None:
     with transaction.atomic():
         lock_blob(sha256)
         if not DatasetVersion.objects.filter(sha256=sha256).exists():
-            blob_path(sha256).unlink(missing_ok=True)
+            remove_blob(sha256)

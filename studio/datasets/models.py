@@ -11,7 +11,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from studio.accounts.models import Team
-from studio.storage import blob_path
+from studio.storage import fetch_blob
 from workers.carriers import CARRIER_LABELS
 from workers.formats import formats
 
@@ -91,7 +91,7 @@ class DatasetVersion(models.Model):
 
     def path(self) -> Path:
         """Where the file lies."""
-        return blob_path(self.sha256)
+        return fetch_blob(self.sha256)
 
     def format_label(self) -> str:
         plugin = formats().get(self.format)

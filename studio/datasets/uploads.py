@@ -12,7 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Max
 
 from studio.accounts.models import Team, User, record
-from studio.datasets.blobs import lock_blob
+from studio.datasets.blobs import lock_blob, remove_unused_blob
 from studio.datasets.inspecting import queue_inspection
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.storage import IncomingBlob, incoming_blob
@@ -60,10 +60,12 @@ def receive_upload(
             return same
         # Before it is kept, so that a refusal has nothing to take back from where other uploads keep theirs.
         check_file(blob.path, shown_name)
+        blob.share()
         try:
             with transaction.atomic():
                 return _register(team, user, shown_name, blob, dataset, name)
         except IntegrityError as error:
+            remove_unused_blob(blob.sha256)
             raise _name_taken(name) from error
 
 

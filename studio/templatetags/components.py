@@ -23,6 +23,7 @@ NAVIGATION = (
     ("Jobs", "jobs:list"),
     ("Models", "catalogue:adapters"),
     ("Base models", "catalogue:base_models"),
+    ("Workers", "workers:list"),
 )
 
 

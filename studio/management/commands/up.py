@@ -8,6 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
+from studio.embedded import Listening
 from studio.launching import LaunchError, Settings, launch
 
 
@@ -32,6 +33,7 @@ class Command(BaseCommand):
                     secret_key=os.environ.get("STUDIO_SECRET_KEY", ""),
                     host=settings.HOST,
                     port=port,
+                    listening=_listening(),
                 ),
                 say=self._say,
             )
@@ -41,3 +43,9 @@ class Command(BaseCommand):
     def _say(self, line: str) -> None:
         self.stdout.write(line)
         self.stdout.flush()
+
+
+def _listening() -> Listening | None:
+    if not settings.SERVERS_HOST:
+        return None
+    return Listening(settings.SERVERS_HOST, settings.SERVERS_POSTGRES_PORT, settings.SERVERS_REDIS_PORT)

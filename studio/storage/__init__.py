@@ -1,8 +1,9 @@
-"""Where files live: one interface over a local folder. Blobs are addressed by their content.
+"""Where files live: one interface over a local folder or an S3-compatible storage. Blobs are addressed by content.
 
 Layout below the data folder: `blobs/<aa>/<sha256>` (uploads), `base_models/<name>/`, `jobs/<job id>/`
 (recipe, checkpoints, attempts) and `adapters/<team id>/<job id>/` (finished products). Everything is
-written aside, flushed to disk and then renamed, so a reader never sees half a file.
+written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
+share (STUDIO_S3_BUCKET) the same paths are its keys, and each machine's data folder is a cache of it.
 """
 
 from __future__ import annotations
@@ -16,28 +17,38 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from django.conf import settings
 
-from workers.digests import file_sha256
+from studio.storage import fetching
+from studio.storage.backends import backend, is_remote
+from studio.storage.errors import DamagedObjectError, DiskFullError, NotStoredError, StorageError, TooLargeError
 
-
-class StorageError(OSError):
-    """A file cannot be stored; the message is for people."""
-
-    code = "storage"
-
-
-class DiskFullError(StorageError):
-    """No space is left on the data folder's disk."""
-
-    code = "disk_full"
-
-
-class TooLargeError(StorageError):
-    """More bytes arrived than are accepted."""
-
-    code = "too_large"
+__all__ = [
+    "DamagedObjectError",
+    "DiskFullError",
+    "IncomingBlob",
+    "NotStoredError",
+    "StorageError",
+    "StoredBlob",
+    "TooLargeError",
+    "adapter_file_size",
+    "adapter_folder",
+    "blob_path",
+    "discard_adapter",
+    "explain_disk_error",
+    "fetch_blob",
+    "file_digests",
+    "incoming_blob",
+    "is_remote",
+    "job_folder",
+    "keep_adapter",
+    "open_adapter_file",
+    "remove_blob",
+    "store_blob",
+    "sync_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,33 @@ class StoredBlob:
 
 
 def blob_path(sha256: str) -> Path:
-    """Where the blob with this digest lies."""
+    """Where the blob with this digest lies in the data folder, once it is there (`fetch_blob`)."""
     assert len(sha256) == 64, "a sha256 in hexadecimal has 64 characters"
     assert all(c in "0123456789abcdef" for c in sha256), "a blob is named by its lower-case sha256"
     return settings.DATA_DIR / "blobs" / sha256[:2] / sha256
+
+
+def _blob_key(sha256: str) -> str:
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def fetch_blob(sha256: str) -> Path:
+    """The blob with this digest as a file of this machine, fetched from the storage where it is not here yet.
+
+    Raises:
+        NotStoredError, DamagedObjectError, StorageError: it cannot be fetched; nothing is left behind.
+    """
+    path = blob_path(sha256)
+    if is_remote() and not path.exists():
+        fetching.fetch_file(_blob_key(sha256), path, sha256)
+    return path
+
+
+def remove_blob(sha256: str) -> None:
+    """Delete a blob here and in the storage. Other machines may have a copy, which nobody can ask for any more."""
+    blob_path(sha256).unlink(missing_ok=True)
+    if is_remote():
+        backend().delete([_blob_key(sha256)])
 
 
 @dataclass(frozen=True)
@@ -61,8 +95,15 @@ class IncomingBlob(StoredBlob):
 
     path: Path
 
+    def share(self) -> None:
+        """Bring the bytes into the storage, where there is one: that takes longer than a transaction may stay open."""
+        if is_remote() and backend().size(_blob_key(self.sha256)) != self.num_bytes:
+            backend().put(_blob_key(self.sha256), self.path)
+
     def keep(self) -> None:
         """Put the blob in its place; the same content is kept once."""
+        # Again, for what was shared before may have been removed by whoever deleted the same bytes meanwhile.
+        self.share()
         target = blob_path(self.sha256)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,23 +182,55 @@ def adapter_folder(key: str) -> Path:
 
 
 def keep_adapter(source: Path, key: str) -> Path:
-    """Move a finished adapter from its attempt's folder to its place. Safe to call again after a crash."""
+    """Move a finished adapter from its attempt's folder to its place. Safe to call again after a crash.
+
+    With a storage that machines share it is complete there, too, when this returns.
+    """
     target = adapter_folder(key)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not source.exists():
-        return target  # moved already, before the database went away
-    if target.exists():
-        # An earlier attempt got this far and its transaction did not: nobody refers to what it left.
-        shutil.rmtree(target)
-    source.replace(target)
-    sync_folder(target.parent)
+    # Where there is no source it was moved already, before the database went away.
+    if source.exists() or not target.exists():
+        if target.exists():
+            # An earlier attempt got this far and its transaction did not: nobody refers to what it left.
+            shutil.rmtree(target)
+        source.replace(target)
+        sync_folder(target.parent)
+    if is_remote():
+        fetching.store_folder(target, f"adapters/{key}")
     return target
+
+
+def discard_adapter(key: str) -> None:
+    """Remove an adapter that nobody refers to."""
+    shutil.rmtree(adapter_folder(key), ignore_errors=True)
+    if is_remote():
+        fetching.remove_folders([f"adapters/{key}"])
+
+
+def open_adapter_file(key: str, name: str) -> BinaryIO:
+    """A file of a finished adapter, from this machine's disk or as it arrives from the storage.
+
+    Raises:
+        FileNotFoundError: it is in neither.
+        StorageError: the storage does not answer.
+    """
+    path = adapter_folder(key) / name
+    if not is_remote() or path.is_file():
+        return path.open("rb")
+    try:
+        return fetching.open_stored(f"adapters/{key}/{name}")
+    except NotStoredError as error:
+        raise FileNotFoundError(errno.ENOENT, str(error)) from error
+
+
+def adapter_file_size(key: str, name: str) -> int | None:
+    """Bytes of a finished adapter's file; None when it is neither here nor in the storage."""
+    path = adapter_folder(key) / name
+    if path.is_file():
+        return path.stat().st_size
+    return backend().size(f"adapters/{key}/{name}") if is_remote() else None
 
 
 def file_digests(folder: Path) -> list[dict[str, str | int]]:
     """Every file below a folder as {name, sha256, num_bytes}, sorted by name; reads in chunks of 1 MiB."""
-    found: list[dict[str, str | int]] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest = file_sha256(path)
-        found.append({"name": path.relative_to(folder).as_posix(), "sha256": digest, "num_bytes": path.stat().st_size})
-    return found
+    return fetching.describe_folder(folder)

@@ -1,0 +1,22 @@
+"""Celery tasks of the catalogue."""
+
+from __future__ import annotations
+
+import threading
+
+from celery import shared_task
+
+from studio.catalogue.base_files import share_base_models
+
+_sharing = threading.Lock()
+
+
+@shared_task
+def share_bases() -> None:
+    """Bring base models into the storage that machines share. One at a time: a large one takes longer than a beat."""
+    if not _sharing.acquire(blocking=False):
+        return
+    try:
+        share_base_models()
+    finally:
+        _sharing.release()
