@@ -23,7 +23,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from uuid import UUID
+from operator import attrgetter
+from typing import NamedTuple
 
 AGEING = timedelta(hours=4)
 
@@ -41,35 +42,34 @@ class Quota:
     window_days: int = 7
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A waiting job, as far as its turn depends on it."""
+class Waiting(NamedTuple):
+    """A waiting job, as far as its turn depends on it; times in seconds since the epoch, for there are many of these."""
 
-    id: UUID
+    id: str
     team_id: int
     user_id: int
     priority: int
     team_rank: int
-    not_before: datetime
-    created_at: datetime
+    not_before: float
+    created_at: float
     num_gpus: int
     memory_bytes: int
     expected_seconds: float
-    owed_since: datetime | None = None
+    owed_since: float | None = None
 
     @property
     def person(self) -> Person:
         return self.team_id, self.user_id
 
     @property
+    def group(self) -> tuple[int, int, int]:
+        """Jobs of one person and priority start in their own order."""
+        return self.team_id, self.user_id, self.priority
+
+    @property
     def cost(self) -> float:
         """Device seconds that it should take."""
         return self.num_gpus * self.expected_seconds
-
-    @property
-    def own_order(self) -> tuple[int, datetime, datetime, str]:
-        """The order among the jobs of one person at one level."""
-        return self.team_rank, self.not_before, self.created_at, str(self.id)
 
 
 @dataclass
@@ -83,10 +83,11 @@ class Standing:
     num_running: Mapping[int, int] = field(default_factory=dict)
     gpu_hours: Mapping[int, float] = field(default_factory=dict)
     """GPU-hours of a team within its window; only of teams with such a limit."""
-    last_starts: Mapping[tuple[int, int], datetime] = field(default_factory=dict)
-    """When a team's jobs of a priority last got a device."""
+    last_starts: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """When a team's jobs of a priority last got a device, in seconds since the epoch."""
 
     def __post_init__(self) -> None:
+        self.moment = self.now.timestamp()
         teams: dict[int, float] = defaultdict(float)
         for (team_id, _user_id), seconds in self.usage.items():
             teams[team_id] += seconds
@@ -116,7 +117,7 @@ class Standing:
 DEFAULT_QUOTA = Quota()
 
 
-def levels_of(oldest: Mapping[tuple[int, int], datetime], standing: Standing) -> dict[tuple[int, int], int]:
+def levels_of(oldest: Mapping[tuple[int, int], float], standing: Standing) -> dict[tuple[int, int], int]:
     """The level of every (team, priority) that waits, aged; `oldest` says since when its oldest job waits."""
     if not oldest:
         return {}
@@ -124,7 +125,7 @@ def levels_of(oldest: Mapping[tuple[int, int], datetime], standing: Standing) ->
     levels = {}
     for (team_id, priority), waits_since in oldest.items():
         unserved_since = max(waits_since, standing.last_starts.get((team_id, priority), waits_since))
-        steps = max(0, (standing.now - unserved_since) // AGEING)
+        steps = max(0, int((standing.moment - unserved_since) // AGEING.total_seconds()))
         levels[team_id, priority] = min(top, priority + steps)
     return levels
 
@@ -133,47 +134,55 @@ def heads_in_turn(heads: Sequence[Waiting], standing: Standing) -> list[Waiting]
     """The first waiting job of each person and priority, in the order in which a free device is offered to them."""
     levels = levels_of(_oldest(heads), standing)
 
-    def turn(job: Waiting) -> tuple[object, ...]:
+    def turn(job: Waiting) -> tuple[float | str, ...]:
         team_used = standing.used_by_team(job.team_id) / standing.quota(job.team_id).share
         level = -levels[job.team_id, job.priority]
-        return level, *_owed(job), team_used, job.team_rank, standing.used_by_person(job.person), job.own_order
+        return (
+            level, *_owed(job), team_used, job.team_rank, standing.used_by_person(job.person),
+            job.not_before, job.created_at, job.id,
+        )  # fmt: skip
 
     return sorted(heads, key=turn)
 
 
 def in_turn(jobs: Iterable[Waiting], standing: Standing) -> list[Waiting]:
     """All waiting jobs in the order in which they get devices, if each fits and takes as long as expected."""
-    jobs = list(jobs)
-    levels = levels_of(_oldest(jobs), standing)
-    people: dict[Person, list[Waiting]] = defaultdict(list)
-    for job in jobs:
-        people[job.person].append(job)
-    tagged: dict[int, list[tuple[tuple[object, ...], Waiting]]] = defaultdict(list)
+    # From here on a job's number stands for its place among the jobs of one person, and keys are short.
+    numbered = sorted(jobs, key=_OWN_ORDER)
+    levels = levels_of(_oldest(numbered), standing)
+    people: dict[Person, list[tuple[int, int, float, int]]] = defaultdict(list)
+    for number, job in enumerate(numbered):
+        level = -levels[job.team_id, job.priority]
+        people[job.team_id, job.user_id].append((level, *_owed(job), number))
+    teams: dict[int, list[tuple[int, int, float, int, float, int]]] = defaultdict(list)
     for person, own in people.items():
-        used = standing.used_by_person(person)
-        own.sort(key=lambda job: (-levels[job.team_id, job.priority], *_owed(job), job.own_order))
-        for job in own:
-            level = -levels[job.team_id, job.priority]
-            tagged[job.team_id].append(((level, *_owed(job), job.team_rank, used, job.own_order), job))
-            used += job.cost
-    line: list[tuple[tuple[object, ...], Waiting]] = []
-    for team_id, team_jobs in tagged.items():
+        own.sort()
+        used, team = standing.used_by_person(person), teams[person[0]]
+        for level, is_free, owed_since, number in own:
+            job = numbered[number]
+            team.append((level, is_free, owed_since, job.team_rank, used, number))
+            used += job.num_gpus * job.expected_seconds
+    line: list[tuple[int, int, float, float, int, float, int]] = []
+    for team_id, waiting in teams.items():
+        waiting.sort()
         used, share = standing.used_by_team(team_id), standing.quota(team_id).share
-        team_jobs.sort(key=lambda pair: pair[0])
-        for key, job in team_jobs:
-            level, is_owed, owed_since, *inside = key
-            line.append(((level, is_owed, owed_since, used / share, *inside), job))
-            used += job.cost
-    line.sort(key=lambda pair: pair[0])
-    return [job for _key, job in line]
+        for level, is_free, owed_since, rank, own_used, number in waiting:
+            line.append((level, is_free, owed_since, used / share, rank, own_used, number))
+            job = numbered[number]
+            used += job.num_gpus * job.expected_seconds
+    line.sort()
+    return [numbered[key[-1]] for key in line]
+
+
+_OWN_ORDER = attrgetter("team_rank", "not_before", "created_at", "id")
 
 
 def _owed(job: Waiting) -> tuple[int, float]:
-    return (0, job.owed_since.timestamp()) if job.owed_since is not None else (1, 0.0)
+    return (0, job.owed_since) if job.owed_since is not None else (1, 0.0)
 
 
-def _oldest(jobs: Iterable[Waiting]) -> dict[tuple[int, int], datetime]:
-    oldest: dict[tuple[int, int], datetime] = {}
+def _oldest(jobs: Iterable[Waiting]) -> dict[tuple[int, int], float]:
+    oldest: dict[tuple[int, int], float] = {}
     for job in jobs:
         key = (job.team_id, job.priority)
         oldest[key] = min(job.not_before, oldest.get(key, job.not_before))

@@ -6,7 +6,6 @@ import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from uuid import UUID
 
 from jobs.fair_share import Standing, Waiting
 from jobs.standing import Room
@@ -31,8 +30,8 @@ class Device:
 class Forecast:
     """The waiting jobs in the order in which they start, and in how many seconds each does; None: not as things are."""
 
-    order: list[UUID]
-    starts: Mapping[UUID, float]
+    order: list[str]
+    starts: Mapping[str, float]
 
 
 class _Play:
@@ -48,8 +47,8 @@ class _Play:
         self.num_running = dict(standing.num_running)
         self.ends = [(device.busy_seconds, index, device.team_id) for index, device in enumerate(devices)]
         heapq.heapify(self.ends)
-        self.starts: dict[UUID, float] = {}
-        not_yet = [self._ready_in(job) for job in line if job.not_before > standing.now]
+        self.starts: dict[str, float] = {}
+        not_yet = [self._ready_in(job) for job in line if job.not_before > standing.moment]
         self.ready = sorted([*not_yet, *hours_free_in.values()])
 
     def run(self) -> None:
@@ -88,7 +87,7 @@ class _Play:
         return not self.standing.is_at_hours_limit(team_id) or self.hours_free_in.get(team_id, float("inf")) <= time
 
     def _ready_in(self, job: Waiting) -> float:
-        return (job.not_before - self.standing.now).total_seconds()
+        return job.not_before - self.standing.moment
 
     def _next_change(self, time: float) -> float | None:
         """When a device that found nothing looks again: at the next end of a job, or when something becomes ready."""
@@ -113,13 +112,14 @@ def forecast(
     play.run()
     starts = dict(play.starts)
     rest = [job for job in line if job.id not in starts]
-    rooms = [device.room for device in devices if device.takes_jobs]
+    taking = [device.room for device in devices if device.takes_jobs]
+    rooms = set(taking)
     if len(starts) >= MAX_STARTS:
         time = max(starts.values())
         for job in rest:
             if any(room.fits(job) for room in rooms):
                 starts[job.id] = time
-                time += job.cost / len(rooms)
+                time += job.cost / len(taking)
     # The sort is stable: jobs that start at one moment keep the order in which they were taken, which is the dict's.
     order = sorted(starts, key=lambda pk: starts[pk])
     return Forecast([*order, *(job.id for job in rest if job.id not in starts)], starts)

@@ -76,7 +76,7 @@ class _Choice:
 
     def __post_init__(self) -> None:
         self.room = room_of(self.worker)
-        self.fitting = {_group(turn.head): turn.fitting for turn in self.facts.turns}
+        self.fitting = {turn.head.group: turn.fitting for turn in self.facts.turns}
         self._others: list[Room] | None = None
 
     def claim(self) -> Job | None:
@@ -101,7 +101,7 @@ class _Choice:
         return None
 
     def _take(self, job: Waiting, *, by_warmth: bool) -> Job | None:
-        if by_warmth and self.worker.warm_base and self.facts.now - job.not_before < WARM_PATIENCE:
+        if by_warmth and self.worker.warm_base and self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds():
             equal = self._jobs_of(job).filter(base_model__name=self.worker.warm_base, team_rank=job.team_rank)
             if (claimed := self._lock_and_claim(equal)) is not None:
                 return claimed
@@ -109,7 +109,7 @@ class _Choice:
 
     def _take_other(self, head: Waiting, ends_within: float | None) -> Job | None:
         """Another job of the same person and priority that fits."""
-        if self.fitting.get(_group(head)) is None:
+        if self.fitting.get(head.group) is None:
             return None
         jobs = self._jobs_of(head)
         return self._lock_and_claim(jobs if ends_within is None else jobs.filter(expected_seconds__lte=ends_within))
@@ -142,12 +142,14 @@ class _Choice:
 
     def _rooms(self) -> list[Room]:
         if self._others is None:
-            self._others = [room_of(one) for one in live_workers() if takes_jobs(one, self.facts.now)]
+            self._others = [room_of(one) for one in self.facts.workers if takes_jobs(one, self.facts.now)]
         return self._others
 
     def _held_for(self, head: Waiting) -> float | None:
         """Within how many seconds a job must end that runs here before one that is owed the device; None: no matter."""
-        if head.owed_since is None or self.facts.now - head.owed_since < HOLD_AFTER or not self.room.could_hold(head):
+        if head.owed_since is None or not self.room.could_hold(head):
+            return None
+        if self.facts.standing.moment - head.owed_since < HOLD_AFTER.total_seconds():
             return None
         if (self.worker.used_by_others_bytes or 0) + head.memory_bytes > (self.room.whole_bytes or 0):
             return None
@@ -155,6 +157,3 @@ class _Choice:
         ends = [job.seconds_left for job in self.facts.running if job.worker_id in set(beside)]
         return max(ends) if ends else None
 
-
-def _group(job: Waiting) -> tuple[int, int, int]:
-    return job.team_id, job.user_id, job.priority

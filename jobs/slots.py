@@ -20,7 +20,7 @@ from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
 from jobs import lifecycle, scheduling
-from jobs.hardware import find_device
+from jobs.hardware import find_device, read_memory
 from jobs.models import Worker
 from jobs.running import run_job
 
@@ -62,7 +62,7 @@ class Slot(threading.Thread):
         self.worker = self.worker or register_worker(self.index)
         lifecycle.reap_expired()
         while not self._draining.is_set():
-            Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
+            report(self.worker)
             job = scheduling.next_job(self.worker)
             if job is None:
                 return
@@ -115,6 +115,13 @@ def register_worker(index: int) -> Worker:
         id=uuid.uuid4(), host=socket.gethostname(), slot=index, process_id=os.getpid(), device=device.name,
         device_kind=device.kind, memory_bytes=device.memory_bytes, version=_version(), last_seen=Now(),
     )  # fmt: skip
+
+
+def report(worker: Worker) -> None:
+    """Say that a worker is alive and what a job could have of its device's memory now."""
+    Worker.objects.filter(pk=worker.pk).update(
+        last_seen=Now(), reported_at=Now(), **read_memory(worker.slot).values()
+    )
 
 
 def _version() -> str:

@@ -46,8 +46,12 @@ class Room:
 
 def live_workers() -> QuerySet[Worker]:
     """Workers that have shown themselves within the last lease, or hold one."""
-    recently = timezone.now() - timedelta(seconds=settings.LEASE_SECONDS + settings.POLL_SECONDS)
+    recently = timezone.now() - timedelta(seconds=_silence_seconds())
     return Worker.objects.filter(Q(last_seen__gte=recently) | Q(jobs__state__in=LEASED_STATES)).distinct()
+
+
+def _silence_seconds() -> float:
+    return float(settings.LEASE_SECONDS + settings.POLL_SECONDS)
 
 
 def takes_jobs(worker: Worker, now: datetime) -> bool:
@@ -92,6 +96,8 @@ class Facts:
     turns: list[Turn]
     owed: list[Waiting]
     """Jobs that are owed a device, the longest owed first."""
+    workers: list[Worker]
+    """The live ones, with what the choice needs of them."""
     running: list[Running]
 
     @property
@@ -101,13 +107,16 @@ class Facts:
 
 # Spelled as in the condition of the index job_turns, so that the planner takes it.
 IS_WAITING = "state IN ('queued', 'retry_wait')"
-_JOB = f"""
-    job.id, job.team_id, job.created_by_id AS user_id, job.priority, job.team_rank, job.not_before, job.created_at,
-    job.num_gpus, job.memory_bytes, job.owed_since, COALESCE(
-        job.expected_seconds,
-        ((job.estimate->>'seconds_low')::float8 + (job.estimate->>'seconds_high')::float8) / 2, {DEFAULT_SECONDS}
-    ) AS expected_seconds
-"""
+# In the order of Waiting's fields.
+# In the order of Waiting's fields.
+_COLUMNS = (
+    "job.id::text", "job.team_id", "job.created_by_id", "job.priority", "job.team_rank",
+    "date_part('epoch', job.not_before)", "date_part('epoch', job.created_at)", "job.num_gpus", "job.memory_bytes",
+    "COALESCE(job.expected_seconds, ((job.estimate->>'seconds_low')::float8"
+    f" + (job.estimate->>'seconds_high')::float8) / 2, {DEFAULT_SECONDS})",
+    "date_part('epoch', job.owed_since)",
+)  # fmt: skip
+_JOB_LIST = f"json_build_array({', '.join(_COLUMNS)})"
 _SAME_GROUP = """
     job.team_id = groups.team_id AND job.created_by_id = groups.created_by_id AND job.priority = groups.priority
     AND job.not_before <= (SELECT now FROM clock)
@@ -126,14 +135,16 @@ _FACTS = f"""
                 > (groups.team_id, groups.created_by_id, groups.priority)
             ORDER BY team_id, created_by_id, priority LIMIT 1) following
     ), heads AS (
-        SELECT head.* FROM groups, LATERAL (
-            SELECT {_JOB} FROM jobs_job job WHERE {IS_WAITING} AND {_SAME_GROUP} {_FIRST}) head
+        SELECT groups.*, head.* FROM groups, LATERAL (
+            SELECT {_JOB_LIST} AS job, job.num_gpus <= %(num_gpus)s AND job.memory_bytes <= %(free_bytes)s AS fits
+            FROM jobs_job job WHERE {IS_WAITING} AND {_SAME_GROUP} {_FIRST}) head
     ), fitting AS (
-        SELECT fits.* FROM groups, LATERAL (
-            SELECT {_JOB} FROM jobs_job job WHERE {IS_WAITING} AND {_SAME_GROUP}
-                AND job.num_gpus <= %(num_gpus)s AND job.memory_bytes <= %(free_bytes)s {_FIRST}) fits
+        SELECT fitting.job FROM heads AS groups, LATERAL (
+            SELECT {_JOB_LIST} AS job FROM jobs_job job WHERE {IS_WAITING} AND {_SAME_GROUP}
+                AND job.num_gpus <= %(num_gpus)s AND job.memory_bytes <= %(free_bytes)s {_FIRST}) fitting
+        WHERE NOT groups.fits
     ), owed AS (
-        SELECT {_JOB} FROM jobs_job job
+        SELECT owed_since, {_JOB_LIST} AS job FROM jobs_job job
         WHERE {IS_WAITING} AND owed_since IS NOT NULL AND job.not_before <= (SELECT now FROM clock)
     ), running AS (
         SELECT job.id, job.name, job.team_id, job.created_by_id AS user_id, job.worker_id, job.num_gpus,
@@ -145,6 +156,14 @@ _FACTS = f"""
         SELECT team_id, user_id, device_seconds
                * power(0.5, EXTRACT(EPOCH FROM (SELECT now FROM clock) - decayed_at)::float8 / %(half_life)s) AS seconds
         FROM jobs_usage
+    ), workers AS (
+        SELECT id, host, slot, device, device_kind, memory_bytes, free_memory_bytes, used_by_others_bytes, num_gpus,
+               memory_users, is_draining, quarantined_until, warm_base
+        FROM jobs_worker worker
+        WHERE last_seen >= (SELECT now FROM clock) - %(silence)s * interval '1 second'
+            OR EXISTS (SELECT FROM jobs_job job
+                       WHERE job.worker_id = worker.id AND job.state IN ('running', 'cancelling'))
+        ORDER BY host, slot
     ), quotas AS (
         SELECT team_id, share, max_running_jobs, max_gpu_hours, window_days,
                CASE WHEN max_gpu_hours IS NOT NULL THEN (
@@ -155,52 +174,66 @@ _FACTS = f"""
         FROM jobs_teamquota quota
     )
     SELECT (SELECT now FROM clock),
-           (SELECT json_agg(heads) FROM heads)::text, (SELECT json_agg(fitting) FROM fitting)::text,
-           (SELECT json_agg(owed ORDER BY owed.owed_since) FROM owed)::text,
-           (SELECT json_agg(running) FROM running)::text, (SELECT json_agg(used) FROM used)::text,
-           (SELECT json_agg(quotas) FROM quotas)::text, (SELECT json_agg(last) FROM jobs_laststart last)::text
+           (SELECT json_agg(job) FROM heads)::text, (SELECT json_agg(job) FROM fitting)::text,
+           (SELECT json_agg(job ORDER BY owed_since) FROM owed)::text,
+           (SELECT json_agg(workers) FROM workers)::text, (SELECT json_agg(running) FROM running)::text,
+           (SELECT json_agg(used) FROM used)::text,
+           (SELECT json_agg(quotas) FROM quotas)::text,
+           (SELECT json_agg(json_build_array(team_id, priority, date_part('epoch', at))) FROM jobs_laststart)::text
+"""  # noqa: S608 our own names
+# By columns: that is the quickest way to get thousands of rows across.
+_FACTS_AND_LINE = f"""
+    {_FACTS}, line.*
+    FROM (SELECT {", ".join(f"array_agg({column})" for column in _COLUMNS)} FROM jobs_job job WHERE {IS_WAITING}) line
 """  # noqa: S608 our own names
 _EVERYTHING_FITS = 2**62
 
 
 def read_facts(room: Room, *, now: datetime | None = None) -> Facts:
     """What the next choice for a device with such room depends on, at `now` or the database's own time."""
+    return _facts(room, _ask(_FACTS, room, now))
+
+
+def read_facts_and_line(*, now: datetime | None = None) -> tuple[Facts, list[Waiting]]:
+    """The facts and every waiting job in no order, as one moment."""
+    room = Room(num_gpus=2**15)
+    row = _ask(_FACTS_AND_LINE, room, now)
+    columns = row[-len(_COLUMNS) :]
+    line = list(map(Waiting._make, zip(*columns, strict=True))) if columns[0] else []
+    return _facts(room, row[: -len(_COLUMNS)]), line
+
+
+def _ask(statement: str, room: Room, now: datetime | None) -> tuple[Any, ...]:
     free_bytes = _EVERYTHING_FITS if room.free_bytes is None else room.free_bytes
     values = {
-        "now": now, "num_gpus": room.num_gpus, "free_bytes": free_bytes, "half_life": HALF_LIFE.total_seconds()
+        "now": now, "num_gpus": room.num_gpus, "free_bytes": free_bytes, "half_life": HALF_LIFE.total_seconds(),
+        "silence": _silence_seconds(),
     }  # fmt: skip
     with connection.cursor() as cursor:
-        cursor.execute(_FACTS, values)
-        moment, *texts = cursor.fetchone()
-    heads, fitting, owed, running, used, quotas, last_starts = (json.loads(text or "[]") for text in texts)
-    fits = {_group(row): _waiting(row) for row in fitting}
+        cursor.execute(statement, values)
+        row: tuple[Any, ...] = cursor.fetchone()
+    return row
+
+
+def _facts(room: Room, row: tuple[Any, ...]) -> Facts:
+    moment, *texts = row
+    heads, fitting, owed, workers, running, used, quotas, last_starts = (json.loads(text or "[]") for text in texts)
+    fits = {job.group: job for job in map(Waiting._make, fitting)}
     runs = [_running(row) for row in running]
     return Facts(
         standing=_standing(moment, used, quotas, last_starts, runs),
-        turns=[Turn(_waiting(row), fits.get(_group(row))) for row in heads],
-        owed=[_waiting(row) for row in owed],
+        turns=[Turn(job, job if room.fits(job) else fits.get(job.group)) for job in map(Waiting._make, heads)],
+        owed=[Waiting._make(row) for row in owed],
+        workers=[_worker(row) for row in workers],
         running=runs,
     )
-
-
-_LINE = f"SELECT {_JOB} FROM jobs_job job WHERE {IS_WAITING}"  # noqa: S608 our own names
-
-
-def read_line() -> list[Waiting]:
-    """Every waiting job, in no order."""
-    with connection.cursor() as cursor:
-        cursor.execute(_LINE)
-        return [
-            Waiting(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[10], row[9])
-            for row in cursor.fetchall()
-        ]
 
 
 def _standing(
     now: datetime,
     used: list[dict[str, Any]],
     quotas: list[dict[str, Any]],
-    last_starts: list[dict[str, Any]],
+    last_starts: list[list[Any]],
     running: list[Running],
 ) -> Standing:
     usage = {(row["team_id"], row["user_id"]): float(row["seconds"]) for row in used}
@@ -225,22 +258,15 @@ def _standing(
             for row in quotas
             if row["max_gpu_hours"] is not None
         },
-        last_starts={(row["team_id"], row["priority"]): datetime.fromisoformat(row["at"]) for row in last_starts},
+        last_starts={(team_id, priority): at for team_id, priority, at in last_starts},
     )
 
 
-def _group(row: dict[str, Any]) -> tuple[int, int, int]:
-    return row["team_id"], row["user_id"], row["priority"]
-
-
-def _waiting(row: dict[str, Any]) -> Waiting:
-    return Waiting(
-        id=UUID(row["id"]), team_id=row["team_id"], user_id=row["user_id"], priority=row["priority"],
-        team_rank=row["team_rank"], not_before=datetime.fromisoformat(row["not_before"]),
-        created_at=datetime.fromisoformat(row["created_at"]), num_gpus=row["num_gpus"],
-        memory_bytes=row["memory_bytes"], expected_seconds=row["expected_seconds"],
-        owed_since=datetime.fromisoformat(row["owed_since"]) if row["owed_since"] else None,
-    )  # fmt: skip
+def _worker(row: dict[str, Any]) -> Worker:
+    until = row.pop("quarantined_until")
+    worker = Worker(**row, quarantined_until=datetime.fromisoformat(until) if until else None)
+    worker.id = UUID(row["id"])
+    return worker
 
 
 def _running(row: dict[str, Any]) -> Running:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from uuid import UUID
 
 from django.utils import timezone
 
@@ -17,19 +16,13 @@ from jobs.forecasting import Device, forecast
 from jobs.models import Job, JobState, Worker
 from jobs.standing import (
     WAITING_STATES,
-    Room,
     Running,
     hours_free_at,
-    live_workers,
-    read_facts,
-    read_line,
+    read_facts_and_line,
     room_of,
     takes_jobs,
 )
 from studio.templatetags.components import duration
-
-# More than any device has: the facts' own search for jobs that fit one is not needed here.
-_ANY_ROOM = Room(num_gpus=2**15)
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class QueueSnapshot:
 
     line: Sequence[Waiting] = ()
     """The waiting jobs of all teams in the order in which they will likely start."""
-    starts: Mapping[UUID, float] = field(default_factory=dict)
+    starts: Mapping[str, float] = field(default_factory=dict)
     """In how many seconds a job will likely start; jobs that cannot, as things are, are not in it."""
     running: Sequence[Running] = ()
     workers: Sequence[Worker] = ()
@@ -50,18 +43,18 @@ class QueueSnapshot:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_places", {job.id: place for place, job in enumerate(self.line)})
 
-    def place(self, job_id: UUID) -> int:
+    def place(self, job_id: str) -> int:
         """1 for the job that starts next; 0 for a job that does not wait."""
-        places: dict[UUID, int] = self._places  # type: ignore[attr-defined]
+        places: dict[str, int] = self._places  # type: ignore[attr-defined]
         return places[job_id] + 1 if job_id in places else 0
 
     def position(self, job: Job) -> int:
         """1 for the job that starts next; 0 for a job that does not wait."""
-        return self.place(job.pk)
+        return self.place(str(job.pk))
 
     def starts_at(self, job: Job) -> datetime | None:
         """When a waiting job will likely start."""
-        seconds = self.starts.get(job.pk)
+        seconds = self.starts.get(str(job.pk))
         return self.standing.now + timedelta(seconds=seconds) if seconds is not None else None
 
     @property
@@ -95,16 +88,16 @@ class QueueSnapshot:
 
 
 def look_at_queue(jobs: Sequence[Job], *, now: datetime | None = None) -> QueueSnapshot:
-    """The queue now, to explain these jobs, in three queries; without jobs nothing is asked."""
+    """The queue now, to explain these jobs, in one query; without jobs nothing is asked."""
     return look_at_whole_queue(now=now) if jobs else QueueSnapshot()
 
 
 def look_at_whole_queue(*, now: datetime | None = None) -> QueueSnapshot:
-    """The queue now: three queries, and one more for each team whose GPU-hours are used up."""
-    facts = read_facts(_ANY_ROOM, now=now)
+    """The queue now: one query, and one more for each team whose GPU-hours are used up."""
+    facts, waiting = read_facts_and_line(now=now)
     standing = facts.standing
-    workers = list(live_workers().order_by("host", "slot"))
-    line = in_turn(read_line(), standing)
+    workers = facts.workers
+    line = in_turn(waiting, standing)
     used_up = {job.team_id for job in line if standing.is_at_hours_limit(job.team_id)}
     hours_free = {team: hours_free_at(team, standing.quota(team), standing.now) for team in used_up}
     busy = {job.worker_id: job for job in facts.running}
@@ -141,7 +134,7 @@ def explain_wait(job: Job, queue: QueueSnapshot | None = None) -> str:
             return f"Tries again in {duration(max(1, round(seconds)))}, from its last checkpoint."
         return f"Is not to start before {_moment(job.not_before)}."
     queue = queue or look_at_queue([job])
-    place = queue.place(job.pk)
+    place = queue.place(str(job.pk))
     if place == 0:
         return "Starts in a moment."
     asked = queue.line[place - 1]

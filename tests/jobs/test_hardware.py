@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import psutil
 import pytest
 
@@ -29,3 +34,57 @@ def test_a_slot_that_sees_one_gpu_takes_that_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hardware, "find_devices", lambda: only)
     monkeypatch.setattr(hardware, "_gpu_memory", lambda device: 10**9)
     assert find_device(3).name == "GPU of slot 3"
+
+
+class _Driver:
+    """A driver with one GPU of 80 GB, on which 62 GB are in use."""
+
+    def __init__(self, processes: list[tuple[int, int | None]]) -> None:
+        self.processes = processes
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:  # noqa: N802 the driver's name
+        return SimpleNamespace(total=80 * 10**9, free=18 * 10**9)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
+        return [SimpleNamespace(pid=pid, usedGpuMemory=num_bytes) for pid, num_bytes in self.processes]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
+        return []
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, processes: list[tuple[int, int | None]]) -> None:
+    @contextmanager
+    def driver(device: Device) -> Iterator[tuple[_Driver, object]]:
+        yield _Driver(processes), None
+
+    gpu = Device(slot=0, kind="cuda", name="GPU", visible="0")
+    monkeypatch.setattr(hardware, "find_devices", lambda: [gpu])
+    monkeypatch.setattr(hardware, "_nvml", driver)
+
+
+def test_a_foreign_process_on_the_gpu_is_named_and_its_memory_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "600"]) as own, subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; exit"],
+                                                                     stdout=subprocess.PIPE) as shell:  # fmt: skip
+        try:
+            assert shell.stdout is not None
+            foreign = int(shell.stdout.readline())
+            shell.wait()
+            use_driver(monkeypatch, [(own.pid, 12 * 10**9), (foreign, 50 * 10**9), (2**22 + 1, None)])
+            reading = hardware.read_memory(0)
+        finally:
+            own.kill()
+            psutil.Process(foreign).kill()
+    assert (reading.free_bytes, reading.used_by_others_bytes) == (30 * 10**9, 50 * 10**9)
+    assert [(user.name, user.num_bytes) for user in reading.users] == [
+        ("sleep", 50 * 10**9),
+        ("a process of another container", 0),
+    ]
+
+
+def test_on_a_cpu_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    reading = hardware.read_memory(0)
+    total = psutil.virtual_memory().total
+    assert 0 < reading.free_bytes <= total
+    assert reading.free_bytes + reading.used_by_others_bytes == total
+    assert reading.users == []
