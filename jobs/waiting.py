@@ -5,9 +5,12 @@ Of another team's job neither name nor figures are told: that it exists is all t
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from django.utils import timezone
 
@@ -25,6 +28,9 @@ from jobs.standing import (
 from studio.templatetags.components import duration
 
 
+MAX_COMPARED = 100
+
+
 @dataclass(frozen=True)
 class QueueSnapshot:
     """The queue at one moment."""
@@ -40,13 +46,22 @@ class QueueSnapshot:
     hours_free: Mapping[int, datetime | None] = field(default_factory=dict)
     """When teams whose GPU-hours are used up have some again."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_places", {job.id: place for place, job in enumerate(self.line)})
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """1 for the job that starts next."""
+        return {job.id: place for place, job in enumerate(self.line, start=1)}
+
+    @cached_property
+    def team_places(self) -> dict[int, list[int]]:
+        """The places of each team's jobs, rising."""
+        places: dict[int, list[int]] = defaultdict(list)
+        for place, job in enumerate(self.line, start=1):
+            places[job.team_id].append(place)
+        return places
 
     def place(self, job_id: str) -> int:
         """1 for the job that starts next; 0 for a job that does not wait."""
-        places: dict[str, int] = self._places  # type: ignore[attr-defined]
-        return places[job_id] + 1 if job_id in places else 0
+        return self.places.get(job_id, 0)
 
     def position(self, job: Job) -> int:
         """1 for the job that starts next; 0 for a job that does not wait."""
@@ -227,23 +242,26 @@ def _its_turn(job: Waiting, queue: QueueSnapshot) -> str:
 
 def _who_is_ahead(job: Waiting, queue: QueueSnapshot) -> str:
     """How many jobs go before this one, and by which rule; with a space in front."""
-    before = queue.line[: queue.place(job.id) - 1]
-    if not before:
+    place = queue.place(job.id)
+    if place <= 1:
         return ""
-    others = [one for one in before if one.team_id != job.team_id]
-    own = [one for one in before if one.team_id == job.team_id]
+    num_own = bisect_left(queue.team_places[job.team_id], place)
+    num_others = place - 1 - num_own
+    # The rule is read off those right before it: with thousands in line their rule is the same.
+    before = queue.line[max(0, place - 1 - MAX_COMPARED) : place - 1]
     parts = []
-    if own:
-        colleagues = sum(one.user_id != job.user_id for one in own)
-        rule = ""
-        if colleagues == len(own) and all(
-            queue.standing.used_by_person(one.person) < queue.standing.used_by_person(job.person) for one in own
-        ):
-            rule = ", of people who have used less lately"
-        parts.append(f"{len(own)} of your team{rule}")
-    if others:
-        parts.append(f"{len(others)} of other teams, {_rule_of_others(job, others, queue.standing)}")
-    return f" {len(before)} {'job is' if len(before) == 1 else 'jobs are'} ahead of it: {' and '.join(parts)}."
+    if num_own:
+        own = [one for one in before if one.team_id == job.team_id]
+        used = queue.standing.used_by_person
+        is_fairness = own and all(one.user_id != job.user_id and used(one.person) < used(job.person) for one in own)
+        parts.append(f"{num_own} of your team{', by people who have used less lately,' if is_fairness else ''}")
+    if num_others:
+        others = [one for one in before if one.team_id != job.team_id]
+        parts.append(f"{num_others} of other teams, {_rule_of_others(job, others, queue.standing)},")
+    if len(parts) == 1:
+        number, _, whose = parts[0].partition(" ")
+        return f" {number} {'job' if number == '1' else 'jobs'} {whose} {'goes' if number == '1' else 'go'} first."
+    return f" {place - 1} jobs go first: {' and '.join(parts).removesuffix(',')}."
 
 
 def _rule_of_others(job: Waiting, others: Sequence[Waiting], standing: Standing) -> str:

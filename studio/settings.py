@@ -94,6 +94,7 @@ API_ROUTERS = [
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
     "jobs.api.router",
+    "jobs.quotas.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
 

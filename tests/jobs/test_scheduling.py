@@ -47,7 +47,7 @@ def test_it_names_the_job_that_is_waited_for_and_when_it_ends(team: Team, bob: U
     assert scheduling.explain_wait(second) == (
         "Waits for a free device: “faq-r16” is running, which should end in about 12 min. It is next."
     )
-    assert scheduling.explain_wait(third).endswith("1 job is ahead of it: 1 of your team.")
+    assert scheduling.explain_wait(third).endswith("12 min. 1 job of your team goes first.")
     assert scheduling.explain_wait(Job.objects.get(pk=running.pk)) == ""
 
 
