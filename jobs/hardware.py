@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -39,6 +39,8 @@ class Reading:
     used_by_own_bytes: int
     temperature_celsius: float | None
     utilisation_percent: float | None
+    memory_users: list[dict[str, Any]] = field(default_factory=list)
+    """Processes of others on a GPU, the largest first: name, process_id and num_bytes (0 where the driver is silent)."""
 
 
 def find_device(slot: int) -> SlotDevice:
@@ -122,9 +124,8 @@ class GpuMeter:
             handle = _handle(self.device)
             total, used = _memory(handle)
             processes = _asked(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
-            held, others = attribute_memory(
-                used, {one.pid: one.usedGpuMemory for one in processes}, own, others_before=self._others_before
-            )
+            by_id = {int(one.pid): one.usedGpuMemory for one in processes}
+            held, others = attribute_memory(used, by_id, own, others_before=self._others_before)
             self._others_before = others
             load = _asked(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))
             warmth = _asked(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
@@ -137,6 +138,7 @@ class GpuMeter:
             used_by_own_bytes=held,
             temperature_celsius=None if warmth is None else float(warmth),
             utilisation_percent=None if load is None else float(load.gpu),
+            memory_users=users_of(by_id, own),
         )
 
     def close(self) -> None:
@@ -172,6 +174,24 @@ def attribute_memory(
     if others < UNNOTICED_BYTES:
         others = 0
     return max(0, used - others), others
+
+
+def users_of(processes: Mapping[int, int | None], own: Set[int]) -> list[dict[str, Any]]:
+    """The processes that hold memory of a GPU and are not this worker's, the largest first."""
+    found = [
+        {"name": _process_name(pid), "process_id": pid, "num_bytes": int(amount or 0)}
+        for pid, amount in processes.items()
+        if pid not in own
+    ]
+    return sorted(found, key=lambda one: int(one["num_bytes"]), reverse=True)
+
+
+def _process_name(pid: int) -> str:
+    """A process's name; the driver also names processes of other containers, which cannot be looked at from here."""
+    try:
+        return psutil.Process(pid).name()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return "a process of another container"
 
 
 def _memory(handle: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from django.db import connection, transaction
 from django.db.models import Case, F, Max, Q, Value, When
 from django.db.models.functions import Now
 
+from jobs import usage
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
 from studio.accounts.models import User
 from studio.catalogue.models import Adapter
@@ -272,9 +273,11 @@ def _lock(job_id: UUID, attempt: int) -> Job:
 def _end_attempt(job_id: UUID, attempt: int, outcome: str, code: str = "") -> None:
     # From this attempt's own points: the job's step may still be what an earlier attempt had reached.
     reached = MetricPoint.objects.filter(job_id=job_id, attempt=attempt).aggregate(last=Max("step"))["last"] or 0
-    JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(
+    ended = JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(
         ended_at=Now(), outcome=outcome, failure_code=code, last_step=reached
     )
+    if ended == 1:
+        usage.charge(job_id, attempt)
 
 
 def _cancel_locked(job: Job, text: str) -> None:

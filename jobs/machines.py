@@ -41,6 +41,7 @@ class Reporter(threading.Thread):
         self.worker_id, self.slot = worker_id, slot
         self._is_alive_there = is_alive_there
         self._done = threading.Event()
+        self._turn = threading.Lock()
         self._meter: CpuMeter | GpuMeter | None = None
         self._has_complained = False
 
@@ -60,7 +61,8 @@ class Reporter(threading.Thread):
 
     def report(self) -> None:
         """Measure and write once. What cannot be measured or written now is left for the next time."""
-        values = self._measure()
+        with self._turn:
+            values = self._measure()
         try:
             Worker.objects.filter(pk=self.worker_id).update(last_seen=Now(), **values)
         except (DatabaseError, InterfaceError):

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from django.conf import settings
 from django.db import models
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast, Coalesce
 from django.urls import reverse
 
 from studio.accounts.models import Team
@@ -67,6 +69,10 @@ class Worker(models.Model):
     used_by_own_bytes = models.BigIntegerField(null=True, help_text="Held by this worker and its trainer.")
     temperature_celsius = models.FloatField(null=True)
     utilisation_percent = models.FloatField(null=True, help_text="0 to 100: of the GPU's time, or of all CPU cores.")
+    num_gpus = models.PositiveSmallIntegerField(default=1, help_text="GPUs that one job gets here; 1 for a CPU.")
+    memory_users = models.JSONField(
+        default=list, help_text='Foreign processes on a GPU: [{"name", "process_id", "num_bytes"}], the largest first.'
+    )
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"
@@ -113,8 +119,26 @@ class Job(models.Model):
     phase = models.CharField(max_length=20, blank=True)
     attempt = models.PositiveIntegerField(default=0)
     failures_counted = models.PositiveIntegerField(default=0)
-    priority = models.IntegerField(default=0)
+    priority = models.IntegerField(default=0, help_text="Of the whole studio, set by admins: -1, 0 or 1.")
+    team_rank = models.BigIntegerField(
+        default=0, help_text="Order among the team's own jobs, the lower first; compared inside one team only."
+    )
     needs = models.JSONField(default=dict, help_text='{"gpus": 1, "memory_bytes": ...}')
+    # From `needs`, so that the choice of the next job reads them out of an index.
+    num_gpus = models.GeneratedField(
+        expression=Coalesce(Cast(KT("needs__gpus"), models.IntegerField()), 1),
+        output_field=models.IntegerField(),
+        db_persist=True,
+    )
+    memory_bytes = models.GeneratedField(
+        expression=Coalesce(Cast(KT("needs__memory_bytes"), models.BigIntegerField()), 0),
+        output_field=models.BigIntegerField(),
+        db_persist=True,
+    )
+    expected_seconds = models.FloatField(null=True, help_text="How long it should take, by jobs/durations.py.")
+    owed_since = models.DateTimeField(
+        null=True, help_text="Since when it was first in turn for a device that was too small for it."
+    )
     not_before = models.DateTimeField()
     worker = models.ForeignKey(Worker, on_delete=models.SET_NULL, null=True, related_name="jobs")
     lease_until = models.DateTimeField(null=True)
@@ -153,6 +177,17 @@ class Job(models.Model):
                 fields=["-priority", "not_before", "created_at"],
                 name="job_claim",
                 condition=models.Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT]),
+            ),
+            models.Index(
+                fields=["team", "created_by", "priority", "team_rank", "not_before", "created_at"],
+                name="job_turns",
+                include=["memory_bytes", "num_gpus", "id"],
+                condition=models.Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT]),
+            ),
+            models.Index(
+                fields=["owed_since"],
+                name="job_owed",
+                condition=models.Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT], owed_since__isnull=False),
             ),
             models.Index(fields=["lease_until"], name="job_leases", condition=models.Q(state__in=LEASED_STATES)),
             models.Index(fields=["team", "-created_at"], name="job_list"),
@@ -228,3 +263,66 @@ class MetricPoint(models.Model):
 
     def __str__(self) -> str:
         return f"step {self.step} of {self.job}"
+
+
+class TeamQuota(models.Model):
+    """A team's share of the devices, its limits and what a GPU-hour costs it. A team without a row has the defaults."""
+
+    team = models.OneToOneField(Team, on_delete=models.CASCADE, primary_key=True, related_name="quota")
+    share = models.PositiveIntegerField(default=1, help_text="Weight among the teams: 2 gets twice what 1 gets.")
+    max_running_jobs = models.PositiveIntegerField(null=True, blank=True)
+    max_gpu_hours = models.FloatField(null=True, blank=True, help_text="Within the window.")
+    window_days = models.PositiveSmallIntegerField(default=7)
+    price_per_gpu_hour = models.DecimalField(max_digits=10, decimal_places=4, null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(condition=models.Q(share__gte=1), name="a_share_is_positive"),
+            models.CheckConstraint(condition=models.Q(window_days__gte=1), name="a_window_has_a_day"),
+        ]
+
+    def __str__(self) -> str:
+        return f"quota of {self.team}"
+
+
+class Usage(models.Model):
+    """Device seconds of a person in a team, decayed until `decayed_at` (jobs/usage.py)."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="usage")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    device_seconds = models.FloatField()
+    decayed_at = models.DateTimeField()
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "user"], name="one_usage_per_person")]
+
+    def __str__(self) -> str:
+        return f"{self.device_seconds:.0f} s of {self.user} in {self.team}"
+
+
+class UsageHour(models.Model):
+    """Device seconds of a team in one hour, for limits on GPU-hours."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="usage_hours")
+    hour = models.DateTimeField()
+    device_seconds = models.FloatField()
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "hour"], name="one_row_per_team_and_hour")]
+
+    def __str__(self) -> str:
+        return f"{self.device_seconds:.0f} s of {self.team} at {self.hour}"
+
+
+class LastStart(models.Model):
+    """When a team's jobs of one priority last got a device: their age counts from there (jobs/fair_share.py)."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="+")
+    priority = models.IntegerField()
+    at = models.DateTimeField()
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "priority"], name="one_last_start")]
+
+    def __str__(self) -> str:
+        return f"{self.team} at priority {self.priority}: {self.at}"

@@ -1,145 +1,173 @@
-"""Which job a free device takes next, decided in Postgres at that moment; and why a job waits."""
+"""Which job a free device takes next, decided in Postgres at that moment. Why a job waits: see jobs/waiting.py.
+
+One decision is made at a time, under an advisory lock that ends with the transaction: so two claims cannot both pass a
+team's limit, and each sees what the other has started. The job's row is locked besides (SKIP LOCKED), since people
+change jobs without that lock. The order is fair_share's; jobs that do not fit are passed by smaller ones (backfill)
+under these rules, which keep the big job from waiting for ever:
+
+- Who is first in turn for a device that is too small now is owed one: `owed_since` is noted, and on the next device
+  that the job fits it goes before all others of its level, whatever its team has used by then.
+- When it has been owed one for `HOLD_AFTER` and a device could hold it but for other jobs on the same machine, that
+  device stays free for it: it takes only jobs that should end before those do (EASY backfill, Lifka 1995).
+- A device that processes outside the studio fill is not held: nobody knows when they end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from uuid import UUID
+from datetime import datetime, timedelta
 
-from django.conf import settings
-from django.db import transaction
-from django.db.models import Exists, F, Func, IntegerField, Q, QuerySet, Subquery
-from django.db.models.functions import JSONObject, Now
-from django.utils import timezone
+from django.db import connection, transaction
+from django.db.models import QuerySet
 
 from jobs import lifecycle
-from jobs.models import LEASED_STATES, Job, JobState, Worker
+from jobs.fair_share import Waiting, heads_in_turn
+from jobs.models import Job, LastStart, Worker
+from jobs.standing import WAITING_STATES, Facts, Room, live_workers, read_facts, room_of, takes_jobs
+from jobs.waiting import QueueSnapshot, explain_wait, look_at_queue, queue_position
 
-WAITING_STATES = (JobState.QUEUED, JobState.RETRY_WAIT)
-QUEUE_ORDER = ("-priority", "not_before", "created_at")
+__all__ = [
+    "OWN_ORDER",
+    "QUEUE_ORDER",
+    "WAITING_STATES",
+    "QueueSnapshot",
+    "explain_wait",
+    "live_workers",
+    "look_at_queue",
+    "next_job",
+    "queue_position",
+    "room_of",
+    "takes_jobs",
+]  # fmt: skip
+
+OWN_ORDER = ("team_rank", "not_before", "created_at")
+"""The order among the jobs of one person and priority."""
+QUEUE_ORDER = ("-priority", *OWN_ORDER)
+
+HOLD_AFTER = timedelta(minutes=10)
+WARM_PATIENCE = timedelta(minutes=10)
+"""How long a person's own jobs may be passed by later ones whose base the worker holds loaded."""
+
+_CLAIM_LOCK = 4_102_001
+# A worker that is stopped in the middle of a claim must not stop all others.
+_CLAIM_SETTINGS = "SET LOCAL idle_in_transaction_session_timeout = '10s'"
 
 
-def waiting_jobs() -> QuerySet[Job]:
-    """Every job that wants a device, in the order in which they get one."""
-    return Job.objects.filter(state__in=WAITING_STATES).order_by(*QUEUE_ORDER)
+def next_job(worker: Worker, *, now: datetime | None = None) -> Job | None:
+    """Claim the next job for a worker. Two workers never get the same one; None when none may start on it now.
 
+    Between jobs of one person that are equal otherwise, one of `worker.warm_base` goes first.
 
-def next_job(worker: Worker) -> Job | None:
-    """Claim the next job for a worker. Two workers never get the same one; None when nothing waits."""
+    Args:
+        now: when the choice is made; the database's own time when None.
+    """
+    if not lifecycle.anything_waits():
+        return None
     with transaction.atomic():
-        first = waiting_jobs().filter(not_before__lte=Now()).select_for_update(skip_locked=True, of=("self",)).first()
-        return lifecycle.claim(first, worker) if first is not None else None
+        _take_turns()
+        worker = Worker.objects.get(pk=worker.pk)
+        facts = read_facts(room_of(worker), now=now)
+        if not takes_jobs(worker, facts.now):
+            return None
+        return _Choice(worker, facts).claim()
 
 
-def live_workers() -> QuerySet[Worker]:
-    """Workers that have shown themselves within the last lease, or hold one."""
-    recently = timezone.now() - timedelta(seconds=settings.LEASE_SECONDS + settings.POLL_SECONDS)
-    return Worker.objects.filter(Q(last_seen__gte=recently) | Q(jobs__state__in=LEASED_STATES)).distinct()
+def _take_turns() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(_CLAIM_SETTINGS)
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_CLAIM_LOCK])
 
 
-def _ahead_of(job: Job) -> QuerySet[Job]:
-    """The waiting jobs that get a device before this one."""
-    earlier = (
-        Q(priority__gt=job.priority)
-        | Q(priority=job.priority, not_before__lt=job.not_before)
-        | Q(priority=job.priority, not_before=job.not_before, created_at__lt=job.created_at)
-    )
-    return Job.objects.filter(earlier, state__in=WAITING_STATES)
+@dataclass
+class _Choice:
+    """One choice for one device."""
 
+    worker: Worker
+    facts: Facts
 
-def queue_position(job: Job) -> int:
-    """1 for the job that starts next; 0 for a job that does not wait."""
-    return _ahead_of(job).count() + 1 if job.state in WAITING_STATES else 0
+    def __post_init__(self) -> None:
+        self.room = room_of(self.worker)
+        self.fitting = {turn.head.group: turn.fitting for turn in self.facts.turns}
+        self._others: list[Room] | None = None
 
+    def claim(self) -> Job | None:
+        standing = self.facts.standing
+        heads = [turn.head for turn in self.facts.turns if standing.may_start(turn.head.team_id)]
+        # A job that is owed a device stands for its person even when it is not their first.
+        owed = [job for job in self.facts.owed if standing.may_start(job.team_id) and job not in heads]
+        ends_within: float | None = None
+        for head in heads_in_turn([*heads, *owed], standing):
+            is_free = head.owed_since is None
+            if self.room.fits(head) and (ends_within is None or head.expected_seconds <= ends_within):
+                if (claimed := self._take(head, by_warmth=is_free)) is not None:
+                    return claimed
+                if (claimed := self._take_other(head, ends_within)) is not None:
+                    return claimed
+                continue
+            if ends_within is None and not self.room.fits(head):
+                self._note_passed(head)
+                ends_within = self._held_for(head)
+            if (claimed := self._take_other(head, ends_within)) is not None:
+                return claimed
+        return None
 
-@dataclass(frozen=True)
-class Busy:
-    """What the queue knows of a running job."""
+    def _take(self, job: Waiting, *, by_warmth: bool) -> Job | None:
+        if (
+            by_warmth
+            and self.worker.warm_base
+            and self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds()
+        ):
+            equal = self._jobs_of(job).filter(base_model__name=self.worker.warm_base, team_rank=job.team_rank)
+            if (claimed := self._lock_and_claim(equal)) is not None:
+                return claimed
+        return self._lock_and_claim(Job.objects.filter(pk=job.id))
 
-    name: str
-    team_id: int
-    seconds_left: float | None
+    def _take_other(self, head: Waiting, ends_within: float | None) -> Job | None:
+        """Another job of the same person and priority that fits."""
+        if self.fitting.get(head.group) is None:
+            return None
+        jobs = self._jobs_of(head)
+        return self._lock_and_claim(jobs if ends_within is None else jobs.filter(expected_seconds__lte=ends_within))
 
+    def _jobs_of(self, head: Waiting) -> QuerySet[Job]:
+        jobs = Job.objects.filter(
+            team=head.team_id, created_by=head.user_id, priority=head.priority, num_gpus__lte=self.room.num_gpus
+        )
+        return jobs if self.room.free_bytes is None else jobs.filter(memory_bytes__lte=self.room.free_bytes)
 
-@dataclass(frozen=True)
-class QueueSnapshot:
-    """The queue at one moment, as far as it explains the jobs that it was looked at for."""
+    def _lock_and_claim(self, jobs: QuerySet[Job]) -> Job | None:
+        waiting = jobs.filter(state__in=WAITING_STATES, not_before__lte=self.facts.now).order_by(*OWN_ORDER)
+        job = waiting.select_for_update(skip_locked=True, of=("self",)).only("pk", "owed_since").first()
+        claimed = lifecycle.claim(job, self.worker) if job is not None else None
+        if claimed is None:
+            return None
+        if claimed.owed_since is not None:
+            Job.objects.filter(pk=claimed.pk).update(owed_since=None)
+            claimed.owed_since = None
+        LastStart.objects.bulk_create(
+            [LastStart(team_id=claimed.team_id, priority=claimed.priority, at=self.facts.now)],
+            update_conflicts=True, unique_fields=["team", "priority"], update_fields=["at"],
+        )  # fmt: skip
+        return claimed
 
-    positions: Mapping[UUID, int]
-    num_waiting: int
-    num_busy: int
-    first_to_end: Busy | None
-    """The running job that should end first, of whichever team."""
-    has_workers: bool
+    def _note_passed(self, head: Waiting) -> None:
+        """It was this job's turn: it goes first on the next device that it fits, if there is one."""
+        if head.owed_since is None and any(room.could_hold(head) for room in self._rooms()):
+            Job.objects.filter(pk=head.id, state__in=WAITING_STATES).update(owed_since=self.facts.now)
 
-    def position(self, job: Job) -> int:
-        """1 for the job that starts next; 0 for a job that does not wait."""
-        return self.positions.get(job.pk, 0)
+    def _rooms(self) -> list[Room]:
+        if self._others is None:
+            self._others = [room_of(one) for one in self.facts.workers if takes_jobs(one, self.facts.now)]
+        return self._others
 
-
-NOTHING_ASKED = QueueSnapshot(positions={}, num_waiting=0, num_busy=0, first_to_end=None, has_workers=False)
-
-
-def look_at_queue(jobs: Sequence[Job]) -> QueueSnapshot:
-    """The queue now, to explain these jobs: one query, and a second for the places of more than one waiting job."""
-    if not jobs:
-        return NOTHING_ASKED
-    waiting = [job for job in jobs if job.state in WAITING_STATES]
-    busy = Job.objects.filter(state__in=LEASED_STATES)
-    ends_first = busy.order_by(F("seconds_left").asc(nulls_last=True), "started_at")
-    # Subqueries beside one row that is there in any case, so that all of it is one moment and one question.
-    found = Job.objects.filter(pk=jobs[0].pk).values_list(
-        _number_of(_ahead_of(waiting[0]) if waiting else Job.objects.none()),
-        _number_of(waiting_jobs()),
-        _number_of(busy),
-        Subquery(
-            ends_first.values(json=JSONObject(name=F("name"), team_id=F("team_id"), seconds_left=F("seconds_left")))[:1]
-        ),
-        Exists(live_workers()),
-    )
-    num_ahead, num_waiting, num_busy, first, has_workers = found.get()
-    positions = {waiting[0].pk: num_ahead + 1} if waiting else {}
-    if len(waiting) > 1:
-        positions = {pk: place for place, pk in enumerate(waiting_jobs().values_list("pk", flat=True), start=1)}
-    return QueueSnapshot(positions, num_waiting, num_busy, Busy(**first) if first else None, has_workers)
-
-
-def _number_of(jobs: QuerySet[Job]) -> Subquery:
-    """How many jobs there are, as a column. Not Count: it would group the subquery and give no row for none."""
-    number = Func(F("pk"), function="COUNT", output_field=IntegerField())
-    return Subquery(jobs.order_by().annotate(number=number).values("number"))
-
-
-def explain_wait(job: Job, queue: QueueSnapshot | None = None) -> str:
-    """Why a waiting job waits, as a sentence; empty for a job that does not wait."""
-    if job.state not in WAITING_STATES:
-        return ""
-    if job.state == JobState.RETRY_WAIT and job.not_before > timezone.now():
-        seconds = max(1, round((job.not_before - timezone.now()).total_seconds()))
-        return f"Tries again in {_duration(seconds)}, from its last checkpoint."
-    queue = queue or look_at_queue([job])
-    if not queue.has_workers:
-        return "No worker is running. Start one, and the job begins by itself."
-    ahead = queue.position(job) - 1
-    first = queue.first_to_end
-    if first is None:
-        return "Starts in a moment." if ahead <= 0 else f"Starts after the {_count(ahead, 'job')} ahead of it."
-    # Of another team's job neither its name nor its time is told: that it exists is all that may be seen of it.
-    is_own = first.team_id == job.team_id
-    name = f"“{first.name}”" if is_own else "a job of another team"
-    ends = f", which should end in about {_duration(first.seconds_left)}" if is_own and first.seconds_left else ""
-    behind = f" {_count(ahead, 'job is', 'jobs are')} ahead of it." if ahead > 0 else " It is next."
-    return f"Waits for a free device: {name} is running{ends}.{behind}"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _duration(seconds: float) -> str:
-    """A duration as people say it: "40 s", "12 min", "3 h 5 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    def _held_for(self, head: Waiting) -> float | None:
+        """Within how many seconds a job must end that runs here before one that is owed the device; None: no matter."""
+        if head.owed_since is None or not self.room.could_hold(head):
+            return None
+        if self.facts.standing.moment - head.owed_since < HOLD_AFTER.total_seconds():
+            return None
+        if (self.worker.used_by_others_bytes or 0) + head.memory_bytes > (self.room.whole_bytes or 0):
+            return None
+        beside = Worker.objects.filter(host=self.worker.host).exclude(pk=self.worker.pk).values_list("pk", flat=True)
+        ends = [job.seconds_left for job in self.facts.running if job.worker_id in set(beside)]
+        return max(ends) if ends else None

@@ -70,7 +70,8 @@ class Slot(threading.Thread):
             self._reporter.start()
         lifecycle.reap_expired()
         while not self._draining.is_set():
-            Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
+            # What a job can have is asked now: the choice of the next one depends on it.
+            self._reporter.report()
             job = scheduling.next_job(self.worker)
             if job is None:
                 return

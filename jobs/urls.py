@@ -2,11 +2,13 @@
 
 from django.urls import path
 
-from jobs import streams, views
+from jobs import queue_page, quotas, streams, views
 
 app_name = "jobs"
 urlpatterns = [
     path("", views.list_jobs, name="list"),
+    path("queue/", queue_page.queue, name="queue"),
+    path("limits/", quotas.limits, name="limits"),
     path("new/", views.new_job, name="new"),
     path("estimate/", views.estimate, name="estimate"),
     path("<uuid:job_id>/", views.job_detail, name="detail"),

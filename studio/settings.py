@@ -109,6 +109,7 @@ API_ROUTERS = [
     "studio.catalogue.api.router",
     "jobs.api.router",
     "jobs.machine_api.router",
+    "jobs.quotas.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
 

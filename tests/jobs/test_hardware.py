@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import psutil
 import pytest
 
@@ -29,3 +31,17 @@ def test_a_slot_that_sees_one_gpu_takes_that_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hardware, "find_devices", lambda: only)
     monkeypatch.setattr(hardware, "_gpu_memory", lambda device: 10**9)
     assert find_device(3).name == "GPU of slot 3"
+
+
+def test_a_foreign_process_on_the_gpu_is_named() -> None:
+    with subprocess.Popen(["sleep", "600"]) as own, subprocess.Popen(["sleep", "600"]) as foreign:
+        try:
+            held = {own.pid: 12 * 10**9, foreign.pid: 50 * 10**9, 2**22 + 1: None}
+            found = hardware.users_of(held, {own.pid})
+        finally:
+            own.kill()
+            foreign.kill()
+    assert [(user["name"], user["num_bytes"]) for user in found] == [
+        ("sleep", 50 * 10**9),
+        ("a process of another container", 0),
+    ]

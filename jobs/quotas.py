@@ -1,0 +1,204 @@
+"""A team's share of the devices and its limits: looked at by its members, set by its leads, on a page and by API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+from django import forms
+from django.contrib import messages
+from django.db import transaction
+from django.db.models import Sum
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.utils import timezone
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods
+from ninja import Router
+from pydantic import Field
+
+from jobs.models import TeamQuota, UsageHour
+from jobs.standing import Room, read_facts
+from jobs.usage import HALF_LIFE
+from studio.accounts.access import TeamRequest, refuse, team_page
+from studio.accounts.models import ApiToken, Role, Scope, Team, User, record
+from studio.api.auth import ApiRequest, Token
+from studio.api.errors import ERRORS
+from studio.api.schemas import Body, Out
+
+FIELDS = ("share", "max_running_jobs", "max_gpu_hours", "window_days", "price_per_gpu_hour")
+MAX_SHARE, MAX_JOBS, MAX_HOURS, MAX_DAYS, MAX_PRICE = 100, 10_000, 1_000_000, 366, 100_000
+
+router = Router(tags=["limits"])
+may_lead = Token(Scope.WRITE, Role.LEAD)
+
+
+class QuotaForm(forms.ModelForm):
+    """The settings of a team's quota; an empty limit is none."""
+
+    share = forms.IntegerField(
+        min_value=1, max_value=MAX_SHARE,
+        help_text="Weight among the teams of this studio while devices are scarce: 2 gets twice the time that 1 gets.",
+    )  # fmt: skip
+    max_running_jobs = forms.IntegerField(
+        min_value=1, max_value=MAX_JOBS, required=False, label="Running jobs at once",
+        help_text="Further jobs of the team wait. Empty: no limit.",
+    )  # fmt: skip
+    max_gpu_hours = forms.FloatField(
+        min_value=0.1, max_value=MAX_HOURS, required=False, label="GPU-hours in the window",
+        help_text="Once they are used up, no further job starts until hours leave the window; running jobs end in peace. "
+        "Empty: no limit.",
+    )  # fmt: skip
+    window_days = forms.IntegerField(
+        min_value=1, max_value=MAX_DAYS, label="Window in days", help_text="How far back GPU-hours are counted."
+    )
+    price_per_gpu_hour = forms.DecimalField(
+        min_value=0, max_value=MAX_PRICE, max_digits=10, decimal_places=4, required=False, label="Price of a GPU-hour",
+        help_text="In your currency, to show what the window has cost. Empty: no costs are shown.",
+    )  # fmt: skip
+
+    class Meta:
+        model = TeamQuota
+        fields = FIELDS
+
+
+@dataclass(frozen=True)
+class PersonUsage:
+    """What a person of the team has used lately, faded, and the share of the team's that this is."""
+
+    name: str
+    gpu_hours: float
+    percent: float
+
+
+@dataclass(frozen=True)
+class TeamUsage:
+    """What a team uses now and has used in its window."""
+
+    num_running: int
+    gpu_hours: float
+    cost: Decimal | None
+    people: list[PersonUsage]
+
+
+def quota_of(team: Team) -> TeamQuota:
+    """The team's quota; one with the defaults, not stored, when nobody has set it."""
+    return TeamQuota.objects.filter(team=team).first() or TeamQuota(team=team)
+
+
+def change_quota(quota: TeamQuota, *, by: User, token: ApiToken | None = None) -> None:
+    """Store a quota, with an audit event that says what it was and is. Idle workers notice at their next look."""
+    with transaction.atomic():
+        before = quota_of(quota.team)
+        changed = {
+            name: [_plain(getattr(before, name)), _plain(getattr(quota, name))]
+            for name in FIELDS
+            if getattr(before, name) != getattr(quota, name)
+        }
+        if not changed:
+            return
+        TeamQuota.objects.update_or_create(team=quota.team, defaults={name: getattr(quota, name) for name in FIELDS})
+        record("limits.changed", team=quota.team, user=by, token=token, target=quota.team, **changed)
+
+
+def usage_of(team: Team, quota: TeamQuota) -> TeamUsage:
+    """The team's usage now, what runs included."""
+    facts = read_facts(Room())
+    standing = facts.standing
+    since = timezone.now() - timedelta(days=quota.window_days)
+    seconds = UsageHour.objects.filter(team=team, hour__gt=since).aggregate(sum=Sum("device_seconds"))["sum"] or 0.0
+    seconds += sum(job.num_gpus * job.held_seconds for job in facts.running if job.team_id == team.pk)
+    hours = seconds / 3600
+    price = quota.price_per_gpu_hour
+    total = standing.used_by_team(team.pk)
+    used = {
+        user_id: amount for (team_id, user_id), amount in standing.usage.items() if team_id == team.pk and amount >= 1
+    }
+    people = [
+        PersonUsage(user.display_name(), used[user.pk] / 3600, 100 * used[user.pk] / total)
+        for user in User.objects.filter(pk__in=used)
+    ]
+    return TeamUsage(
+        num_running=standing.num_running.get(team.pk, 0),
+        gpu_hours=hours,
+        cost=None if price is None else round(Decimal(hours) * price, 2),
+        people=sorted(people, key=lambda person: person.gpu_hours, reverse=True),
+    )
+
+
+@never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
+@team_page(Role.VIEWER)
+def limits(request: TeamRequest) -> HttpResponse:
+    """The team's share, limits and usage; a lead sets them."""
+    quota = quota_of(request.team)
+    may_edit = request.membership.may(Role.LEAD)
+    form = QuotaForm(request.POST or None, instance=quota_of(request.team))
+    if request.method == "POST":
+        if not may_edit:
+            return refuse(request, Role.LEAD)
+        if form.is_valid():
+            change_quota(form.save(commit=False), by=request.user)
+            messages.success(request, "The limits are saved and hold from the next job that starts.")
+            return redirect("jobs:limits")
+    context = {
+        "form": form,
+        "quota": quota,
+        "usage": usage_of(request.team, quota),
+        "price": None if quota.price_per_gpu_hour is None else f"{quota.price_per_gpu_hour.normalize():f}",
+        "may_edit": may_edit,
+        "half_life_days": HALF_LIFE.days,
+    }
+    return render(request, "jobs/limits.html", context, status=422 if form.errors else 200)
+
+
+class LimitsIn(Body):
+    """What a team may use. null for a limit is none."""
+
+    share: int = Field(1, ge=1, le=MAX_SHARE, description="Weight among the teams of the studio.")
+    max_running_jobs: int | None = Field(None, ge=1, le=MAX_JOBS)
+    max_gpu_hours: float | None = Field(None, ge=0.1, le=MAX_HOURS, description="Within the window.")
+    window_days: int = Field(7, ge=1, le=MAX_DAYS)
+    price_per_gpu_hour: float | None = Field(None, ge=0, le=MAX_PRICE)
+
+
+class LimitsOut(Out):
+    """A team's share and limits, and what it uses."""
+
+    share: int
+    max_running_jobs: int | None
+    max_gpu_hours: float | None
+    window_days: int
+    price_per_gpu_hour: float | None
+    num_running: int
+    gpu_hours: float = Field(description="Used within the window, running jobs included.")
+    cost: float | None
+
+
+@router.get("limits/", response={200: LimitsOut, **ERRORS}, summary="The team's share, limits and usage")
+def get_limits(request: ApiRequest) -> dict[str, Any]:
+    """What the team may use and what it has used."""
+    return _shown(request.team)
+
+
+@router.put("limits/", response={200: LimitsOut, **ERRORS}, auth=may_lead, summary="Set the team's share and limits")
+def put_limits(request: ApiRequest, body: LimitsIn) -> dict[str, Any]:
+    """Set all of them; what is left out gets its default. Needs a token of a lead or an admin."""
+    values = body.model_dump()
+    if (price := values["price_per_gpu_hour"]) is not None:
+        values["price_per_gpu_hour"] = round(Decimal(str(price)), 4)
+    change_quota(TeamQuota(team=request.team, **values), by=request.user, token=request.token)
+    return _shown(request.team)
+
+
+def _shown(team: Team) -> dict[str, Any]:
+    quota = quota_of(team)
+    usage = usage_of(team, quota)
+    values = {name: getattr(quota, name) for name in FIELDS}
+    return {**values, "num_running": usage.num_running, "gpu_hours": usage.gpu_hours, "cost": usage.cost}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Decimal) else value
