@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 
 from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
@@ -15,6 +16,7 @@ from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
+from workers.failpoints import failpoint
 from workers.recipe import Recipe
 
 
@@ -70,7 +72,9 @@ def queue_job(
             )  # fmt: skip
             lifecycle.add_event(job.pk, 0, f"Queued by {user.display_name()}.")
             record("job.queued", team=team, user=user, token=token, target=job)
-            transaction.on_commit(wake_workers)
+            transaction.on_commit(partial(failpoint, "submit.after_commit"))
+            wake_workers()
+            failpoint("submit.before_commit")
     except IntegrityError:
         # A second submit of the same form was committed between our look and our insert; or what the job needs
         # was deleted then.
@@ -122,6 +126,8 @@ def cancel_job(job: Job, user: User, mode: str = "now", *, token: ApiToken | Non
         asked = lifecycle.ask_stop(job, user, mode)
         if asked:
             record("job.stopped", team=job.team, user=user, token=token, target=job, mode=mode)
+        failpoint("stop.before_commit")
+    failpoint("stop.after_commit")
     return asked
 
 

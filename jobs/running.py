@@ -19,6 +19,7 @@ from jobs.models import Job
 from jobs.supervising import Link, Outcome, boot_clock, supervise
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
+from workers.failpoints import failpoint
 from workers.recipe import Recipe
 from workers.results import Result
 
@@ -42,11 +43,14 @@ def run_job(
 
 def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
     try:
+        failpoint("claim.after_commit")
         folder = prepare_folder(job)
+        failpoint("trainer.before_start")
         outcome = supervise(
             trainer_command(job, folder), link=link,
             log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
         )  # fmt: skip
+        failpoint("finish.before")
         until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
@@ -87,6 +91,7 @@ def finish(job: Job, outcome: Outcome) -> None:
     """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
     if outcome.is_fenced:
         raise FencedError
+    lifecycle.note_exit(job.pk, job.attempt, outcome.exit_status)
     if outcome.result is not None and outcome.exit_status == 0:
         register(job, Path(outcome.result.folder))
     elif outcome.asked == "now":
@@ -133,7 +138,9 @@ def register(job: Job, product: Path) -> None:
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
     key = f"{job.team_id}/{job.pk}-{job.attempt}"
     lifecycle.heartbeat(job.pk, job.attempt)
+    failpoint("register.before_keep")
     storage.keep_adapter(product, key)
+    failpoint("register.files_kept")
     # Before the transaction: hashing gigabytes takes longer than one may stand open.
     files = checked_files(key)
     result = Result.from_folder(storage.adapter_folder(key))
@@ -145,9 +152,11 @@ def register(job: Job, product: Path) -> None:
                 result=result,
             )  # fmt: skip
             lifecycle.succeed(job.pk, job.attempt, adapter)
+            failpoint("register.before_commit")
     except FencedError:
         shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
         raise
+    failpoint("register.after_commit")
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:

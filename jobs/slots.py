@@ -19,7 +19,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
-from jobs import lifecycle, scheduling
+from jobs import scheduling, sweeping
 from jobs.hardware import find_device
 from jobs.models import Worker
 from jobs.running import run_job
@@ -60,7 +60,7 @@ class Slot(threading.Thread):
 
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
-        lifecycle.reap_expired()
+        sweeping.sweep()
         while not self._draining.is_set():
             Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
             job = scheduling.next_job(self.worker)
