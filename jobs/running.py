@@ -54,6 +54,9 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
         until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
+    except (OperationalError, InterfaceError):
+        logger.exception("Job %s could not run", job.pk)
+        _record_retry(job, code="database", message="The studio's database did not answer.")
     except OSError as error:
         logger.exception("Job %s could not run", job.pk)
         explained = storage.explain_disk_error(error)
