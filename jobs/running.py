@@ -141,6 +141,7 @@ def register(job: Job, product: Path) -> None:
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
     key = f"{job.team_id}/{job.pk}-{job.attempt}"
     lifecycle.heartbeat(job.pk, job.attempt)
+    remove_products(job)
     failpoint("register.before_keep")
     storage.keep_adapter(product, key)
     failpoint("register.files_kept")
@@ -160,6 +161,16 @@ def register(job: Job, product: Path) -> None:
         shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
         raise
     failpoint("register.after_commit")
+
+
+def remove_products(job: Job) -> None:
+    """Remove what earlier attempts had put in the products' place before they died: no row knows it.
+
+    Call it as the holder of the job's lease, or for a job that ended without a product.
+    """
+    for folder in storage.adapter_folder(str(job.team_id)).glob(f"{job.pk}-*"):
+        if int(folder.name.rpartition("-")[2]) < job.attempt:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:

@@ -10,6 +10,7 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle, outbox
 from jobs.models import Job, JobState, OutboxMessage
+from jobs.running import remove_products
 from jobs.waking import wake_workers
 
 # Any number that no other advisory lock of the studio uses.
@@ -26,12 +27,23 @@ def sweep() -> None:
     """
     lifecycle.reap_expired()
     lifecycle.requeue_due()
+    _clear_away()
     with transaction.atomic():
         if not _is_only_sweeper():
             return
         _hint_again()
         outbox.relay()
         outbox.prune()
+
+
+def _clear_away() -> None:
+    """Remove the products of jobs that ended lately without one: their workers died before they could register it."""
+    ended = Job.objects.filter(
+        state__in=[JobState.FAILED, JobState.CANCELLED], finished_at__gt=Now() - timedelta(hours=1),
+        attempts__outcome="lost",
+    )  # fmt: skip
+    for job in ended.distinct():
+        remove_products(job)
 
 
 def _is_only_sweeper() -> bool:

@@ -73,7 +73,7 @@ def workers(transactional_db: None, tmp_path: Path) -> Iterator[SlotWorkers]:
 
 @pytest.fixture
 def quick(team: Team, bob: User, transactional_db: None) -> Callable[..., Job]:
-    """Queue a job for the fake trainer: quick(name, max_steps=6, every=2)."""
+    """Queue a job for the quick trainer: quick(name, max_steps=6, every=2)."""
 
     def queue(name: str = "quick", **options: Any) -> Job:
         return queue_quickly(team, bob, name=name, **options)

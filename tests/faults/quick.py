@@ -1,4 +1,4 @@
-"""Jobs that the fake trainer runs in a second or less."""
+"""Jobs that the quick trainer runs in a second or less."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs.queueing import queue_job
 from studio import storage
 from studio.accounts.models import Team, User
 from studio.catalogue.models import BaseModel
-from tests.faults.fake_trainer import WEIGHTS
+from tests.faults.quick_trainer import WEIGHTS
 from tests.jobs.making import make_ready_version, make_recipe
 from tests.processes import wait_for
 
@@ -23,7 +23,7 @@ from tests.processes import wait_for
 def queue_quickly(
     team: Team, user: User, *, name: str = "quick", max_steps: int = 6, every: int = 2, key: str | None = None
 ) -> Job:
-    """A job for the fake trainer: so many steps, and a checkpoint after each `every` of them."""
+    """A job for the quick trainer: so many steps, and a checkpoint after each `every` of them."""
     base_model, _ = BaseModel.objects.get_or_create(name="tiny", defaults={"folder": "/nowhere", "revision": "1" * 64})
     return queue_job(
         team=team, user=user, recipe=make_recipe(name, max_steps=max_steps, checkpoint_every_steps=every),
@@ -32,7 +32,7 @@ def queue_quickly(
 
 
 def expected_weights(job: Job, *, num_steps: int | None = None) -> str:
-    """The digest of the weights that the fake trainer makes of an undisturbed run, computed without it."""
+    """The digest of the weights that the quick trainer makes of an undisturbed run, computed without it."""
     state = hashlib.sha256(json.dumps(job.recipe, sort_keys=True).encode()).hexdigest()
     for step in range(1, (num_steps or job.recipe["training"]["max_steps"]) + 1):
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()

@@ -133,11 +133,11 @@ class Started:
 def slot(index: int = 0, *, is_real: bool = False) -> None:
     """A worker's slot. SIGTERM drains it, a second one ends it at once, as Celery does; SIGUSR1 wakes it."""
     from jobs import running, slots, supervising
-    from tests.faults import fake_trainer
+    from tests.faults import quick_trainer
 
     if not is_real:
-        running.trainer_command = fake_trainer.command
-        supervising.PASSED_ON_PREFIXES += ("FAKE_TRAINER_",)
+        running.trainer_command = quick_trainer.command
+        supervising.PASSED_ON_PREFIXES += ("QUICK_TRAINER_",)
     one = slots.Slot(index)
     ended = threading.Event()
 
@@ -269,7 +269,7 @@ def main() -> None:
     # Everything that a role imports, so that a fork has nothing left to load.
     from jobs import hardware, running, slots, sweeping, tasks  # noqa: F401
     from jobs.slots import register_worker  # noqa: F401
-    from tests.faults import fake_trainer, quick  # noqa: F401
+    from tests.faults import quick, quick_trainer  # noqa: F401
 
     for line in sys.stdin:
         with contextlib.suppress(ChildProcessError):

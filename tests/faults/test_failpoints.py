@@ -131,7 +131,7 @@ def test_a_worker_killed_while_it_gives_a_job_up_gives_it_up_later(
     quick: Callable[..., Job], workers: SlotWorkers
 ) -> None:
     job = quick()
-    fails = {"FAKE_TRAINER_FAILS": "bad_recipe"}
+    fails = {"QUICK_TRAINER_FAILS": "bad_recipe"}
     workers.start("slot", failpoints="fail.before_commit=kill", environment=fails).wait()
     assert workers.has_fired("fail.before_commit")
     assert reload(job).state == JobState.RUNNING

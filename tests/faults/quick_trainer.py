@@ -4,10 +4,10 @@ For tests of the queue, where training would only take time. It is a process of 
 and its adapter depends on the recipe and the number of steps alone: an adapter of a disturbed run equals that of an
 undisturbed one exactly if no step was lost or done twice.
 
-    python -m tests.faults.fake_trainer recipe.json --out DIR ... --attempt N --events FD --supervised
+    python -m tests.faults.quick_trainer recipe.json --out DIR ... --attempt N --events FD --supervised
 
-`training.max_steps` and `training.checkpoint_every_steps` of the recipe count; FAKE_TRAINER_STEP_SECONDS (0.05) says
-how long a step takes, FAKE_TRAINER_FAILS (none) with which code it gives up at its second step.
+`training.max_steps` and `training.checkpoint_every_steps` of the recipe count; QUICK_TRAINER_STEP_SECONDS (0.05) says
+how long a step takes, QUICK_TRAINER_FAILS (none) with which code it gives up at its second step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 def command(job: Any, folder: Path) -> list[str]:
     """In place of jobs.running.trainer_command."""
     return [
-        sys.executable, "-m", "tests.faults.fake_trainer", str(folder / "recipe.json"),
+        sys.executable, "-m", "tests.faults.quick_trainer", str(folder / "recipe.json"),
         "--out", str(folder), "--attempt", str(job.attempt),
     ]  # fmt: skip
 
@@ -47,7 +47,7 @@ class Trainer:
         self.events = int(arguments[arguments.index("--events") + 1])
         self.num_steps = int(self.recipe["training"]["max_steps"])
         self.every = int(self.recipe["training"]["checkpoint_every_steps"])
-        self.step_seconds = float(os.environ.get("FAKE_TRAINER_STEP_SECONDS", "0.05"))
+        self.step_seconds = float(os.environ.get("QUICK_TRAINER_STEP_SECONDS", "0.05"))
         self.step, self.state = 0, hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
 
     def run(self) -> int:
@@ -71,7 +71,7 @@ class Trainer:
                 self.say(type="stopped", mode=mode, step=self.step)
                 return EXIT_STOPPED
             failpoint("training.step")
-            if self.step == 1 and (code := os.environ.get("FAKE_TRAINER_FAILS")):
+            if self.step == 1 and (code := os.environ.get("QUICK_TRAINER_FAILS")):
                 self.say(type="failed", code=code, message="It cannot be done.", next_step="Change it.")
                 return 1
             time.sleep(self.step_seconds)
