@@ -11,6 +11,7 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle
 from jobs.models import Job, JobState
+from jobs.retrying import tried_again
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import BaseModel
@@ -26,6 +27,7 @@ class IdempotencyConflictError(RecipeError):
     code = "idempotency_conflict"
 
 
+@tried_again
 def queue_job(
     *,
     team: Team,
@@ -110,6 +112,7 @@ def _same_job(known: Job, asked: dict[str, object]) -> Job:
     )
 
 
+@tried_again
 def cancel_job(job: Job, user: User, mode: str = "now", *, token: ApiToken | None = None) -> bool:
     """Stop a job: "now" discards the run, "keep" ends with the adapter of the last step. Asking twice is harmless.
 

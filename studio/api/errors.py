@@ -121,11 +121,12 @@ def install_error_handlers(api: NinjaAPI) -> None:
             help_text = "Send a JSON object with the header Content-Type: application/json."
         return error_response(error.status_code, [ErrorDetail(code=code, message=message, help=help_text)])
 
-    @handles(OperationalError)
-    @handles(InterfaceError)
     def database_away(request: HttpRequest, error: Exception) -> HttpResponse:
         logger.warning("%s %s: the database does not answer: %s", request.method, request.path, error)
         return error_response(503, [UNAVAILABLE], RETRY_LATER)
+
+    handles(OperationalError)(database_away)
+    handles(InterfaceError)(database_away)
 
     @handles(Exception)
     def unexpected(request: HttpRequest, error: Exception) -> HttpResponse:

@@ -27,9 +27,10 @@ from tests.faults.quick import (
     wait_until_final,
     weights,
 )
+from tests.faults.quick_app import quick_celery_worker
 from tests.faults.slot_workers import SlotWorkers
 from tests.jobs.making import make_worker
-from tests.processes import celery_worker, wait_for
+from tests.processes import wait_for
 from tests.tiny import tiny_rows
 from workers.failpoints import POINTS, failpoint, switch_on
 
@@ -249,12 +250,12 @@ def test_a_worker_killed_by_a_wake_up_takes_the_job_without_it_when_it_is_back(
     monkeypatch.setenv("STUDIO_FAILPOINTS", "wake.received=kill")
     monkeypatch.setenv("STUDIO_FAILPOINTS_ONCE", str(tmp_path))
     job = quick()
-    with celery_worker("gpu", tmp_path / "first.log") as first:
+    with quick_celery_worker(tmp_path / "first.log") as first:
         wait_for(lambda: first.poll() is not None, what="the death of the worker")
     assert (tmp_path / "wake.received").exists()
-    assert reload(job).state == JobState.QUEUED
-    with celery_worker("gpu", tmp_path / "second.log"):
-        wait_for(lambda: reload(job).attempt >= 1, what="the claim")
+    with quick_celery_worker(tmp_path / "second.log"):
+        wait_until_final(job)
+    check(job)
 
 
 @pytest.mark.parametrize("point", IN_AN_UPLOAD)
