@@ -19,16 +19,18 @@ from django.db.models.functions import Now
 
 from jobs import usage
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
+from jobs.waking import wake_workers
 from studio.accounts.models import User
 from studio.catalogue.models import Adapter
 from workers.errors import RecipeError
+from workers.failpoints import failpoint
 
 # Seconds before the next try after the first, second, ... counted failure, at the default lease of 60 s.
 BACKOFF_SECONDS = (10, 60, 300, 900)
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
 POISON_ATTEMPTS = 3
 # Faults of our own servers, which use up none of a job's retries.
-UNCOUNTED = frozenset({"disk_full", "storage"})
+UNCOUNTED = frozenset({"disk_full", "storage", "database"})
 
 WAITING = Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT], not_before__lte=Now())
 
@@ -90,6 +92,7 @@ def claim(job: Job, worker: Worker) -> Job | None:
         claimed = Job.objects.select_related("team", "created_by", "base_model", "dataset_version").get(pk=job.pk)
         JobAttempt.objects.create(job=claimed, number=claimed.attempt, worker=worker, started_at=Now())
         add_event(claimed.pk, claimed.attempt, f"Started on {worker.device} ({worker}), attempt {claimed.attempt}.")
+        failpoint("claim.before_commit")
     return claimed
 
 
@@ -105,9 +108,11 @@ def heartbeat(job_id: UUID, attempt: int, progress: Progress | None = None) -> H
             "phase": progress.phase, "step": progress.step, "num_steps": progress.num_steps,
             "seconds_left": progress.seconds_left, "plan": progress.plan,
         }  # fmt: skip
+    failpoint("heartbeat.before")
     with transaction.atomic():
         if _held(job_id, attempt).update(**values) != 1:
             raise FencedError
+        failpoint("heartbeat.before_commit")
         return HeartbeatAnswer(*Job.objects.values_list("state", "stop_mode").get(pk=job_id))
 
 
@@ -120,6 +125,7 @@ def store_progress(
         _upsert_points(points)
         for level, text in messages:
             add_event(job_id, attempt, text, level=level)
+        failpoint("progress.before_commit")
 
 
 _MEASURED = ("loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "num_tokens")
@@ -161,6 +167,7 @@ def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str)
         )  # fmt: skip
         _end_attempt(job_id, attempt, "failed", code)
         add_event(job_id, attempt, message, level="error")
+        failpoint("fail.before_commit")
 
 
 def retry_later(job_id: UUID, attempt: int, *, code: str, message: str, counted: bool) -> None:
@@ -173,6 +180,8 @@ def retry_later(job_id: UUID, attempt: int, *, code: str, message: str, counted:
         job = _lock(job_id, attempt)
         _end_attempt(job_id, attempt, "failed", code)
         _queue_again(job, code=code, message=message, counted=counted)
+        failpoint("retry.before_commit")
+    failpoint("retry.after_commit")
 
 
 def hand_back(job_id: UUID, attempt: int, *, reason: str) -> None:
@@ -187,6 +196,9 @@ def hand_back(job_id: UUID, attempt: int, *, reason: str) -> None:
             state=JobState.QUEUED, phase="", worker=None, lease_until=None, not_before=Now(), seconds_left=None
         )
         add_event(job_id, attempt, reason)
+        wake_workers()
+        failpoint("hand_back.before_commit")
+    failpoint("hand_back.after_commit")
 
 
 def ask_stop(job: Job, user: User, mode: str) -> bool:
@@ -227,6 +239,7 @@ def cancelled(job_id: UUID, attempt: int) -> None:
         job = _lock(job_id, attempt)
         _end_attempt(job_id, attempt, "stopped")
         _cancel_locked(job, "Stopped. Checkpoints are kept; nothing was registered.")
+        failpoint("cancelled.before_commit")
 
 
 def reap_expired() -> int:
@@ -246,11 +259,23 @@ def reap_expired() -> int:
             count += 1
             if _is_discarded(job):
                 _cancel_locked(job, "Stopped: its worker is gone.")
-                continue
-            _queue_again(
-                job, code="worker_lost", counted=True,
-                message=f"No heartbeat from {job.worker} within {settings.LEASE_SECONDS:.0f} s.",
-            )  # fmt: skip
+            else:
+                _queue_again(
+                    job, code="worker_lost", counted=True,
+                    message=f"No heartbeat from {job.worker} within {settings.LEASE_SECONDS:.0f} s.",
+                )  # fmt: skip
+            failpoint("reap.before_commit")
+        failpoint("reap.after_commit")
+    return count
+
+
+def requeue_due() -> int:
+    """Queue the jobs whose wait for the next try is over, and tell idle workers; returns how many."""
+    with transaction.atomic():
+        due = Job.objects.filter(state=JobState.RETRY_WAIT, not_before__lte=Now()).select_for_update(skip_locked=True)
+        count = Job.objects.filter(pk__in=[job.pk for job in due.only("pk")]).update(state=JobState.QUEUED)
+        if count:
+            wake_workers()
     return count
 
 
@@ -327,6 +352,14 @@ def _is_poison(job_id: UUID) -> bool:
         and attempt.last_step <= attempt.from_step
         for attempt in last
     )
+
+
+def note_exit(job_id: UUID, attempt: int, returncode: int | None) -> None:
+    """Remember how an attempt's trainer ended; a negative `returncode` is the number of the signal that ended it."""
+    if returncode is None:
+        return
+    status, signal = (returncode, None) if returncode >= 0 else (None, -returncode)
+    JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(exit_status=status, signal=signal)
 
 
 def note_attempt(job_id: UUID, attempt: int, *, from_step: int, peak_memory_bytes: int) -> None:

@@ -216,6 +216,8 @@ class JobAttempt(models.Model):
     from_step = models.PositiveIntegerField(default=0)
     last_step = models.PositiveIntegerField(default=0)
     peak_memory_bytes = models.BigIntegerField(default=0)
+    exit_status = models.PositiveIntegerField(null=True, help_text="With which its trainer ended by itself.")
+    signal = models.PositiveIntegerField(null=True, help_text="Number of the signal that ended its trainer.")
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["job", "number"], name="one_row_per_attempt")]
@@ -326,3 +328,24 @@ class LastStart(models.Model):
 
     def __str__(self) -> str:
         return f"{self.team} at priority {self.priority}: {self.at}"
+
+
+class OutboxMessage(models.Model):
+    """Something that a broker has to be told, written in the transaction that makes it true (outbox.py)."""
+
+    topic = models.CharField(max_length=40)
+    key = models.CharField(max_length=80, help_text="Messages of one topic and key that wait together go as one.")
+    payload = models.JSONField(default=dict)
+    created_at = models.DateTimeField(auto_now_add=True)
+    attempts = models.PositiveIntegerField(default=0)
+    next_try_at = models.DateTimeField()
+    sent_at = models.DateTimeField(null=True)
+    last_error = models.TextField(blank=True)
+
+    class Meta:
+        indexes: ClassVar = [
+            models.Index(fields=["next_try_at"], name="outbox_unsent", condition=models.Q(sent_at__isnull=True))
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.topic} to {self.key}"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 
 from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
 
 from jobs import lifecycle
 from jobs.models import Job, JobState
+from jobs.retrying import tried_again
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
+from workers.failpoints import failpoint
 from workers.recipe import Recipe
 
 
@@ -24,6 +27,7 @@ class IdempotencyConflictError(RecipeError):
     code = "idempotency_conflict"
 
 
+@tried_again
 def queue_job(
     *,
     team: Team,
@@ -70,7 +74,9 @@ def queue_job(
             )  # fmt: skip
             lifecycle.add_event(job.pk, 0, f"Queued by {user.display_name()}.")
             record("job.queued", team=team, user=user, token=token, target=job)
-            transaction.on_commit(wake_workers)
+            transaction.on_commit(partial(failpoint, "submit.after_commit"))
+            wake_workers()
+            failpoint("submit.before_commit")
     except IntegrityError:
         # A second submit of the same form was committed between our look and our insert; or what the job needs
         # was deleted then.
@@ -106,6 +112,7 @@ def _same_job(known: Job, asked: dict[str, object]) -> Job:
     )
 
 
+@tried_again
 def cancel_job(job: Job, user: User, mode: str = "now", *, token: ApiToken | None = None) -> bool:
     """Stop a job: "now" discards the run, "keep" ends with the adapter of the last step. Asking twice is harmless.
 
@@ -122,6 +129,8 @@ def cancel_job(job: Job, user: User, mode: str = "now", *, token: ApiToken | Non
         asked = lifecycle.ask_stop(job, user, mode)
         if asked:
             record("job.stopped", team=job.team, user=user, token=token, target=job, mode=mode)
+        failpoint("stop.before_commit")
+    failpoint("stop.after_commit")
     return asked
 
 

@@ -18,6 +18,7 @@ from jobs.models import Job
 from jobs.supervising import Link, Outcome, boot_clock, supervise
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
+from workers.failpoints import failpoint
 from workers.recipe import Recipe
 from workers.results import Result
 
@@ -41,9 +42,11 @@ def run_job(
 
 def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
     try:
+        failpoint("claim.after_commit")
         folder = prepare_folder(job)
         log_file = folder / "attempts" / str(job.attempt) / "trainer.log"
         files.fetch_checkpoint(job)
+        failpoint("trainer.before_start")
         with files.CheckpointStore(job.pk, job.attempt) as checkpoints:
             outcome = supervise(
                 trainer_command(job, folder), link=link, log_file=log_file, is_draining=is_draining,
@@ -51,9 +54,13 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
             )  # fmt: skip
             if not outcome.is_fenced:
                 checkpoints.finish(log_file)
+        failpoint("finish.before")
         until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
+    except (OperationalError, InterfaceError):
+        logger.exception("Job %s could not run", job.pk)
+        _record_retry(job, code="database", message="The studio's database did not answer.")
     except OSError as error:
         logger.exception("Job %s could not run", job.pk)
         explained = storage.explain_disk_error(error)
@@ -91,6 +98,7 @@ def finish(job: Job, outcome: Outcome) -> None:
     """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
     if outcome.is_fenced:
         raise FencedError
+    lifecycle.note_exit(job.pk, job.attempt, outcome.exit_status)
     if outcome.result is not None and outcome.exit_status == 0:
         register(job, Path(outcome.result.folder))
     elif outcome.asked == "now":
@@ -137,7 +145,10 @@ def register(job: Job, product: Path) -> None:
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
     key = f"{job.team_id}/{job.pk}-{job.attempt}"
     lifecycle.heartbeat(job.pk, job.attempt)
+    remove_products(job)
+    failpoint("register.before_keep")
     storage.keep_adapter(product, key)
+    failpoint("register.files_kept")
     # Before the transaction: hashing gigabytes takes longer than one may stand open.
     listed = checked_files(key)
     result = Result.from_folder(storage.adapter_folder(key))
@@ -149,9 +160,23 @@ def register(job: Job, product: Path) -> None:
                 result=result,
             )  # fmt: skip
             lifecycle.succeed(job.pk, job.attempt, adapter)
+            failpoint("register.before_commit")
     except FencedError:
         storage.discard_adapter(key)
         raise
+    failpoint("register.after_commit")
+
+
+def remove_products(job: Job, *, asks_storage: bool = True) -> None:
+    """Remove what earlier attempts had put in the products' place before they died: no row knows it.
+
+    Call it as the holder of the job's lease, or for a job that ended without a product. Without `asks_storage` only
+    this machine's disk is looked at.
+    """
+    for number in range(1, job.attempt):
+        key = f"{job.team_id}/{job.pk}-{number}"
+        if storage.adapter_folder(key).exists() or (asks_storage and storage.is_remote()):
+            storage.discard_adapter(key)
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:

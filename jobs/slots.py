@@ -18,7 +18,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
-from jobs import lifecycle, scheduling
+from jobs import scheduling, sweeping
 from jobs.hardware import find_device
 from jobs.machines import Reporter
 from jobs.models import Worker
@@ -68,7 +68,7 @@ class Slot(threading.Thread):
         if self._reporter is None:
             self._reporter = Reporter(self.worker.pk, self.index, self.is_alive)
             self._reporter.start()
-        lifecycle.reap_expired()
+        sweeping.sweep()
         while not self._draining.is_set():
             # What a job can have is asked now: the choice of the next one depends on it.
             self._reporter.report()

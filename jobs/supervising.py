@@ -44,6 +44,7 @@ from workers.events import (
     ValidationEvent,
     parse_event,
 )
+from workers.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ PASSED_ON = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "USER", "LOGNAME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "STUDIO_TRAINER_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR",
 )  # fmt: skip
-PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_")
+PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "STUDIO_FAILPOINTS")
 
 
 @dataclass
@@ -222,6 +223,7 @@ def supervise(
             cwd=settings.ROOT, env=trainer_environment(), preexec_fn=lambda: die_with_parent(signal.SIGKILL),
         )  # fmt: skip
     os.close(writing)
+    failpoint("trainer.after_start")
     publisher = Publisher(link.job_id, link.attempt)
     publisher.start()
     try:

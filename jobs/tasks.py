@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from jobs import lifecycle, machines, slots
-from jobs.waking import wake_workers
+from jobs import machines, slots, sweeping
+from workers.failpoints import failpoint
 
 
 @shared_task
 def look_at_queue() -> None:
     """Wake this worker's slot: there may be work."""
+    failpoint("wake.received")
     slots.wake()
 
 
 @shared_task
 def sweep() -> None:
-    """Take jobs back from workers whose lease has run out, and wake somebody if anything waits."""
-    lifecycle.reap_expired()
-    if lifecycle.anything_waits():
-        wake_workers()
+    """Keep the queue moving (jobs/sweeping.py), and forget workers that are long gone."""
+    sweeping.sweep()
     machines.forget_gone_workers()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.db import InterfaceError, OperationalError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, HttpResponseNotAllowed
 from django.shortcuts import render
+from django.template import loader
 from django.utils.decorators import sync_and_async_middleware
 from django.views import defaults
 
-from studio.api.errors import INTERNAL, NOT_FOUND, ErrorDetail, error_response
+from studio.api.errors import INTERNAL, NOT_FOUND, RETRY_LATER, UNAVAILABLE, ErrorDetail, error_response
 
 _BAD_REQUEST = ErrorDetail(code="bad_request", message="The server cannot read this request.")
 
@@ -28,10 +31,19 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def server_error(request: HttpRequest, **kwargs: Any) -> HttpResponse:
-    """500, without the database: the database may be what failed."""
+    """500, or 503 when it was the database that did not answer; the page needs none."""
+    if isinstance(sys.exception(), OperationalError | InterfaceError):
+        return unavailable(request)
     if _is_api(request):
         return error_response(500, [INTERNAL])
     return defaults.server_error(request, **kwargs)
+
+
+def unavailable(request: HttpRequest) -> HttpResponse:
+    """503 with Retry-After: the same request succeeds once the database is back."""
+    if _is_api(request):
+        return error_response(503, [UNAVAILABLE], RETRY_LATER)
+    return HttpResponse(loader.render_to_string("503.html"), status=503, headers=RETRY_LATER)
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:

@@ -133,12 +133,14 @@ TEMPLATES = [
 _database = dj_database_url.parse(DATABASE_URL or "postgres://unset@localhost/unset")
 # What the URL asks for (sslmode and its certificates, for example) stands; of two times, the server takes the last.
 _asked: dict[str, Any] = {**_database.get("OPTIONS", {})}
+# A server that vanished without a word is noticed in half a minute, not in the system's two hours. TCP only.
+_alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25000}
 _times = "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=30000"
 DATABASES = {
     "default": {
         **_database,
         "CONN_HEALTH_CHECKS": True,
-        "OPTIONS": {**_asked, "options": f"{_times} {_asked.get('options', '')}".strip()},
+        "OPTIONS": {**_alive, **_asked, "options": f"{_times} {_asked.get('options', '')}".strip()},
     }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

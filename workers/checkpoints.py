@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from workers.digests import file_sha256
 from workers.errors import CheckpointError, ExplainedError
+from workers.failpoints import failpoint
 from workers.stopping import Watch
 
 MANIFEST = "MANIFEST.json"
@@ -105,13 +106,17 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
+        failpoint("checkpoint.begin")
         _write_files(aside, position, model, optimizer)
         if best_weights is not None:
             save_file(best_weights, aside / BEST)
+        failpoint("checkpoint.files_written")
         _write_manifest(aside, position, recipe_sha256, versions)
         if folder.exists():  # this attempt came here before: resumed from an older one after damage
             shutil.rmtree(folder)
+        failpoint("checkpoint.before_rename")
         aside.replace(folder)
+        failpoint("checkpoint.after_rename")
         _sync(root)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -119,6 +124,7 @@ def save(
     except SafetensorError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise weights_error(error, "the checkpoint") from error
+    failpoint("checkpoint.before_remove")
     _remove_old(root, keep=folder)
     return Checkpoint(folder, position)
 
@@ -226,6 +232,7 @@ def _write_manifest(folder: Path, position: Position, recipe_sha256: str, versio
     for path in sorted(folder.iterdir()):
         _sync(path)
         files.append({"path": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)})
+    failpoint("checkpoint.before_manifest")
     manifest = {
         "manifest_version": 1,
         "step": position.step,

@@ -36,6 +36,7 @@ from workers.events import (
     StoppedEvent,
 )
 from workers.examples import Example, Problem
+from workers.failpoints import failpoint
 from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
 from workers.memory import DatasetFacts, DeviceFacts
@@ -145,7 +146,9 @@ def train(
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise checkpoints.disk_error(error, "the run's files") from error
+    failpoint("training.packaged")
     report(ResultEvent(folder=str(product), stopped_at_step=stopped_at))
+    failpoint("training.before_exit")
     return product
 
 
@@ -358,6 +361,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
                 _save_checkpoint(run, model, optimizer, position, validator.best_weights)
             raise _Stopped(mode, position.step)
 
+        failpoint("training.step")
         step = position.step + 1
         rate = learning_rate(
             step,
@@ -417,6 +421,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         if is_checkpoint or validator.is_over(position):
             _save_checkpoint(run, model, optimizer, position, validator.best_weights)
         meter.skip()
+    failpoint("training.last_step")
     validator.take_best(model, position)
     return position, None
 
@@ -611,6 +616,7 @@ def package(
         num_trainable=sum(parameter.numel() for parameter in parameters),
         stopped_at_step=stopped_at,
     )
+    failpoint("training.before_package")
     folder = run.folders.out / "attempts" / str(run.attempt) / "adapter"
     aside = folder.with_name(".tmp-adapter")
     shutil.rmtree(aside, ignore_errors=True)

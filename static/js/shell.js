@@ -50,6 +50,12 @@
     if (request.body?.has("csrfmiddlewaretoken")) request.body.set("csrfmiddlewaretoken", token());
   });
 
+  // A 503 is not swapped in (see the configuration in base.html): what is shown stays, and says why it is old.
+  document.addEventListener("htmx:response:error", (event) => {
+    if (event.detail.ctx.response.status !== 503) return;
+    say("The studio's database does not answer at this moment. What you see may be out of date; try again in a few seconds.");
+  });
+
   document.addEventListener("htmx:error", () =>
     say("The studio did not answer. What you see may be out of date: check your connection and reload the page."),
   );

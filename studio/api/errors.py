@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from django.core.exceptions import PermissionDenied, RequestDataTooBig
+from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from ninja import NinjaAPI, Schema
 from ninja.errors import AuthenticationError, HttpError, ValidationError
@@ -38,7 +39,7 @@ class ErrorOut(Schema):
 
 
 # For an operation's `response=`: documents the error form in the schema.
-ERRORS: dict[Any, Any] = {frozenset({400, 401, 403, 404, 409, 413, 422, 429, 507}): ErrorOut}
+ERRORS: dict[Any, Any] = {frozenset({400, 401, 403, 404, 409, 413, 422, 429, 503, 507}): ErrorOut}
 
 
 class ApiError(Exception):
@@ -120,6 +121,13 @@ def install_error_handlers(api: NinjaAPI) -> None:
             help_text = "Send a JSON object with the header Content-Type: application/json."
         return error_response(error.status_code, [ErrorDetail(code=code, message=message, help=help_text)])
 
+    def database_away(request: HttpRequest, error: Exception) -> HttpResponse:
+        logger.warning("%s %s: the database does not answer: %s", request.method, request.path, error)
+        return error_response(503, [UNAVAILABLE], RETRY_LATER)
+
+    handles(OperationalError)(database_away)
+    handles(InterfaceError)(database_away)
+
     @handles(Exception)
     def unexpected(request: HttpRequest, error: Exception) -> HttpResponse:
         logger.error("%s %s failed", request.method, request.path, exc_info=error)
@@ -135,6 +143,14 @@ UNAUTHENTICATED = ErrorDetail(
 INTERNAL = ErrorDetail(
     code="internal", message="The studio failed at this request; its log has the details.", help="Try again later."
 )
+
+# A database that restarts, has no connection left or broke off a deadlock: asking again soon helps.
+UNAVAILABLE = ErrorDetail(
+    code="unavailable",
+    message="The studio's database does not answer at this moment, so the request may not have been done.",
+    help="Send it again in a few seconds, with the same Idempotency-Key; running jobs go on.",
+)
+RETRY_LATER = {"Retry-After": "5"}
 
 # Where ninja says that a value came from; the person's own field names follow.
 _SOURCES = {"body", "query", "path", "form", "file", "header", "cookie"}

@@ -18,6 +18,7 @@ from studio.datasets.models import Dataset, DatasetVersion
 from studio.storage import IncomingBlob, incoming_blob
 from workers.carriers import open_rows, sniff
 from workers.errors import DatasetError
+from workers.failpoints import failpoint
 from workers.inspection import no_rows
 
 MAX_FILE_NAME = 120
@@ -106,7 +107,10 @@ def _register(
         num_bytes=blob.num_bytes,
     )
     # Last, so that a row that cannot be written leaves no file behind.
+    failpoint("upload.before_keep")
     blob.keep()
+    failpoint("upload.files_kept")
+    transaction.on_commit(partial(failpoint, "upload.after_commit"))
     transaction.on_commit(partial(queue_inspection, version.pk))
     return version
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,9 @@ from studio.catalogue.models import BaseModel
 from studio.datasets.inspecting import inspect
 from studio.datasets.models import DatasetVersion, VersionState
 from studio.datasets.uploads import receive_upload
+from tests.faults.quick import queue_quickly
+from tests.faults.slot_workers import SlotWorkers
+from tests.processes import test_environment
 from tests.tiny import tiny_rows
 from workers.recipe import Recipe
 
@@ -54,5 +59,23 @@ def queue(team: Team, bob: User, base_model: BaseModel, version: DatasetVersion)
             team=team, user=bob, recipe=recipe, base_model=base_model, dataset_version=version,
             idempotency_key=uuid.uuid4().hex,
         )  # fmt: skip
+
+    return queue
+
+
+@pytest.fixture
+def workers(transactional_db: None, tmp_path: Path) -> Iterator[SlotWorkers]:
+    """Processes of the queue, see slot_workers.py; all are gone after the test."""
+    started = SlotWorkers(tmp_path, test_environment())
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def quick(team: Team, bob: User, transactional_db: None) -> Callable[..., Job]:
+    """Queue a job for the quick trainer: quick(name, max_steps=6, every=2)."""
+
+    def queue(name: str = "quick", **options: Any) -> Job:
+        return queue_quickly(team, bob, name=name, **options)
 
     return queue
