@@ -204,7 +204,7 @@ def trainer_like(job: Job, *, orphaned: bool = False) -> Iterator[int]:
         process = subprocess.Popen(sleeping)
         pid = process.pid
     else:
-        start = f"import subprocess; print(subprocess.Popen({sleeping!r}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)"
+        start = f"import subprocess as s; print(s.Popen({sleeping!r}, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
         pid = int(subprocess.run([sys.executable, "-c", start], capture_output=True, check=True).stdout)
         process = None
     try:
