@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from django.db import InterfaceError, OperationalError, connection, transaction
 from jobs import failures, lifecycle
 from jobs.lifecycle import FencedError
 from jobs.models import Job
+from jobs.products import product_key, remove_unregistered, remove_unregistered_before
 from jobs.supervising import Link, Outcome, boot_clock, supervise
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
@@ -65,6 +65,7 @@ def prepare_folder(job: Job) -> Path:
     """The job's folder with its recipe in it, for this attempt and for people."""
     folder = storage.job_folder(job.pk)
     (folder / "attempts" / str(job.attempt)).mkdir(parents=True, exist_ok=True)
+    remove_unregistered_before(job)
     recipe = Recipe.from_dict(job.recipe)
     aside = folder / f"recipe-{job.attempt}.json.new"
     aside.write_text(json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False))
@@ -131,7 +132,7 @@ def until_answered(action: Callable[[], None]) -> None:
 def register(job: Job, product: Path) -> None:
     """Put the finished adapter in its place and, in one transaction, into the catalogue with the job's success."""
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
-    key = f"{job.team_id}/{job.pk}-{job.attempt}"
+    key = product_key(job, job.attempt)
     lifecycle.heartbeat(job.pk, job.attempt)
     storage.keep_adapter(product, key)
     # Before the transaction: hashing gigabytes takes longer than one may stand open.
@@ -146,13 +147,16 @@ def register(job: Job, product: Path) -> None:
             )  # fmt: skip
             lifecycle.succeed(job.pk, job.attempt, adapter)
     except FencedError:
-        shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
+        remove_unregistered(job, job.attempt)
         raise
+    # Once more: a worker that was paused may have put its files there after this attempt had begun.
+    remove_unregistered_before(job)
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:
     try:
         counted = code not in lifecycle.UNCOUNTED
         until_answered(lambda: lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted))
+        remove_unregistered(job, job.attempt)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s.", job.pk, job.attempt)

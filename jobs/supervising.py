@@ -254,6 +254,8 @@ def _watch(
                 event = MessageEvent(
                     level="warning", text=f"The trainer said something unknown: {error.errors()[0]['msg']}"
                 )
+            if shared.is_fenced or boot_clock() > link.sure_until():
+                break  # Said for a job that may be another's by now: this process was paused, for one.
             _take(event, outcome, link)
             publisher.publish(event)
             tell(event)
