@@ -30,7 +30,7 @@ BACKOFF_SECONDS = (10, 60, 300, 900)
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
 POISON_ATTEMPTS = 3
 # Faults of our own servers, which use up none of a job's retries.
-UNCOUNTED = frozenset({"disk_full", "storage"})
+UNCOUNTED = frozenset({"disk_full", "storage", "database"})
 
 WAITING = Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT], not_before__lte=Now())
 

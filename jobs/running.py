@@ -47,9 +47,13 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
             trainer_command(job, folder), link=link,
             log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
         )  # fmt: skip
-        until_answered(lambda: finish(job, outcome))
+        # Without a database this worker has nothing else to do, and a trainer that was stopped can lose nothing more.
+        until_answered(lambda: finish(job, outcome), num_leases=10 if outcome.is_unsure else 0.5)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
+    except (OperationalError, InterfaceError):
+        logger.exception("Job %s could not be finished", job.pk)
+        _record_retry(job, code="database", message="The database did not answer when this attempt ended.")
     except OSError as error:
         logger.exception("Job %s could not run", job.pk)
         explained = storage.explain_disk_error(error)
@@ -86,6 +90,13 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
 
 def finish(job: Job, outcome: Outcome) -> None:
     """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
+    if outcome.is_unsure:
+        # Not the job's fault: the database was away, or this process was paused. Fenced if somebody took the job back.
+        lifecycle.retry_later(
+            job.pk, job.attempt, code="database", counted=False,
+            message="Its worker could not reach the database in time and stopped the trainer.",
+        )  # fmt: skip
+        return
     if outcome.is_fenced:
         raise FencedError
     if outcome.result is not None and outcome.exit_status == 0:
@@ -111,12 +122,12 @@ def finish(job: Job, outcome: Outcome) -> None:
             lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
 
 
-def until_answered(action: Callable[[], None]) -> None:
-    """Do something in the database, again and again while it does not answer, for half a lease at most.
+def until_answered(action: Callable[[], None], *, num_leases: float = 0.5) -> None:
+    """Do something in the database, again and again while it does not answer, for so many leases at most.
 
     This thread's connection has been idle since the claim: a restart of the database meanwhile is found out here.
     """
-    give_up_at = boot_clock() + settings.LEASE_SECONDS / 2
+    give_up_at = boot_clock() + settings.LEASE_SECONDS * num_leases
     while True:
         try:
             action()

@@ -1,6 +1,6 @@
 """`python -m tests.faults.soak`: many short jobs on real workers while everything is killed, and what became of them.
 
-Servers, workers, supervisors, leases and the reaper are the product's own, at a twentieth of its times. Most trainers
+Servers, workers, supervisors, leases and the reaper are the product's own, at a fifteenth of its times. Most trainers
 are fakes that take milliseconds; some are real trainings of the tiny model. Prints a table; the exit status is 1 when a
 job was lost or done twice, an invariant is broken, or not every fault was injected.
 """
@@ -19,7 +19,7 @@ import psycopg
 
 from studio.embedded import EmbeddedServers, ServerUrls
 
-LEASE_SECONDS = 3.0
+LEASE_SECONDS = 4.0
 ROOT = Path(__file__).resolve().parents[2]
 
 

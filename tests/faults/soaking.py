@@ -59,7 +59,7 @@ KILL_NAMES = {
     "postgres": "Postgres immediate restarts", "redis": "Redis kills",
 }  # fmt: skip
 # A real training costs seconds of import at each attempt, so that only so many of its attempts are interrupted.
-MAX_HITS_OF_REAL = 3
+MAX_HITS_OF_REAL = 2
 MAX_PAUSED = 3
 SECONDS_BETWEEN_SERVER_KILLS = 2.0
 WORKER = (
@@ -184,7 +184,7 @@ class Soak:
         )  # fmt: skip
 
     def _real_recipe(self, name: str, seed: int) -> Recipe:
-        return self._recipe(name, seed=seed, max_steps=200)
+        return self._recipe(name, seed=seed, max_steps=120)
 
     def _start_reference(self, seed: int) -> subprocess.Popen[bytes]:
         """An undisturbed training by the trainer's own command line."""
@@ -204,9 +204,9 @@ class Soak:
             )  # fmt: skip
 
     def _queue(self) -> None:
-        """Queue the next job: the real ones lie scattered over the first two thirds."""
+        """Queue the next job: the real ones lie scattered over the first third."""
         index = len(self.jobs)
-        places = {round(n * self.options.jobs * 2 / 3 / max(1, self.options.real)) for n in range(self.options.real)}
+        places = {round(n * self.options.jobs / 3 / max(1, self.options.real)) for n in range(self.options.real)}
         if index in places:
             recipe = self._real_recipe(f"real {index}", 1 + index % len(self._real_seeds()))
         else:

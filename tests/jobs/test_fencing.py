@@ -10,15 +10,16 @@ from datetime import timedelta
 
 import pytest
 import redis
-from django.conf import settings
+from django.conf import settings as django_settings
+from django.db import OperationalError
 from django.db.models.functions import Now
 
 from jobs import lifecycle, progress, running
 from jobs.lifecycle import FencedError
-from jobs.models import Job
+from jobs.models import Job, JobState
 from jobs.products import product_key
 from jobs.progress import Publisher, stream_key
-from jobs.supervising import Link, _watch, boot_clock
+from jobs.supervising import Link, Outcome, _watch, boot_clock
 from studio import storage
 from studio.accounts.models import Team, User
 from tests.factories import make_adapter_folder, make_result
@@ -35,7 +36,7 @@ def job(data_dir: object, team: Team, bob: User) -> Job:
 
 def published(job: Job) -> list[int]:
     """The attempt of each entry of the job's stream."""
-    entries = redis.Redis.from_url(settings.REDIS_URL).xrange(stream_key(job.pk))
+    entries = redis.Redis.from_url(django_settings.REDIS_URL).xrange(stream_key(job.pk))
     return [int(fields[b"attempt"]) for _, fields in entries]
 
 
@@ -88,7 +89,7 @@ def test_what_is_read_after_the_lease_has_run_out_is_neither_published_nor_store
     reading, writing = os.pipe()
     os.write(writing, MessageEvent(text="said while the supervisor was paused").model_dump_json().encode() + b"\n")
     link, publisher = Link(job.pk, job.attempt), Publisher(job.pk, job.attempt)
-    link.shared.renewed_at = boot_clock() - settings.LEASE_SECONDS
+    link.shared.renewed_at = boot_clock() - django_settings.LEASE_SECONDS
     trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     publisher.start()
     heard: list[object] = []
@@ -150,3 +151,33 @@ def test_a_fenced_attempt_leaves_no_product(job: Job, monkeypatch: pytest.Monkey
     with pytest.raises(FencedError):
         running.register(job, product)
     assert not storage.adapter_folder(product_key(job, 1)).exists()
+
+
+def test_a_lease_that_could_not_be_renewed_costs_no_retry(job: Job) -> None:
+    running.finish(job, Outcome(is_fenced=True, is_unsure=True))
+    job.refresh_from_db()
+    assert (job.state, job.failures_counted) == (JobState.RETRY_WAIT, 0)
+    assert job.attempts.get().failure_code == "database"
+
+
+def test_a_lease_that_could_not_be_renewed_is_nobodys_once_the_job_was_taken_back(job: Job) -> None:
+    expire_lease(job)
+    lifecycle.reap_expired()
+    with pytest.raises(FencedError):
+        running.finish(job, Outcome(is_fenced=True, is_unsure=True))
+    assert job.attempts.get().outcome == "lost"
+
+
+def test_a_database_that_does_not_answer_at_the_end_costs_no_retry(
+    job: Job, monkeypatch: pytest.MonkeyPatch, settings: object
+) -> None:
+    def no_answer(*_: object) -> None:
+        raise OperationalError("the database system is starting up")
+
+    monkeypatch.setattr(running, "supervise", lambda *_args, **_options: Outcome(exit_status=0))
+    monkeypatch.setattr(running, "finish", no_answer)
+    settings.LEASE_SECONDS = 3
+    running.run_job(job)
+    job.refresh_from_db()
+    assert (job.state, job.failures_counted) == (JobState.RETRY_WAIT, 0)
+    assert job.attempts.get().failure_code == "database"
