@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from jobs import lifecycle, outbox
 from jobs.models import Job, JobState, OutboxMessage
-from jobs.running import remove_products
+from jobs.products import remove_unregistered_before
 from jobs.waking import wake_workers
 
 # Any number that no other advisory lock of the studio uses.
@@ -45,7 +45,7 @@ def _clear_away() -> None:
     )  # fmt: skip
     just_now = timezone.now() - timedelta(minutes=1)
     for job in ended.distinct():
-        remove_products(job, asks_storage=job.finished_at is not None and job.finished_at > just_now)
+        remove_unregistered_before(job, asks_storage=job.finished_at is not None and job.finished_at > just_now)
 
 
 def _is_only_sweeper() -> bool:
