@@ -51,6 +51,8 @@ class Worker(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField()
     is_draining = models.BooleanField(default=False)
+    quarantined_until = models.DateTimeField(null=True, help_text="Gets no job before: its device has failed.")
+    quarantine_reason = models.TextField(blank=True)
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"
@@ -94,6 +96,9 @@ class Job(models.Model):
     failure_code = models.CharField(max_length=40, blank=True)
     failure_message = models.TextField(blank=True)
     failure_next_step = models.TextField(blank=True)
+    micro_batch_size = models.PositiveIntegerField(
+        null=True, help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number."
+    )
     plan = models.JSONField(default=dict, help_text="The last PlanEvent: rows, tokens, parameters, device.")
     idempotency_key = models.CharField(max_length=80)
     created_at = models.DateTimeField(auto_now_add=True)
@@ -148,6 +153,8 @@ class JobAttempt(models.Model):
     from_step = models.PositiveIntegerField(default=0)
     last_step = models.PositiveIntegerField(default=0)
     peak_memory_bytes = models.BigIntegerField(default=0)
+    micro_batch_size = models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known.")
+    accumulation = models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step.")
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["job", "number"], name="one_row_per_attempt")]

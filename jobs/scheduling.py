@@ -27,6 +27,8 @@ def waiting_jobs() -> QuerySet[Job]:
 
 def next_job(worker: Worker) -> Job | None:
     """Claim the next job for a worker. Two workers never get the same one; None when nothing waits."""
+    if Worker.objects.filter(pk=worker.pk, quarantined_until__gt=Now()).exists():
+        return None  # its device has failed (lifecycle.quarantine)
     with transaction.atomic():
         first = waiting_jobs().filter(not_before__lte=Now()).select_for_update(skip_locked=True, of=("self",)).first()
         return lifecycle.claim(first, worker) if first is not None else None

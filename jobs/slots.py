@@ -22,7 +22,7 @@ from django.db.models.functions import Now
 from jobs import lifecycle, scheduling
 from jobs.hardware import find_device
 from jobs.models import Worker
-from jobs.running import run_job
+from jobs.running import has_room, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Slot(threading.Thread):
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
         lifecycle.reap_expired()
+        lifecycle.release_for_space(has_room)
         while not self._draining.is_set():
             Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
             job = scheduling.next_job(self.worker)
