@@ -129,6 +129,37 @@ KINDS = {
             "Choose another base model, or have an admin register this one again.",
         ),
         Kind(
+            "unsafe_base_model",
+            "The base model's folder holds what is never loaded here.",
+            "Choose another base model, or have an admin register a folder without it.",
+        ),
+        Kind(
+            "unsafe_config_key",
+            "The base model's configuration asks for what is never loaded here.",
+            "Choose another base model, or have an admin register a folder without it.",
+        ),
+        Kind(
+            "safetensors_only",
+            "The base model's weights are not in safetensors files.",
+            "Have an admin convert its folder to safetensors and register it again.",
+        ),
+        Kind(
+            "damaged_safetensors",
+            "A file of the base model's weights is damaged.",
+            "Have an admin copy its folder again and register it.",
+        ),
+        Kind(
+            "unrenderable_row",
+            "The base model's chat template cannot render a row.",
+            "Mend the row that the message names, or choose a base model whose template takes such rows.",
+        ),
+        Kind(
+            "unreadable_result",
+            "What the finished run left cannot be read.",
+            "An admin should look at the job's folder. Then run it again.",
+            actions=("as_it_is",),
+        ),
+        Kind(
             "invalid_recipe",
             "The recipe asks for something that cannot work.",
             "Change the setting that the message names.",

@@ -4,35 +4,37 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('jobs', '0001_initial'),
+        ("jobs", "0001_initial"),
     ]
 
     operations = [
         migrations.AddField(
-            model_name='job',
-            name='micro_batch_size',
-            field=models.PositiveIntegerField(help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number.", null=True),
+            model_name="job",
+            name="micro_batch_size",
+            field=models.PositiveIntegerField(
+                help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number.",
+                null=True,
+            ),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='accumulation',
-            field=models.PositiveIntegerField(default=0, help_text='Micro-batches whose gradients make a step.'),
+            model_name="jobattempt",
+            name="accumulation",
+            field=models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step."),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='micro_batch_size',
-            field=models.PositiveIntegerField(default=0, help_text='Rows in memory at once; 0 before it is known.'),
+            model_name="jobattempt",
+            name="micro_batch_size",
+            field=models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known."),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='quarantine_reason',
+            model_name="worker",
+            name="quarantine_reason",
             field=models.TextField(blank=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='quarantined_until',
-            field=models.DateTimeField(help_text='Gets no job before: its device has failed.', null=True),
+            model_name="worker",
+            name="quarantined_until",
+            field=models.DateTimeField(help_text="Gets no job before: its device has failed.", null=True),
         ),
     ]
