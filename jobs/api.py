@@ -13,11 +13,11 @@ from ninja import Header, Query, Router, Status
 from pydantic import Field
 
 from jobs import series
-from jobs.estimating import plan_for
+from jobs.estimating import estimate_values, plan_for
+from jobs.mending import actions_for, run_again_with
 from jobs.models import Job, JobState
 from jobs.queueing import cancel_job, queue_job, retry_job
 from jobs.scheduling import WAITING_STATES, explain_wait, look_at_queue
-from jobs.views import estimate_values
 from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError, ErrorDetail, error_response
 from studio.api.paging import Page, PageQuery, page_of
@@ -71,6 +71,13 @@ class JobOut(Out):
     finished_at: datetime | None
 
 
+class FailureActionOut(Out):
+    """A change with which a failed job can be run again."""
+
+    name: str
+    label: str
+
+
 class JobDetailOut(JobOut):
     """A job with its recipe, as it was asked for and resolved, its estimate, and why it waits."""
 
@@ -80,6 +87,7 @@ class JobDetailOut(JobOut):
     plan: dict[str, Any]
     queue_position: int
     waits: str
+    failure_actions: list[FailureActionOut] = Field(description="What /again/ takes for this job.")
 
 
 class JobEventOut(Out):
@@ -109,6 +117,12 @@ class StopIn(Body):
     """now discards the run; keep ends with the adapter of the last step."""
 
     mode: Literal["now", "keep"] = "now"
+
+
+class AgainIn(Body):
+    """The change to run a failed job again with: a name among the job's `failure_actions`."""
+
+    action: str = Field(max_length=40)
 
 
 class MethodOut(Out):
@@ -274,8 +288,29 @@ def run_again(request: ApiRequest, job_id: UUID, idempotency_key: str = Header("
     return Status(201, _detail(retry_job(job, request.user, idempotency_key=key, token=request.token)))
 
 
+@router.post(
+    "jobs/{uuid:job_id}/again/",
+    response={201: JobDetailOut, **ERRORS},
+    auth=may_write,
+    summary="Run a failed job again with a change",
+)
+def run_again_changed(
+    request: ApiRequest, job_id: UUID, body: AgainIn, idempotency_key: str = Header("", alias="Idempotency-Key")
+) -> Status:
+    """Queue a failed job again as a new job, with the one change that its failure calls for."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    key = idempotency_key[:KEY_CHARACTERS] or secrets.token_urlsafe(16)
+    again = run_again_with(job, request.user, body.action, idempotency_key=key, token=request.token)
+    return Status(201, _detail(again))
+
+
 def _detail(job: Job) -> dict[str, Any]:
     queue = look_at_queue([job] if job.state in WAITING_STATES else [])
     names = [*JobOut.model_fields, "asked_recipe", "recipe", "estimate", "plan"]
     values = {name: getattr(job, name) for name in names}
-    return {**values, "queue_position": queue.position(job), "waits": explain_wait(job, queue)}
+    return {
+        **values,
+        "queue_position": queue.position(job),
+        "waits": explain_wait(job, queue),
+        "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from django.conf import settings
@@ -156,3 +156,16 @@ def plan_for(recipe: Recipe, base_model: BaseModel, version: DatasetVersion) -> 
     """`make_plan` from rows; raises what it raises."""
     facts, is_counted = dataset_facts(version, base_model)
     return make_plan(recipe, base_model.model_shape(), facts, choose_device(), is_counted=is_counted)
+
+
+def estimate_values(plan: Plan) -> dict[str, Any]:
+    """A plan's estimate as JSON types, for the job's row and the API."""
+    values = {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
+    if plan.instead is not None:
+        other = plan.instead.estimate
+        values["instead"] = {
+            "method": plan.instead.method.name,
+            "total_bytes": other.total_bytes,
+            "num_trainable": other.num_trainable,
+        }
+    return values

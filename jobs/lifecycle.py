@@ -6,7 +6,8 @@ reap, so a worker presumed dead changes nothing when it comes back. All times ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -19,6 +20,7 @@ from django.db.models import Case, F, Max, Q, Value, When
 from django.db.models.functions import Now
 
 from jobs import progress, usage
+from jobs.failures import BACKOFF_SECONDS, UNCOUNTED, WAITS_FOR_SPACE, backoff_seconds, kind_of
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
@@ -27,13 +29,11 @@ from studio.catalogue.models import Adapter
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
 
-# Seconds before the next try after the first, second, ... counted failure, at the default lease of 60 s.
-BACKOFF_SECONDS = (10, 60, 300, 900)
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
 POISON_ATTEMPTS = 3
-# Faults of our own servers, which use up none of a job's retries.
-UNCOUNTED = frozenset({"disk_full", "storage", "database"})
-
+# How long a worker whose GPU has failed gets no jobs, at the default lease: long enough for another to take the job,
+# short enough that a fault which a driver has got over costs no day.
+QUARANTINE_SECONDS = 1800
 WAITING = Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT], not_before__lte=Now())
 
 
@@ -65,10 +65,9 @@ def lease_end() -> Any:
     return Now() + timedelta(seconds=settings.LEASE_SECONDS)
 
 
-def backoff(failures_counted: int) -> timedelta:
-    """How long to wait after that many counted failures; shrinks with the lease, for tests."""
-    seconds = BACKOFF_SECONDS[min(max(failures_counted, 1), len(BACKOFF_SECONDS)) - 1]
-    return timedelta(seconds=seconds * settings.LEASE_SECONDS / 60)
+def backoff(num_failures: int) -> timedelta:
+    """How long to wait after that many failures; shrinks with the lease, for tests."""
+    return timedelta(seconds=backoff_seconds(num_failures, share=settings.LEASE_SECONDS / 60))
 
 
 def add_event(job_id: UUID, attempt: int, text: str, *, level: str = "info") -> None:
@@ -86,6 +85,7 @@ def claim(job: Job, worker: Worker) -> Job | None:
                 state=Case(When(stop_mode="keep", then=Value(JobState.CANCELLING)), default=Value(JobState.RUNNING)),
                 phase="preparing", attempt=F("attempt") + 1, worker=worker,
                 lease_until=lease_end(), heartbeat_at=Now(), seconds_left=None,
+                failure_code="", failure_message="", failure_next_step="",
             )
         )  # fmt: skip
         if taken != 1:
@@ -172,8 +172,19 @@ def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str)
         failpoint("fail.before_commit")
 
 
-def retry_later(job_id: UUID, attempt: int, *, code: str, message: str, counted: bool) -> None:
+def retry_later(
+    job_id: UUID,
+    attempt: int,
+    *,
+    code: str,
+    message: str,
+    counted: bool,
+    next_step: str = "",
+    micro_batch_size: int | None = None,
+) -> None:
     """End this attempt and queue the job again after a pause; given up when its retries are used up.
+
+    With `micro_batch_size` its later attempts have at most that many rows in memory at once.
 
     Raises:
         FencedError: the job has moved on without this attempt.
@@ -181,7 +192,9 @@ def retry_later(job_id: UUID, attempt: int, *, code: str, message: str, counted:
     with transaction.atomic():
         job = _lock(job_id, attempt)
         _end_attempt(job_id, attempt, "failed", code)
-        _queue_again(job, code=code, message=message, counted=counted)
+        _queue_again(
+            job, code=code, message=message, counted=counted, next_step=next_step, micro_batch_size=micro_batch_size
+        )
         failpoint("retry.before_commit")
     failpoint("retry.after_commit")
 
@@ -316,30 +329,85 @@ def _cancel_locked(job: Job, text: str) -> None:
     add_event(job.pk, job.attempt, text)
 
 
-def _queue_again(job: Job, *, code: str, message: str, counted: bool) -> None:
+def _queue_again(
+    job: Job, *, code: str, message: str, counted: bool, next_step: str = "", micro_batch_size: int | None = None
+) -> None:
     """Move a locked job to `retry_wait`, or to `failed` when it has used up its retries or gains nothing."""
     failures = job.failures_counted + (1 if counted else 0)
+    next_step = next_step or kind_of(code).next_step
     values: dict[str, Any] = {
         "phase": "", "worker": None, "lease_until": None, "seconds_left": None, "failures_counted": failures,
     }  # fmt: skip
     if _is_discarded(job):
         _cancel_locked(job, "Stopped.")
         return
-    if counted and (failures >= settings.MAX_ATTEMPTS or _is_poison(job.pk)):
+    given_up = _given_up(job, code, failures) if counted else None
+    if given_up is not None:
+        final_code, why = given_up
         Job.objects.filter(pk=job.pk).update(
-            **values, state=JobState.FAILED, finished_at=Now(), failure_code=code,
-            failure_message=f"{message} Given up after {failures} failed attempts.",
-            failure_next_step="Look at the events below for what the attempts have in common, then run it again.",
+            **values, state=JobState.FAILED, finished_at=Now(), failure_code=final_code,
+            failure_message=f"{message} {why}",
+            failure_next_step=next_step if final_code == code else kind_of(final_code).next_step,
         )  # fmt: skip
-        add_event(job.pk, job.attempt, f"{message} Given up after {failures} failed attempts.", level="error")
+        add_event(job.pk, job.attempt, f"{message} {why}", level="error")
         return
     # By the attempts that failed, counted or not: a disk that stays full is not tried every few seconds for ever.
     wait = backoff(JobAttempt.objects.filter(job_id=job.pk, outcome__in=["failed", "lost"]).count())
+    values |= {"failure_code": code, "failure_message": message, "failure_next_step": next_step}
+    changed = ""
+    if micro_batch_size is not None:
+        values["micro_batch_size"] = micro_batch_size
+        batch_size = int(job.recipe["training"]["batch_size"])
+        changed = (
+            f" with {micro_batch_size} rows in memory at once and {math.ceil(batch_size / micro_batch_size)} such"
+            f" micro-batches to a step; the batch stays {batch_size}, and so does what is learned"
+        )
     Job.objects.filter(pk=job.pk).update(**values, state=JobState.RETRY_WAIT, not_before=Now() + wait)
     add_event(
         job.pk, job.attempt, level="warning",
-        text=f"{message} Tries again in {wait.total_seconds():.0f} s, from the last checkpoint.",
+        text=f"{message} Tries again in {wait.total_seconds():.0f} s, from the last checkpoint{changed}.",
     )  # fmt: skip
+
+
+def _given_up(job: Job, code: str, failures: int) -> tuple[str, str] | None:
+    """The code and the sentence with which a job is given up after a counted failure; None to try it again."""
+    if failures >= settings.MAX_ATTEMPTS:
+        return code, f"Given up after {failures} failed attempts."
+    if _is_poison(job.pk):
+        return "poison", f"Given up after {POISON_ATTEMPTS} failed attempts in a row that gained no step."
+    limit = kind_of(code).retries
+    if not limit:
+        return None  # without a limit of its own, or tried again because its caller knows better
+    # The attempt that has just ended is among them.
+    same = JobAttempt.objects.filter(job_id=job.pk, failure_code=code).count()
+    return (code, "It was tried again once, and the same happened.") if same > limit else None
+
+
+def release_for_space(has_room: Callable[[Job], bool]) -> int:
+    """Let jobs that wait for room on the disk go on now if there is some; returns how many.
+
+    Not within the first wait: the disk that `has_room` was asked about a moment ago may be full again by the time that
+    a trainer has come as far as it was.
+    """
+    waiting = Job.objects.filter(state=JobState.RETRY_WAIT, failure_code__in=WAITS_FOR_SPACE, not_before__gt=Now())
+    first = timedelta(seconds=BACKOFF_SECONDS[0] * settings.LEASE_SECONDS / 60)
+    num_released = 0
+    for job in waiting.annotate(failed_at=Max("attempts__ended_at")).filter(failed_at__lt=Now() - first):
+        if has_room(job):
+            with transaction.atomic():
+                released = waiting.select_for_update(skip_locked=True).filter(pk=job.pk).first()
+                if released is None:
+                    continue
+                Job.objects.filter(pk=job.pk).update(not_before=Now())
+                add_event(job.pk, released.attempt, "There is room on the disk again: it goes on.")
+            num_released += 1
+    return num_released
+
+
+def quarantine(worker: Worker, reason: str) -> None:
+    """Give a worker no jobs for a while, because its device has failed."""
+    until = Now() + timedelta(seconds=QUARANTINE_SECONDS * settings.LEASE_SECONDS / 60)
+    Worker.objects.filter(pk=worker.pk).update(quarantined_until=until, quarantine_reason=reason)
 
 
 def _is_discarded(job: Job) -> bool:
@@ -366,10 +434,21 @@ def note_exit(job_id: UUID, attempt: int, returncode: int | None) -> None:
     JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(exit_status=status, signal=signal)
 
 
-def note_attempt(job_id: UUID, attempt: int, *, from_step: int, peak_memory_bytes: int) -> None:
-    """Remember from which step an attempt went on and the most memory that it used."""
+def note_attempt(
+    job_id: UUID,
+    attempt: int,
+    *,
+    from_step: int,
+    peak_memory_bytes: int,
+    micro_batch_size: int = 0,
+    accumulation: int = 0,
+) -> None:
+    """Remember from which step an attempt went on, the most memory that it used and how it divides a batch."""
     JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(
-        from_step=from_step, peak_memory_bytes=peak_memory_bytes
+        from_step=from_step,
+        peak_memory_bytes=peak_memory_bytes,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
     )
 
 

@@ -53,7 +53,8 @@ class Worker(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField()
     is_draining = models.BooleanField(default=False)
-    quarantined_until = models.DateTimeField(null=True, help_text="Takes no job before; empty while trusted.")
+    quarantined_until = models.DateTimeField(null=True, help_text="Gets no job before: its device has failed.")
+    quarantine_reason = models.TextField(blank=True)
     warm_base = models.CharField(
         max_length=200, blank=True, help_text="Name of the base model that an idle trainer holds loaded."
     )
@@ -151,6 +152,9 @@ class Job(models.Model):
     failure_code = models.CharField(max_length=40, blank=True)
     failure_message = models.TextField(blank=True)
     failure_next_step = models.TextField(blank=True)
+    micro_batch_size = models.PositiveIntegerField(
+        null=True, help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number."
+    )
     plan = models.JSONField(default=dict, help_text="The last PlanEvent: rows, tokens, parameters, device.")
     idempotency_key = models.CharField(max_length=80)
     created_at = models.DateTimeField(auto_now_add=True)
@@ -218,6 +222,8 @@ class JobAttempt(models.Model):
     peak_memory_bytes = models.BigIntegerField(default=0)
     exit_status = models.PositiveIntegerField(null=True, help_text="With which its trainer ended by itself.")
     signal = models.PositiveIntegerField(null=True, help_text="Number of the signal that ended its trainer.")
+    micro_batch_size = models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known.")
+    accumulation = models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step.")
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["job", "number"], name="one_row_per_attempt")]

@@ -13,6 +13,8 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
 
 from jobs import failures, files, lifecycle
+from jobs.failures import UNCOUNTED, Ending
+from jobs.gpu_health import GpuWatch
 from jobs.lifecycle import FencedError
 from jobs.models import Job
 from jobs.products import product_key, remove_unregistered, remove_unregistered_before
@@ -24,6 +26,9 @@ from workers.recipe import Recipe
 from workers.results import Result
 
 logger = logging.getLogger(__name__)
+
+SMALL_FILES_BYTES = 2**20
+"""What an attempt writes beside weights: its log, the rows in tokens, the base model's scores."""
 
 
 def run_job(
@@ -48,16 +53,17 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
         log_file = folder / "attempts" / str(job.attempt) / "trainer.log"
         files.fetch_checkpoint(job)
         failpoint("trainer.before_start")
-        with files.CheckpointStore(job.pk, job.attempt) as checkpoints:
+        with files.CheckpointStore(job.pk, job.attempt) as checkpoints, GpuWatch(job.worker) as gpu:
             outcome = supervise(
                 trainer_command(job, folder), link=link, log_file=log_file, is_draining=is_draining,
                 tell=checkpoints.telling(tell),
             )  # fmt: skip
             if not outcome.is_fenced:
                 checkpoints.finish(log_file)
+            gpu_fault = gpu.fault()
         failpoint("finish.before")
         # Without a database this worker has nothing else to do, and a trainer that was stopped can lose nothing more.
-        until_answered(lambda: finish(job, outcome), num_leases=10 if outcome.is_unsure else 0.5)
+        until_answered(lambda: finish(job, outcome, gpu_fault), num_leases=10 if outcome.is_unsure else 0.5)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
     except (OperationalError, InterfaceError):
@@ -86,6 +92,12 @@ def prepare_folder(job: Job) -> Path:
     return folder
 
 
+def has_room(job: Job) -> bool:
+    """Whether the disk takes another checkpoint of a job: its weights and both moments, and as much for its product."""
+    num_bytes = 2 * 12 * int(job.estimate.get("num_trainable", 0)) + SMALL_FILES_BYTES
+    return storage.has_room(storage.job_folder(job.pk), num_bytes)
+
+
 def trainer_command(job: Job, folder: Path) -> list[str]:
     """The command line of the trainer. Ids were resolved to paths here: nothing of it comes from a person."""
     return [
@@ -94,11 +106,15 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
         "--base-model-folder", str(files.base_model_folder(job)),
         "--dataset-file", str(files.dataset_file(job)),
         "--attempt", str(job.attempt),
+        *(["--micro-batch-size", str(job.micro_batch_size)] if job.micro_batch_size else []),
     ]  # fmt: skip
 
 
-def finish(job: Job, outcome: Outcome) -> None:
-    """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
+def finish(job: Job, outcome: Outcome, gpu_fault: str = "") -> None:
+    """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on.
+
+    `gpu_fault` is what the driver reports of the GPU since the attempt began, in words; empty when it is well.
+    """
     if outcome.is_unsure:
         # Not the job's fault: the database was away, or this process was paused. Fenced if somebody took the job back.
         lifecycle.retry_later(
@@ -118,16 +134,20 @@ def finish(job: Job, outcome: Outcome) -> None:
             job.pk, job.attempt,
             reason="Its worker stops for maintenance; it goes on from its last checkpoint elsewhere.",
         )  # fmt: skip
-    elif outcome.is_stalled:
-        lifecycle.retry_later(
-            job.pk, job.attempt, code="stalled", counted=True, message="The trainer made no progress and was stopped."
-        )
     else:
-        failure = failures.explain(outcome.failed, outcome.exit_status)
+        failure = failures.explain(
+            Ending(
+                reported=outcome.failed, exit_status=outcome.exit_status, stalled=outcome.stalled,
+                host_memory=outcome.host_memory, gpu_fault=gpu_fault,
+            )
+        )  # fmt: skip
+        if failure.code == "gpu_error" and job.worker is not None:
+            lifecycle.quarantine(job.worker, failure.message)
         if failure.retry:
             lifecycle.retry_later(
-                job.pk, job.attempt, code=failure.code, message=failure.message, counted=failure.counted
-            )
+                job.pk, job.attempt, code=failure.code, message=failure.message, counted=failure.counted,
+                next_step=failure.next_step, micro_batch_size=failure.micro_batch_size,
+            )  # fmt: skip
         else:
             lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
 
@@ -180,7 +200,7 @@ def register(job: Job, product: Path) -> None:
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:
     try:
-        counted = code not in lifecycle.UNCOUNTED
+        counted = code not in UNCOUNTED
         until_answered(lambda: lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted))
         remove_unregistered(job, job.attempt)
     except FencedError:

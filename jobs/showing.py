@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import redis
+from django.conf import settings
 from django.db.models import F, OuterRef, QuerySet, Subquery
 from django.db.models.functions import JSONObject
 from django.utils import timezone
@@ -155,6 +157,19 @@ def phase_marks(job: Job, phase: str) -> list[PhaseMark]:
         PhaseMark(label, "done" if i < current else ("stopped" if ended else "current") if i == current else "to come")
         for i, label in enumerate(labels)
     ]
+
+
+def attempt_line(job: Job, attempts: Sequence[JobAttempt]) -> str:
+    """Which try of a running job this is and where it went on, once it is not the first; `attempts` newest first."""
+    if job.state not in LEASED_STATES or len(attempts) < 2:
+        return ""
+    newest = attempts[0]
+    found = f"Attempt {job.failures_counted + 1} of {settings.MAX_ATTEMPTS}"
+    if newest.accumulation:  # its plan is known
+        found += f", resumed at step {newest.from_step:,}" if newest.from_step else ", from step 0"
+    if job.micro_batch_size:
+        found += f", with {job.micro_batch_size} row{'s' if job.micro_batch_size > 1 else ''} in memory at once"
+    return f"{found}."
 
 
 def elapsed_seconds(job: Job) -> float | None:

@@ -18,11 +18,11 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
-from jobs import scheduling, sweeping
+from jobs import lifecycle, scheduling, sweeping
 from jobs.hardware import find_device
 from jobs.machines import Reporter
 from jobs.models import Worker
-from jobs.running import run_job
+from jobs.running import has_room, run_job
 from studio.devices import boot_id
 from studio.version import STUDIO_VERSION
 
@@ -69,6 +69,7 @@ class Slot(threading.Thread):
             self._reporter = Reporter(self.worker.pk, self.index, self.is_alive)
             self._reporter.start()
         sweeping.sweep()
+        lifecycle.release_for_space(has_room)
         while not self._draining.is_set():
             # What a job can have is asked now: the choice of the next one depends on it.
             self._reporter.report()

@@ -6,6 +6,7 @@ events and watches the deadline; the `Link` writes to the database and hears wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,12 +28,14 @@ from django.db import DatabaseError, DataError, InterfaceError, connection
 from pydantic import ValidationError
 
 from jobs import lifecycle
+from jobs.host_memory import HostMemoryWatch
 from jobs.lifecycle import FencedError, HeartbeatAnswer, Progress
 from jobs.models import JobState, MetricPoint
 from jobs.progress import Publisher
 from studio.embedded import die_with_parent
 from workers.events import (
     CheckpointEvent,
+    DivergedEvent,
     FailedEvent,
     MessageEvent,
     PhaseEvent,
@@ -51,6 +54,9 @@ logger = logging.getLogger(__name__)
 # Seconds that a trainer has to obey a stop before it is killed. Whoever stops a worker waits for longer than the
 # time for a checkpoint (studio/launching.py), so that the job is handed back and not lost.
 STOP_SECONDS: dict[str, float] = {"now": 20, "checkpoint": 45, "keep": 3600}
+
+# Seconds that a stalled trainer has to write its stacks before it is killed.
+STACK_SECONDS = 2.0
 
 # Share of the lease for which it is sure without a renewal; the rest is for killing the trainer.
 LEASE_SHARE = 0.75
@@ -75,7 +81,14 @@ class Outcome:
     is_unsure: bool = False
     """Whether the lease could not be renewed in time: the job may be another's by now, or still this attempt's."""
     asked: StopMode | None = None
-    is_stalled: bool = False
+    stalled: tuple[float, str] | None = None
+    """For how many seconds nothing came and where in the job that was, when it was killed for that."""
+    host_memory: tuple[int, int] | None = None
+    """(peak, limit) in bytes when the system killed it for want of memory."""
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.stalled is not None
 
 
 def boot_clock() -> float:
@@ -94,6 +107,8 @@ class _Shared:
     plan: dict[str, object] = field(default_factory=dict)
     from_step: int = 0
     peak_memory_bytes: int = 0
+    micro_batch_size: int = 0
+    accumulation: int = 0
     renewed_at: float = field(default_factory=boot_clock)
     answer: HeartbeatAnswer | None = None
     is_fenced: bool = False
@@ -112,7 +127,7 @@ class Link(threading.Thread):
         self.shared = _Shared()
         self.rows: queue.SimpleQueue[MetricPoint | tuple[str, str]] = queue.SimpleQueue()
         self._waiting: list[MetricPoint | tuple[str, str]] = []
-        self._noted = (0, 0)
+        self._noted = (0, 0, 0, 0)
         self._hurry, self._done = threading.Event(), threading.Event()
         self._wants_flush, self._is_flushed = threading.Event(), threading.Event()
         self.heartbeat_seconds = settings.LEASE_SECONDS / 12
@@ -180,9 +195,13 @@ class Link(threading.Thread):
     def _store(self) -> None:
         while not self.rows.empty():
             self._waiting.append(self.rows.get())
-        reached = (self.shared.from_step, self.shared.peak_memory_bytes)
+        shared = self.shared
+        reached = (shared.from_step, shared.peak_memory_bytes, shared.micro_batch_size, shared.accumulation)
         if reached != self._noted:
-            lifecycle.note_attempt(self.job_id, self.attempt, from_step=reached[0], peak_memory_bytes=reached[1])
+            lifecycle.note_attempt(
+                self.job_id, self.attempt, from_step=reached[0], peak_memory_bytes=reached[1],
+                micro_batch_size=reached[2], accumulation=reached[3],
+            )  # fmt: skip
             self._noted = reached
         if not self._waiting:
             return
@@ -249,6 +268,7 @@ def _watch(
     lines = _Lines(reading)
     kill_at: float | None = None
     moved_at = boot_clock()
+    memory, looked_at = HostMemoryWatch(), 0.0
     while True:
         for line in lines.wait(0.2):
             moved_at = boot_clock()
@@ -264,8 +284,13 @@ def _watch(
             publisher.publish(event)
             tell(event)
         now = boot_clock()
+        if now > looked_at + 1:
+            memory.look(trainer.pid)
+            looked_at = now
         if lines.ended and trainer.poll() is not None:
             outcome.exit_status = trainer.returncode
+            if trainer.returncode == -signal.SIGKILL and outcome.asked is None and not outcome.is_stalled:
+                outcome.host_memory = memory.was_short()
             outcome.is_fenced = shared.is_fenced
             return outcome
         if shared.is_fenced or now > link.sure_until():
@@ -282,8 +307,18 @@ def _watch(
         if kill_at is not None and now > kill_at:
             kill_group(trainer)
         if now > moved_at + settings.STALL_SECONDS:
-            outcome.is_stalled = True
+            where = f"in step {shared.step + 1}" if shared.phase == "training" else f"while {shared.phase}"
+            outcome.stalled = (now - moved_at, where.replace("_", " "))
+            _dump_stacks(trainer)
             kill_group(trainer)
+
+
+def _dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
+    """Have a trainer write the stack of every thread to its log, and wait until it has had the time."""
+    if trainer.poll() is None:
+        trainer.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            trainer.wait(STACK_SECONDS)
 
 
 def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode | None:
@@ -315,6 +350,7 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
         case PlanEvent():
             shared.plan, shared.num_steps = event.model_dump(), event.num_steps
             shared.step = shared.from_step = event.resumed_from_step
+            shared.micro_batch_size, shared.accumulation = event.micro_batch_size, event.accumulation
             link.rows.put(("info", _describe_plan(event)))
         case StepEvent():
             shared.step, shared.num_steps, shared.seconds_left = event.step, event.num_steps, event.seconds_left
@@ -327,6 +363,12 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             )  # fmt: skip
         case ValidationEvent():
             link.rows.put(_point(link, event.step, validation_loss=event.loss))
+        case DivergedEvent():
+            link.rows.put(
+                _point(
+                    link, event.step, loss=event.loss, learning_rate=event.learning_rate, grad_norm=event.grad_norm
+                )
+            )  # fmt: skip
         case CheckpointEvent():
             link.rows.put(("info", f"Checkpoint at step {event.step}, {event.num_bytes / 1e6:.1f} MB."))
         case MessageEvent():
@@ -338,6 +380,9 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             outcome.stopped = event
         case FailedEvent():
             outcome.failed = event
+            # The step that did not fit has reported nothing.
+            peak = event.details.get("peak_memory_bytes")
+            shared.peak_memory_bytes = max(shared.peak_memory_bytes, peak if isinstance(peak, int) else 0)
 
 
 def _point(link: Link, step: int, **values: float | None) -> MetricPoint:

@@ -18,4 +18,5 @@ urlpatterns = [
     path("<uuid:job_id>/events/", streams.events, name="events"),
     path("<uuid:job_id>/cancel/", views.cancel, name="cancel"),
     path("<uuid:job_id>/retry/", views.retry, name="retry"),
+    path("<uuid:job_id>/again/<slug:action>/", views.again, name="again"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -18,8 +18,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import series, showing
-from jobs.estimating import Plan, plan_for
+from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
+from jobs.mending import actions_for, run_again_with
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, key_for_another, queue_job, retry_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
@@ -300,19 +301,6 @@ def _queue(request: TeamRequest) -> HttpResponse:
     return redirect(job)
 
 
-def estimate_values(plan: Plan) -> dict[str, Any]:
-    """A plan's estimate as JSON types, for the job's row and the API."""
-    values = {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
-    if plan.instead is not None:
-        other = plan.instead.estimate
-        values["instead"] = {
-            "method": plan.instead.method.name,
-            "total_bytes": other.total_bytes,
-            "num_trainable": other.num_trainable,
-        }
-    return values
-
-
 @require_POST
 @team_page(Role.TRAINER)
 def estimate(request: TeamRequest) -> HttpResponse:
@@ -341,10 +329,13 @@ def job_detail(request: TeamRequest, job_id: UUID) -> HttpResponse:
 def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
     queue = look_at_queue([job]) if job.state in WAITING_STATES else None
     context = showing.live_context(job)
+    attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
     return {
         **context,
         "row": job_row(job, queue),
-        "attempts": list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else [],
+        "attempts": attempts,
+        "attempt_line": showing.attempt_line(job, attempts),
+        "failure_actions": [action for action in actions_for(job) if action.name != "as_it_is"],
         "scores": list(job.adapter.scores.order_by("evaluation")) if job.adapter else [],
         "recipe_sections": recipe_sections(job.recipe, job.asked_recipe),
         "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
@@ -419,6 +410,20 @@ def retry(request: TeamRequest, job_id: UUID) -> HttpResponse:
         messages.error(request, f"{error.message} {error.next_step}".strip())
         return redirect(job)
     return redirect(again)
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def again(request: TeamRequest, job_id: UUID, action: str) -> HttpResponse:
+    """Run a failed job again with the one change that its failure calls for."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    key = request.POST.get("idempotency_key", "")[:80] or secrets.token_urlsafe(16)
+    try:
+        changed = run_again_with(job, request.user, action, idempotency_key=key)
+    except ExplainedError as error:
+        messages.error(request, f"{error.message} {error.next_step}".strip())
+        return redirect(job)
+    return redirect(changed)
 
 
 def _back_to(request: HttpRequest, job: Job) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     control = Control()
     if options.supervised:
         die_with_parent()
+        dump_stacks_when_asked()
         control.watch(sys.stdin.buffer)
     report = _event_writer(options.events) if options.events is not None else Terminal(sys.stdout)
     if options.events is not None:
@@ -74,7 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ExplainedError as error:
         report(
             FailedEvent(
-                code=error.code, message=error.message, next_step=error.next_step, field=error.field, line=error.line
+                code=error.code,
+                message=error.message,
+                next_step=error.next_step,
+                field=error.field,
+                line=error.line,
+                details=error.details,
             )
         )
         return EXIT_FAILED
@@ -116,6 +123,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-model-folder", type=Path, metavar="D", help="instead of the recipe's base_model.path")
     parser.add_argument("--dataset-file", type=Path, metavar="F", help="instead of the recipe's dataset.path")
     parser.add_argument("--attempt", type=int, default=1, metavar="N", help="number of this try (default 1)")
+    parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        metavar="N",
+        help="at most N rows in memory at once, below what the recipe says; what is learned stays the same",
+    )
     parser.add_argument("--events", type=int, metavar="FD", help="write JSON-line events to this file descriptor")
     parser.add_argument(
         "--supervised", action="store_true", help='read {"stop": mode} from standard input and end with it'
@@ -137,7 +150,14 @@ def _run(options: argparse.Namespace, report: Callable[[Any], None], control: Co
 
     devices.set_threads()
     folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve())
-    return train(recipe, folders, report=report, should_stop=control.wanted, attempt=options.attempt)
+    return train(
+        recipe,
+        folders,
+        report=report,
+        should_stop=control.wanted,
+        attempt=options.attempt,
+        micro_batch_size=options.micro_batch_size,
+    )
 
 
 def _place(
@@ -225,6 +245,15 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died between the two calls
         os._exit(EXIT_FAILED)
+
+
+def dump_stacks_when_asked() -> None:
+    """Has SIGUSR1 write the stack of every thread to standard error: what the supervisor asks of a stalled trainer.
+
+    It is written from the signal itself, in C, so that a thread which never gives Python back is shown, too.
+    """
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr, all_threads=True)
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ lists each with its size and sha256. It is written aside, forced to disk and ren
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
@@ -23,11 +25,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from workers.digests import file_sha256
-from workers.errors import CheckpointError, ExplainedError
+from workers.errors import CheckpointError, ExplainedError, StorageError
 from workers.failpoints import failpoint
 from workers.stopping import Watch
 
 MANIFEST = "MANIFEST.json"
+BAD = "DAMAGED"
+"""Name of the empty file that marks a checkpoint which did not verify."""
+SET_ASIDE = ".bad-"
+"""Begin of the name of what the disk failed on while it was written."""
+BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO})
+"""What the system reports when a disk, or the way to it, is broken."""
 BEST = "best.safetensors"
 REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json")
 NUM_KEPT = 2
@@ -92,18 +100,21 @@ def save(
     optimizer: torch.optim.Optimizer,
     best_weights: dict[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
-    """Writes a checkpoint under `root` and removes all but the newest two.
+    """Writes a checkpoint under `root` and removes all but the newest two that are whole.
 
     `best_weights`, those of the best step so far, go into the checkpoint: it must not depend on files that change
     while an older one may still be needed.
 
     Raises:
         DiskFullError: no room; what was begun is removed and the older checkpoints are untouched.
+        StorageError: the disk failed; what was begun is marked as bad, never synced or read again.
     """
     folder = root / f"{position.step}-{attempt}"
     aside = root / f".tmp-{folder.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.exists():
+            root.mkdir(parents=True)
+            _sync(root.parent)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         failpoint("checkpoint.begin")
@@ -118,14 +129,15 @@ def save(
         aside.replace(folder)
         failpoint("checkpoint.after_rename")
         _sync(root)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise disk_error(error, "the checkpoint") from error
-    except SafetensorError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise weights_error(error, "the checkpoint") from error
+    except (OSError, SafetensorError) as error:
+        explained = explain_write_error(error, "the checkpoint")
+        if isinstance(explained, StorageError):
+            _set_aside_as_bad(root, aside if aside.exists() else folder)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise explained from error
     failpoint("checkpoint.before_remove")
-    _remove_old(root, keep=folder, attempt=attempt)
+    _remove_old(root, keep=folder)
     return Checkpoint(folder, position)
 
 
@@ -134,7 +146,8 @@ def find(
 ) -> Checkpoint | None:
     """The newest checkpoint of any attempt that verifies and belongs to this recipe; None when there is none.
 
-    `tell` is given a sentence for each one that is passed over. `keys_of` names the parameters that the model needs.
+    `tell` is given a sentence for each one that is passed over. A damaged one is marked, so that it is neither read
+    again nor kept in the place of a good one. `keys_of` names the parameters that the model needs.
     """
     candidates = sorted(
         (
@@ -151,13 +164,21 @@ def find(
         except CheckpointError as error:
             what = "is passed over" if isinstance(error, ForeignCheckpointError) else "is damaged"
             damaged.append(f"checkpoint {step} {what} ({error.message})")
+            if not isinstance(error, ForeignCheckpointError):
+                _mark_bad(path)
             continue
         for sentence in damaged:
-            tell(f"{sentence}, using {checkpoint.position.step}.")
+            tell(f"{sentence}, goes on from {checkpoint.position.step}.")
         return checkpoint
     for sentence in damaged:
-        tell(f"{sentence}, starting from the beginning.")
+        tell(f"{sentence}, starts again from step 0.")
     return None
+
+
+def newest_step(root: Path) -> int | None:
+    """The step of the newest checkpoint that is not known to be bad; None without any. Nothing is verified."""
+    names = (_NAME.fullmatch(path.name) for path in root.glob("*") if (path / MANIFEST).is_file())
+    return max((int(found.group(1)) for found in names if found), default=None)
 
 
 def restore(checkpoint: Checkpoint, *, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -191,20 +212,27 @@ def best_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
 
 
 def disk_error(error: OSError, what: str) -> ExplainedError:
-    """An error of the file system in words; its code is disk_full when there is no room."""
+    """An error of the file system in words; its code is disk_full when there is no room, storage when it broke."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return DiskFullError(
             f"There is no room on the disk for {what}.",
             next_step="Free some space and continue: the checkpoints made before are complete.",
         )
-    return CheckpointError(f"{what[0].upper()}{what[1:]} could not be written: {error.strerror or error}.")
+    whole = f"{what[0].upper()}{what[1:]}"
+    if error.errno in BROKEN:
+        return StorageError(
+            f"{whole} could not be written: the disk reports “{error.strerror}”.",
+            next_step="An admin should look at the disk. The checkpoints made before are kept.",
+        )
+    return CheckpointError(f"{whole} could not be written: {error.strerror or error}.")
 
 
-def weights_error(error: SafetensorError, what: str) -> Exception:
-    """What safetensors reports while writing: it wraps the system's error in its own and keeps only the words."""
-    if "os error 28" in str(error) or "No space left" in str(error):
-        return disk_error(OSError(errno.ENOSPC, "No space left on device"), what)
-    return error
+def explain_write_error(error: OSError | SafetensorError, what: str) -> Exception:
+    """`disk_error` of what was raised while writing. safetensors wraps the system's error and keeps only its words."""
+    if isinstance(error, OSError):
+        return disk_error(error, what)
+    found = re.search(r"os error (\d+)", str(error))
+    return disk_error(OSError(int(found.group(1)), os.strerror(int(found.group(1)))), what) if found else error
 
 
 def _write_files(folder: Path, position: Position, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -233,24 +261,36 @@ def _write_manifest(folder: Path, position: Position, recipe_sha256: str, versio
         _sync(path)
         files.append({"path": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)})
     failpoint("checkpoint.before_manifest")
-    manifest = {
-        "manifest_version": 1,
+    manifest: dict[str, Any] = {
+        "manifest_version": 2,
         "step": position.step,
         "recipe_sha256": recipe_sha256,
         "versions": versions,
         "files": files,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+    (folder / MANIFEST).write_text(_signed(manifest), "utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 
 
+def _signed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, with a checksum of everything else in it."""
+    body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "manifest_sha256": digest}, indent=2)
+
+
 def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Checkpoint:
     """The checkpoint in a folder; raises CheckpointError that says what is wrong with it."""
+    if (folder / BAD).exists():
+        raise CheckpointError("it was found to be damaged before")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        text = (folder / MANIFEST).read_text("utf-8")
+        manifest = json.loads(text)
+        if manifest["manifest_version"] != 1 and text != _signed(manifest):
+            raise CheckpointError(f"its {MANIFEST} does not match its own checksum")
         listed = {str(one["path"]): (int(one["size"]), str(one["sha256"])) for one in manifest["files"]}
-        of_recipe = manifest["recipe_sha256"]
+        of_recipe, step = manifest["recipe_sha256"], manifest["step"]
     except FileNotFoundError as error:
         raise CheckpointError(f"it has no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -273,6 +313,8 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
         found = [_shapes(folder / name) for name in (("adapter.safetensors", BEST) if has_best else REQUIRED[:1])]
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("its files cannot be read") from error
+    if not folder.name.startswith(f"{step}-") or position.step != step:
+        raise CheckpointError(f"it holds step {position.step} and not the step of its name")
     if any(shapes != keys for shapes in found):
         raise CheckpointError("its weights do not fit this adapter")
     return Checkpoint(folder, position)
@@ -283,24 +325,59 @@ def _shapes(path: Path) -> dict[str, torch.Size]:
         return {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
 
-def _remove_old(root: Path, *, keep: Path, attempt: int) -> None:
-    """Keeps the newest two checkpoints, the one just written in any case, and clears what was never finished.
+def _remove_old(root: Path, *, keep: Path) -> None:
+    """Keeps the one just written and the newest whole one before it, and clears what is left of others.
 
-    What a later attempt wrote or is writing stays: a trainer that was taken for dead must not harm its successor.
+    Of a later step, or of another attempt at this step, there is only what this run could not go on from: had it been
+    whole, it would have begun there. Such a checkpoint must not take the place of an earlier one that is. What belongs
+    to a later attempt is left alone: it has taken over, and this one does not know it yet.
     """
-    named = []
-    for path in root.iterdir():
-        found = _NAME.fullmatch(path.name.removeprefix(".tmp-"))
-        if found is None or int(found.group(2)) > attempt:
+    step, attempt = _numbers(keep.name)
+    earlier = []
+    for path in list(root.iterdir()):
+        name = path.name.removeprefix(".tmp-")
+        if path == keep or not _NAME.fullmatch(name) or _numbers(name)[1] > attempt:
             continue
-        if path.name.startswith(".tmp-"):
-            shutil.rmtree(path, ignore_errors=True)
+        is_whole = (path / MANIFEST).is_file() and not (path / BAD).exists()
+        if path.name == name and is_whole and _numbers(name)[0] < step:
+            earlier.append((_numbers(name), path))
         else:
-            named.append(((path == keep, int(found.group(1)), int(found.group(2))), path))
-    for _, path in sorted(named, reverse=True)[NUM_KEPT:]:
-        # The manifest goes first: a half-removed checkpoint must never look complete.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+    for _, path in sorted(earlier, reverse=True)[NUM_KEPT - 1 :]:
+        _remove(path)
+    for path in sorted(root.glob(f"{SET_ASIDE}*"), key=lambda path: path.stat().st_mtime)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)  # one is enough to look into
+
+
+def _remove(folder: Path) -> None:
+    # The manifest goes first: a half-removed checkpoint must never look complete.
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    """Step and attempt of a checkpoint by its name."""
+    found = _NAME.fullmatch(name)
+    assert found is not None, f"{name} is no checkpoint's name"
+    return int(found.group(1)), int(found.group(2))
+
+
+def _mark_bad(folder: Path) -> None:
+    """Leaves a mark in a damaged checkpoint; where the disk takes none, it is found to be damaged again next time."""
+    with contextlib.suppress(OSError):
+        (folder / BAD).touch()
+
+
+def _set_aside_as_bad(root: Path, folder: Path) -> None:
+    """Moves what the disk failed on out of the way, without its manifest.
+
+    After a failed sync the kernel may call the lost pages clean: a second sync of the same file would succeed and
+    prove nothing (Rebello et al. 2020, "Can Applications Recover from fsync Failures?"). Nothing there is used again.
+    """
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        folder.replace(root / f"{SET_ASIDE}{folder.name.removeprefix('.tmp-')}")
 
 
 def _sync(path: Path) -> None:

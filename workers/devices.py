@@ -34,10 +34,13 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of the device; for a CPU the machine's, or the container's where it is limited."""
+    """All memory of the device; for a CPU the machine's, or the container's or this process's where that is limited."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    of_process = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if of_process != resource.RLIM_INFINITY:
+        total = min(total, of_process)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
     except OSError:

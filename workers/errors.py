@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ExplainedError(ValueError):
     """An error with a stable code, a sentence for people and a next step.
@@ -11,16 +13,26 @@ class ExplainedError(ValueError):
         next_step: what the person can do about it, as a sentence; empty when `message` says it already.
         field: the recipe or form field it belongs to, dotted ("training.learning_rate"), when there is one.
         line: the 1-based line of the dataset file it belongs to, when there is one.
+        details: figures behind the sentence, as JSON types, for whoever decides what happens next.
     """
 
     code = "invalid"
 
-    def __init__(self, message: str, *, next_step: str = "", field: str | None = None, line: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        next_step: str = "",
+        field: str | None = None,
+        line: int | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.next_step = next_step
         self.field = field
         self.line = line
+        self.details = details or {}
 
 
 class RecipeError(ExplainedError):
@@ -60,6 +72,22 @@ class DivergedError(ExplainedError):
 
 
 class OutOfMemoryError(ExplainedError):
-    """The device ran out of memory."""
+    """The device ran out of memory.
+
+    `details` has `peak_memory_bytes`, `device_memory_bytes` and, when it happened while taking steps, where less rows
+    at once would help, `step` and `micro_batch_size`.
+    """
 
     code = "out_of_memory"
+
+
+class GpuError(ExplainedError):
+    """The GPU or its driver failed: another GPU may well do the same work."""
+
+    code = "gpu_error"
+
+
+class StorageError(ExplainedError):
+    """The disk failed while it was read or written: not full, but broken or away."""
+
+    code = "storage"

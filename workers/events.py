@@ -35,7 +35,10 @@ class PhaseEvent(_Event):
 
 
 class PlanEvent(_Event):
-    """What this attempt will do, once the data is read and the adapter attached."""
+    """What this attempt will do, once the data is read and the adapter attached.
+
+    `micro_batch_size` rows are in memory at once, and the gradients of `accumulation` such micro-batches make a step.
+    """
 
     type: Literal["plan"] = "plan"
     device: str
@@ -48,6 +51,8 @@ class PlanEvent(_Event):
     num_trainable: int
     num_parameters: int
     resumed_from_step: int = 0
+    micro_batch_size: int = 0
+    accumulation: int = 0
 
 
 class StepEvent(_Event):
@@ -78,6 +83,19 @@ class ValidationEvent(_Event):
     num_tokens: int
     evaluation: str = ""
     score: float | None = None
+
+
+class DivergedEvent(_Event):
+    """The step that was not taken because its loss or gradient was no finite number; a failure follows.
+
+    `loss` and `grad_norm` are None where they were not finite.
+    """
+
+    type: Literal["diverged"] = "diverged"
+    step: int
+    learning_rate: float
+    loss: float | None = None
+    grad_norm: float | None = None
 
 
 class CheckpointEvent(_Event):
@@ -130,6 +148,7 @@ Event = Annotated[
     | PlanEvent
     | StepEvent
     | ValidationEvent
+    | DivergedEvent
     | CheckpointEvent
     | MessageEvent
     | ResultEvent

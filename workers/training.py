@@ -20,11 +20,13 @@ from workers import adapters, base_models, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder, read_base_folder
 from workers.batching import Batch, Plan, TokenRows, batches
 from workers.checkpoints import Checkpoint, Position
+from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
-from workers.errors import BaseModelError, DatasetError, DivergedError, OutOfMemoryError
+from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
 from workers.evaluations import ScoredRow
 from workers.events import (
     CheckpointEvent,
+    DivergedEvent,
     MessageEvent,
     PhaseEvent,
     PlanEvent,
@@ -37,9 +39,10 @@ from workers.events import (
 )
 from workers.examples import Example, Problem
 from workers.failpoints import failpoint
+from workers.fitting import advice, remedies
 from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
-from workers.memory import DatasetFacts, DeviceFacts
+from workers.memory import GIB, DatasetFacts, DeviceFacts
 from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
@@ -84,7 +87,11 @@ class Data:
 
 @dataclass
 class Run:
-    """What one attempt carries from phase to phase."""
+    """What one attempt carries from phase to phase.
+
+    `max_micro_batch_size` bounds the rows in memory at once when that is not None; `step` is the one being taken, None
+    outside the loop, and `micro_batch_size` the rows that it has in memory at once.
+    """
 
     recipe: Recipe
     folders: Folders
@@ -93,8 +100,13 @@ class Run:
     base: BaseFolder
     renderer: Renderer
     data: Data
+    dataset_facts: DatasetFacts
+    device_facts: DeviceFacts
     report: Report
     should_stop: ShouldStop
+    max_micro_batch_size: int | None = None
+    step: int | None = None
+    micro_batch_size: int = 1
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -116,19 +128,28 @@ class _Stopped(Exception):  # noqa: N818 - an outcome, not an error
 
 
 def train(
-    recipe: Recipe, folders: Folders, *, report: Report, should_stop: ShouldStop, attempt: int = 1
+    recipe: Recipe,
+    folders: Folders,
+    *,
+    report: Report,
+    should_stop: ShouldStop,
+    attempt: int = 1,
+    micro_batch_size: int | None = None,
 ) -> Path | None:
     """Trains an adapter and gives the folder of the finished product; None when it was stopped without one.
 
-    A run that was interrupted goes on from its newest checkpoint in `folders.out`, whichever attempt made it.
+    A run that was interrupted goes on from its newest checkpoint in `folders.out`, whichever attempt made it. With
+    `micro_batch_size` it has at most that many rows in memory at once, whatever the recipe says; the batch stays.
 
     Raises:
         ExplainedError: what a person can mend: the recipe, the dataset, the base model, memory, disk space.
     """
     started = time.monotonic()
     device = devices.choose_device()
+    run: Run | None = None
     try:
         run = prepare(recipe, folders, report=report, should_stop=should_stop, attempt=attempt, device=device)
+        run.max_micro_batch_size = micro_batch_size
         model = load_base(run)
         base_rows = score_base(run, model)
         model = attach(run, model)
@@ -138,13 +159,17 @@ def train(
     except _Stopped as stop:
         report(StoppedEvent(mode=stop.mode, step=stop.step))
         return None
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        _explain_out_of_memory(error, device)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(run, device) from error
+        if is_gpu_failure(error):
+            raise _gpu_failure(error, device) from error
+        raise
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
+        if is_out_of_memory(error):
+            raise _out_of_memory(run, device) from error
         raise checkpoints.disk_error(error, "the run's files") from error
     failpoint("training.packaged")
     report(ResultEvent(folder=str(product), stopped_at_step=stopped_at))
@@ -184,19 +209,16 @@ def prepare(
     for length in lengths:
         upper = 2 ** math.ceil(math.log2(max(length, 16)))
         histogram[upper] = histogram.get(upper, 0) + 1
-    resolved = resolve(
-        recipe,
-        base.shape,
-        DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram),
-        DeviceFacts(
-            kind="cuda" if device.type == "cuda" else "cpu",
-            name=devices.device_name(device),
-            memory_bytes=devices.memory_bytes(device),
-            num_threads=torch.get_num_threads(),
-            has_fast_bfloat16=devices.supports_bfloat16(device),
-        ),
+    facts = DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram)
+    device_facts = DeviceFacts(
+        kind="cuda" if device.type == "cuda" else "cpu",
+        name=devices.device_name(device),
+        memory_bytes=devices.memory_bytes(device),
+        num_threads=torch.get_num_threads(),
+        has_fast_bfloat16=devices.supports_bfloat16(device),
     )
-    return Run(resolved, folders, attempt, device, base, renderer, data, report, should_stop)
+    resolved = resolve(recipe, base.shape, facts, device_facts)
+    return Run(resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop)
 
 
 def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
@@ -322,7 +344,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    position = Position(0, 0, 0, 0, settings.micro_batch_size, 0.0, None, None)
+    position = Position(0, 0, 0, 0, min(settings.micro_batch_size, settings.batch_size), 0.0, None, None)
     checkpoint = checkpoints.find(
         run.folders.out / "checkpoints",
         recipe_sha256=recipe.sha256(),
@@ -342,12 +364,15 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         validator.best_weights = checkpoints.best_weights(checkpoint)
         position = checkpoint.position
         run.say(f"Resumed at step {position.step}.")
+    if run.max_micro_batch_size is not None:
+        position = replace(position, micro_batch_size=min(position.micro_batch_size, run.max_micro_batch_size))
     run.report(_plan_event(run, plan, parameters, position))
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
     model.train()
     position = validator.validate(model, position)  # an earlier attempt may have ended before it could
     meter = Meter(run.device, plan.num_steps)
+    read_step = position.step
     while not validator.is_over(position):
         mode = run.should_stop()
         if mode == "keep" and position.step > 0:
@@ -355,6 +380,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             _save_checkpoint(run, model, optimizer, position, validator.best_weights)
             validator.take_best(model, position)
             return position, position.step
+        run.step, run.micro_batch_size = position.step + 1, position.micro_batch_size
         # Before the first step there is nothing to keep: one is taken.
         if mode in ("now", "checkpoint"):
             if mode == "checkpoint" and position.step > 0:
@@ -375,13 +401,15 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
         is_logged = meter.is_due(step) or is_checkpoint or validator.is_due(step)
         rows = [data.train[row] for row in plan.rows(position.step)]
-        took = _accumulate(run, model, objective, rows, parameters, position)
+        took = _forward_backward(run, model, objective, rows, position.micro_batch_size, position)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         meter.note(took.loss_sum, norm, took.num_tokens)
         # The one moment at which the host waits for the device.
         values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
-        if values is not None and not all(map(math.isfinite, values)):
-            _diverged(step, values, checkpoints_folder=run.folders.out / "checkpoints")
+        if values is not None and not _is_alive(*values):
+            # Of the steps since the last reading any may have been the first: only a lone one's rows are to blame.
+            _diverged(run, position, values, rate, rows if read_step == position.step else [])
+        read_step = step if is_logged else read_step
         for group in optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_factor"]
         optimizer.step()
@@ -392,7 +420,6 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             row=position.row + len(rows),
             num_tokens=position.num_tokens + took.num_tokens,
             num_loss_tokens=position.num_loss_tokens + took.num_loss_tokens,
-            micro_batch_size=took.micro_batch_size,
             train_seconds=position.train_seconds + meter.lap(),
         )
         if values is not None:
@@ -419,9 +446,11 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         # Validation first: a checkpoint holds what it showed, and a run resumed from there decides the same.
         position = validator.validate(model, position)
         if is_checkpoint or validator.is_over(position):
+            _check_weights(run, parameters, position, rate)
             _save_checkpoint(run, model, optimizer, position, validator.best_weights)
         meter.skip()
     failpoint("training.last_step")
+    run.step = None
     validator.take_best(model, position)
     return position, None
 
@@ -447,40 +476,12 @@ class _Accumulated:
     loss_weight: float
     num_loss_tokens: int
     num_tokens: int
-    micro_batch_size: int
-
-
-def _accumulate(
-    run: Run,
-    model: Any,
-    objective: Objective,
-    rows: list[int],
-    parameters: list[torch.nn.Parameter],
-    position: Position,
-) -> _Accumulated:
-    """Gradients of a step's mean loss per token; halves the micro-batch, once and for all, when memory is short."""
-    micro_batch_size = position.micro_batch_size
-    while True:
-        try:
-            return _forward_backward(run, model, objective, rows, micro_batch_size, position)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or micro_batch_size == 1:
-                raise
-        for parameter in parameters:
-            parameter.grad = None
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-        micro_batch_size = min(micro_batch_size, len(rows)) // 2 or 1
-        run.say(
-            f"Memory is too short for the micro-batch at step {position.step + 1}; going on with {micro_batch_size} "
-            f"rows at once. What is learned stays the same.",
-            is_warning=True,
-        )
 
 
 def _forward_backward(
     run: Run, model: Any, objective: Objective, rows: list[int], micro_batch_size: int, position: Position
 ) -> _Accumulated:
+    """Gradients of a step's mean loss per token: the same ones in whatever micro-batches the rows are taken."""
     step_batches = list(_step_batches(run, rows, micro_batch_size))
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
     loss_weight = sum(batch.loss_weight for batch in step_batches)
@@ -500,7 +501,6 @@ def _forward_backward(
         loss_weight=loss_weight,
         num_loss_tokens=sum(batch.num_loss_tokens for batch in step_batches),
         num_tokens=sum(batch.num_tokens for batch in step_batches),
-        micro_batch_size=micro_batch_size,
     )
 
 
@@ -527,6 +527,8 @@ def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], posi
         num_trainable=sum(parameter.numel() for parameter in parameters),
         num_parameters=run.base.shape.num_parameters,
         resumed_from_step=position.step,
+        micro_batch_size=position.micro_batch_size,
+        accumulation=math.ceil(run.recipe.training.batch_size / position.micro_batch_size),
     )
 
 
@@ -552,15 +554,61 @@ def _save_checkpoint(
     return saved
 
 
-def _diverged(step: int, values: tuple[float, float], checkpoints_folder: Path) -> NoReturn:
+DEAD_LOSS = 0.01
+"""Nats per token above which a gradient of exactly 0 is no sign of rows known by heart."""
+
+
+def _is_alive(loss: float, norm: float) -> bool:
+    """Whether a step can be taken: its loss and gradient are numbers, and the gradient is not lost on the way.
+
+    Weights that have grown huge overflow inside the model, and its norms make zeros of that: the loss is finite then,
+    that of a guess, and the gradient exactly 0 for ever.
+    """
+    return math.isfinite(loss) and math.isfinite(norm) and not (norm == 0 and loss > DEAD_LOSS)
+
+
+def _check_weights(run: Run, parameters: list[torch.nn.Parameter], position: Position, rate: float) -> None:
+    """Raises DivergedError when a step with a finite loss has led to weights that are no numbers: none is kept."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        _diverged(run, replace(position, step=position.step - 1), (math.nan, math.nan), rate, [], what="A weight")
+
+
+def _diverged(
+    run: Run, position: Position, values: tuple[float, float], rate: float, rows: list[int], what: str = ""
+) -> NoReturn:
+    """Ends a run whose step after `position` was not finite; `rows` are that step's, where they are to blame."""
     loss, norm = values
-    what = "The loss" if not math.isfinite(loss) else "The gradient"
-    kept = "" if not checkpoints_folder.is_dir() else " The last checkpoint before it is kept."
+    step, training = position.step + 1, run.recipe.training
+    run.report(DivergedEvent(step=step, learning_rate=rate, loss=_finite(loss), grad_norm=_finite(norm)))
+    if norm == 0:
+        found = f"The gradient was exactly 0 at step {step} while the loss was {loss:.4g}: nothing is learned any more."
+    else:
+        what = what or ("The loss" if not math.isfinite(loss) else "The gradient")
+        figures = f" (loss {loss:.4g}, gradient norm {norm:.4g})" if what != "A weight" else ""
+        found = f"{what} was not a finite number at step {step}{figures}."
+    kept = checkpoints.newest_step(run.folders.out / "checkpoints")
+    assert training.learning_rate != "auto"
+    changes = [f"Lower the learning rate from {training.learning_rate:.2g} to {training.learning_rate / 10:.2g}"]
+    if training.max_grad_norm > 1:
+        changes.append(f"clip gradients at 1 instead of {training.max_grad_norm:g}")
+    if run.recipe.precision == "bfloat16":
+        changes.append("train on a float32 base")
+    lines = sorted(line for row in rows if (line := run.data.tokens.lines[row]) is not None)
+    suspects = f" If it comes back at this step, look at the rows in it: lines {_listed(lines)}." if lines else ""
     raise DivergedError(
-        f"{what} was not a finite number at step {step} (loss {loss}, gradient norm {norm}).{kept}",
-        next_step="Lower the learning rate, for example to a tenth, or lengthen the warm-up.",
+        found + (f" The checkpoint of step {kept}, the last before it, is kept." if kept else ""),
+        next_step=f"{', or '.join(changes)}.{suspects}",
         field="training.learning_rate",
+        details={"step": step, "learning_rate": rate},
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _listed(lines: list[int], most: int = 16) -> str:
+    return ", ".join(map(str, lines[:most])) + (f" and {len(lines) - most} more" if len(lines) > most else "")
 
 
 # --- the adapter's scores and the product ----------------------------------------------------------------------------
@@ -637,7 +685,7 @@ def package(
         # Each retry writes into a folder of its own: what was begun would eat the space that the next one needs.
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, SafetensorError):
-            raise checkpoints.weights_error(error, "the adapter") from error
+            raise checkpoints.explain_write_error(error, "the adapter") from error
         raise
     if folder.exists():
         shutil.rmtree(folder)
@@ -675,23 +723,42 @@ def versions() -> dict[str, str]:
     return found
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
-
-
-def _explain_out_of_memory(error: BaseException, device: torch.device) -> NoReturn:
-    gib = 2**30
-    peak, has = devices.peak_memory_bytes(device) / gib, devices.memory_bytes(device) / gib
+def _out_of_memory(run: Run | None, device: torch.device) -> OutOfMemoryError:
+    """What was used when memory ran out, what the device has, and what would fit."""
+    peak, has = devices.peak_memory_bytes(device), devices.memory_bytes(device)
     name = "the card" if device.type == "cuda" else "this machine"
-    raise OutOfMemoryError(
-        f"Training ran out of memory: it held {peak:.1f} GiB when it asked for more, and {name} has {has:.1f} GiB.",
-        next_step="Lower the maximum length, switch gradient checkpointing on, or choose QLoRA.",
+    details: dict[str, Any] = {"peak_memory_bytes": peak, "device_memory_bytes": has}
+    where, next_step = "", "Choose a smaller base model or a device with more memory."
+    if run is not None:
+        if run.step is not None:
+            at_once = "1 row" if run.micro_batch_size == 1 else f"{run.micro_batch_size} rows"
+            where = f" at step {run.step} with {at_once} at once"
+            details |= {"step": run.step, "micro_batch_size": run.micro_batch_size}
+        found = remedies(
+            run.recipe,
+            run.base.shape,
+            run.dataset_facts,
+            run.device_facts,
+            micro_batch_size=run.micro_batch_size,
+            peak_memory_bytes=peak,
+        )
+        next_step = advice(found, run.recipe, run.device_facts)
+    return OutOfMemoryError(
+        f"Training ran out of memory{where}: it held {peak / GIB:.1f} GiB when it asked for more, and {name} has "
+        f"{has / GIB:.1f} GiB.",
+        next_step=next_step,
         field="training.micro_batch_size",
-    ) from error
+        details=details,
+    )
+
+
+def _gpu_failure(error: Exception, device: torch.device) -> GpuError:
+    first = " ".join(str(error).split("\n", 1)[0].split())[:200]
+    return GpuError(
+        f"The GPU failed: {first}.",
+        next_step="The job goes on from its last checkpoint on another GPU.",
+        details={"device": str(device)},
+    )
 
 
 def _end_if_asked(run: Run, *, step: int) -> None:

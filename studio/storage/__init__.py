@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -158,6 +158,22 @@ def explain_disk_error(error: OSError) -> OSError:
         errno.ENOSPC,
         f"The studio's disk is full ({free / 1e9:.1f} GB free). Nothing was stored. Free some space and try again.",
     )
+
+
+def has_room(folder: Path, num_bytes: int) -> bool:
+    """Whether a folder's disk has that many bytes: they are reserved for a moment, so that quotas count, too."""
+    aside = folder / f".room-{uuid.uuid4().hex}"
+    try:
+        with aside.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                return True
+            return shutil.disk_usage(folder).free >= num_bytes
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -127,7 +127,7 @@ def test_damage_is_found_and_the_one_before_is_used(trained: Trained, name: str,
     assert step == 2
     assert len(told) == 1
     assert told[0].startswith("checkpoint 3 is damaged (")
-    assert told[0].endswith("using 2.")
+    assert told[0].endswith("goes on from 2.")
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(trained: Trained) -> None:
@@ -140,13 +140,129 @@ def test_swapped_files_are_noticed(trained: Trained) -> None:
     assert trained.find()[0] == 2
 
 
-def test_when_all_are_damaged_it_says_that_it_begins_again(trained: Trained) -> None:
-    for folder in trained.root.iterdir():
-        flip(folder / "adapter.safetensors")
+def mutate(chance: random.Random, folder: Path, other: Path) -> str:
+    """One thing that disks, people and crashes do to a checkpoint's files; says what."""
+    names = sorted(path.name for path in folder.iterdir())
+    name = chance.choice(names)
+    path = folder / name
+    kind = chance.choice(["bit flip", "truncation", "missing file", "swapped file", "other's file"])
+    if kind == "bit flip":
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    elif kind == "truncation":
+        os.truncate(path, chance.randrange(path.stat().st_size))
+    elif kind == "missing file":
+        path.unlink()
+    elif kind == "swapped file":
+        with_name = chance.choice([one for one in names if one != name])
+        kept = path.read_bytes()
+        shutil.copyfile(folder / with_name, path)
+        (folder / with_name).write_bytes(kept)
+        name = f"{name} and {with_name}"
+    else:
+        name = chance.choice([one for one in names if (other / one).read_bytes() != (folder / one).read_bytes()])
+        shutil.copyfile(other / name, folder / name)
+    return f"{kind}: {name}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_of_500_mutations_none_is_loaded_and_the_one_before_is_used(trained: Trained, tmp_path: Path) -> None:
+    chance = random.Random(4)
+    whole = tmp_path / "whole"
+    shutil.copytree(trained.root, whole)
+    kinds: set[str] = set()
+    for turn in range(500):
+        shutil.rmtree(trained.root)
+        shutil.copytree(whole, trained.root)
+        what = mutate(chance, trained.root / "3-1", trained.root / "2-1")
+        assert contents(trained.root / "3-1") != contents(whole / "3-1"), f"mutation {turn} ({what}) changed nothing"
+        step, told = trained.find()
+        assert step == 2, f"mutation {turn} ({what}) was loaded"
+        assert told[0].startswith("checkpoint 3 is damaged ("), what
+        assert told[0].endswith("goes on from 2."), what
+        kinds.add(what.split(":")[0])
+    assert len(kinds) == 5
+
+
+def test_a_checkpoint_in_the_place_of_another_is_not_taken_for_it(trained: Trained) -> None:
+    shutil.rmtree(trained.root / "3-1")
+    (trained.root / "2-1").rename(trained.root / "3-1")
     step, told = trained.find()
     assert step is None
+    assert "holds step 2" in told[0]
+
+
+def test_when_all_are_damaged_it_starts_from_step_0_and_says_so(trained: Trained) -> None:
+    for name in ("2-1", "3-1"):
+        flip(trained.root / name / "adapter.safetensors")
+    step, told = trained.find()
+    assert step is None
+    assert all(sentence.endswith("starts again from step 0.") for sentence in told)
     assert len(told) == 2
-    assert all("beginning" in sentence for sentence in told)
+    assert trained.find()[1], "an attempt later it is still said"
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(trained: Trained) -> None:
+    """Goes on from 2, because 3 is damaged; the next checkpoints leave a good one beside them, and 3 goes."""
+    flip(trained.root / "3-1" / "adapter.safetensors")
+    assert trained.find()[0] == 2
+    trained.save(3, attempt=2)
+    assert sorted(path.name for path in trained.root.iterdir()) == ["2-1", "3-2"]
+    flip(trained.root / "3-2" / "adapter.safetensors")
+    assert trained.find()[0] == 2
+
+
+def test_after_falling_back_by_two_no_damaged_step_is_kept(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.root / "3-1", tmp_path / "3")
+    trained.save(4)
+    trained.save(5)
+    flip(trained.root / "5-1" / "adapter.safetensors")
+    flip(trained.root / "4-1" / "adapter.safetensors")
+    shutil.copytree(tmp_path / "3", trained.root / "3-1")
+    assert trained.find()[0] == 3
+    trained.save(4, attempt=2)
+    assert sorted(path.name for path in trained.root.iterdir()) == ["3-1", "4-2"]
+
+
+def test_an_attempt_that_was_replaced_removes_nothing_of_its_successor(trained: Trained) -> None:
+    trained.save(10, attempt=2)
+    shutil.copytree(trained.root / "10-2", trained.root / ".tmp-12-2")
+    trained.save(4, attempt=1)
+    assert {"10-2", ".tmp-12-2", "4-1"} <= {path.name for path in trained.root.iterdir()}
+
+
+@pytest.mark.parametrize("call", range(1, 11))
+def test_a_failed_sync_marks_the_checkpoint_as_bad_and_the_same_files_are_never_used_again(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """EIO at each fsync of a save in turn: of its six files, of the manifest and of both folders."""
+    real, calls = os.fsync, 0
+
+    def failing(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", failing)
+    if call > 8:
+        trained.save(4)
+        assert calls == 8, "a save forces every file and both folders to the disk"
+        return
+    with pytest.raises(ExplainedError, match="Input/output error") as caught:
+        trained.save(4)
+    assert caught.value.code == "storage"
+    assert trained.find()[0] == 3
+    names = {path.name for path in trained.root.iterdir()}
+    assert ".bad-4-1" in names
+    assert not (trained.root / ".bad-4-1" / "MANIFEST.json").exists()
+    trained.save(4, attempt=2)
+    assert trained.find()[0] == 4
 
 
 def test_a_checkpoint_of_another_recipe_is_not_used(trained: Trained) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
-from tests.tiny import make_tiny_base, tiny_rows, write_rows
+from tests.tiny import make_tiny_base, tiny_rows, tokenizer_json, write_rows
 from workers import training
-from workers.errors import BaseModelError, DatasetError, DivergedError, ExplainedError, RecipeError
+from workers.errors import (
+    BaseModelError,
+    DatasetError,
+    DivergedError,
+    ExplainedError,
+    GpuError,
+    OutOfMemoryError,
+    RecipeError,
+)
 from workers.events import (
     CheckpointEvent,
+    DivergedEvent,
     MessageEvent,
     PhaseEvent,
     PlanEvent,
@@ -196,7 +207,7 @@ def test_a_damaged_checkpoint_is_said_so_and_the_one_before_gives_the_same_adapt
     weights.write_bytes(weights.read_bytes()[:-1])
     product, log = run(tiny, tmp_path, recipe_of(), attempt=2)
     texts = [event.text for event in log.of(MessageEvent)]
-    assert any(text.startswith("Checkpoint 6 is damaged (") and text.endswith("using 3.") for text in texts)
+    assert any(text.startswith("Checkpoint 6 is damaged (") and text.endswith("goes on from 3.") for text in texts)
     assert adapter_bytes(product) == adapter_bytes(straight[0])
 
 
@@ -373,37 +384,152 @@ def test_a_diverging_run_ends_at_once_and_keeps_the_last_finite_checkpoint(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
 
 
-def test_a_short_memory_halves_the_micro_batch_and_the_checkpoint_remembers_it(
-    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = training._forward_backward
-    sizes: list[int] = []
+def with_an_overflowing_token(folder: Path) -> Path:
+    """The tiny base, but for one token, "Z", at the end of what float32 holds: a row with it gives NaN."""
+    base = make_tiny_base(folder)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][Tokenizer.from_str(tokenizer_json()).token_to_id("Z")] = 3e38
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
 
-    def short(run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
-        sizes.append(size)
-        if size > 1:
+
+def test_a_row_that_gives_no_number_ends_the_run_at_its_step_and_is_named(tiny: Folders, tmp_path: Path) -> None:
+    base = with_an_overflowing_token(tmp_path / "base")
+    rows = tiny_rows(40)
+    for bad in range(40):  # the order is seeded: a row that comes late enough is found by trying
+        changed = [row | {"output": "Z meow"} if index == bad else row for index, row in enumerate(rows)]
+        dataset = write_rows(tmp_path / "rows.jsonl", changed)
+        log, out = Log(), tmp_path / f"out-{bad}"
+        try:
+            train(recipe_of(), Folders(base, dataset, out), report=log.report, should_stop=log.should_stop)
+        except DivergedError as error:
+            if max(log.losses(), default=0) < 3:
+                continue  # too early to have a checkpoint
+            caught = error
+            break
+    last = max(log.losses())
+    [point] = log.of(DivergedEvent)
+    assert point.step == last + 1, "it stopped at the very step, and the curve has its place"
+    assert None in (point.loss, point.grad_norm)
+    assert f"at step {last + 1}" in caught.message
+    assert "The checkpoint of step 3, the last before it, is kept." in caught.message
+    assert re.search(rf"lines [0-9, ]*\b{bad + 1}\b", caught.next_step), caught.next_step
+    kept = load_file(out / "checkpoints" / "3-1" / "adapter.safetensors")
+    assert all(bool(torch.isfinite(one).all()) for one in kept.values())
+
+
+def test_a_learning_rate_of_a_million_diverges_and_the_next_step_says_a_tenth(tiny: Folders, tmp_path: Path) -> None:
+    recipe = recipe_of(max_steps=60, epochs=10, checkpoint_every_steps=1, max_grad_norm=50.0)
+    # Past the recipe's own bounds, which would not let a person ask for it.
+    wild = recipe.model_copy(
+        update={
+            "settings": {"rank": 4, "target_modules": "all-linear"},
+            "training": recipe.training.model_copy(update={"learning_rate": 1e6}),
+        }
+    )
+    log = Log()
+    with pytest.raises(DivergedError, match=r"exactly 0 at step [2-5] while the loss was") as caught:
+        run(tiny, tmp_path, wild, log)
+    assert caught.value.next_step.startswith("Lower the learning rate from 1e+06 to 1e+05, or clip gradients at 1")
+    for folder in (tmp_path / "checkpoints").iterdir() if (tmp_path / "checkpoints").exists() else ():
+        kept = load_file(folder / "adapter.safetensors")
+        assert all(bool(torch.isfinite(one).all()) for one in kept.values()), "no checkpoint of what is no number"
+
+
+class OutOfMemoryAbove:
+    """`_forward_backward` on a device that holds a number of rows at once, from a step on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int, *, from_step: int = 1) -> None:
+        self.real, self.most, self.from_step = training._forward_backward, most, from_step
+        self.sizes: list[int] = []
+        monkeypatch.setattr(training, "_forward_backward", self)
+
+    def __call__(self, run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
+        self.sizes.append(size)
+        if size > self.most and position.step + 1 >= self.from_step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(run, model, objective, rows, size, position)
-
-    monkeypatch.setattr(training, "_forward_backward", short)
-    product, log = run(tiny, tmp_path, recipe_of())
-    assert product is not None
-    assert sizes == [2, 1, 1, 1, 1, 1, 1]
-    assert any("going on with 1 rows" in event.text for event in log.of(MessageEvent))
-    position = json.loads((tmp_path / "checkpoints" / "6-1" / "position.json").read_text())
-    assert position["micro_batch_size"] == 1
+        return self.real(run, model, objective, rows, size, position)
 
 
-def test_when_memory_cannot_suffice_the_error_says_what_was_used(
+def test_out_of_memory_is_an_error_with_its_figures(
     tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(training, "_forward_backward", never)
-    with pytest.raises(ExplainedError, match=r"it held \d+\.\d GiB") as caught:
+    OutOfMemoryAbove(monkeypatch, 1, from_step=5)
+    with pytest.raises(OutOfMemoryError, match=r"at step 5 with 2 rows at once: it held \d+\.\d GiB") as caught:
         run(tiny, tmp_path, recipe_of())
-    assert caught.value.code == "out_of_memory"
+    details = caught.value.details
+    assert (details["step"], details["micro_batch_size"]) == (5, 2)
+    assert details["peak_memory_bytes"] > 2**27
+    assert "a micro-batch of 1, about" in caught.value.next_step
+
+
+def test_memory_that_the_allocator_of_the_cpu_refuses_is_the_same_error(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_forward_backward", lambda *_: torch.empty(2**52))
+    with pytest.raises(OutOfMemoryError, match="at step 1 with 2 rows at once"):
+        run(tiny, tmp_path, recipe_of())
+
+
+def test_a_smaller_micro_batch_goes_on_from_the_checkpoint_with_the_same_gradients(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory at step 5 of 6; half the rows at once from step 4 on give what the whole run would have given.
+
+    Step count and learning rates go on, and the micro-batch that was found stays in the checkpoint.
+    """
+    recipe = recipe_of(batch_size=8, micro_batch_size=4, epochs=2)
+    recipe = recipe.model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})  # its noise depends on the shape
+    whole, straight = run(tiny, tmp_path / "straight", recipe)
+    memory = OutOfMemoryAbove(monkeypatch, 2, from_step=5)
+    first = Log()
+    with pytest.raises(OutOfMemoryError):
+        run(tiny, tmp_path / "short", recipe, first)
+    memory.sizes.clear()
+    second = Log()
+    folders = Folders(tiny.base_model, tiny.dataset, tmp_path / "short")
+    product = train(
+        recipe, folders, report=second.report, should_stop=second.should_stop, attempt=2, micro_batch_size=2
+    )
+    assert memory.sizes == [2, 2, 2], "steps 4 to 6"
+    [plan] = second.of(PlanEvent)
+    assert (plan.resumed_from_step, plan.micro_batch_size, plan.accumulation) == (3, 2, 4)
+    assert second.losses() == pytest.approx({step: straight.losses()[step] for step in (4, 5, 6)}, rel=1e-5)
+    rates = {event.step: (event.learning_rate, event.num_tokens) for event in straight.of(StepEvent)}
+    assert {event.step: (event.learning_rate, event.num_tokens) for event in second.of(StepEvent)} == {
+        step: rates[step] for step in (4, 5, 6)
+    }
+    norms = [event.grad_norm for event in straight.of(StepEvent)][3:]
+    assert [event.grad_norm for event in second.of(StepEvent)] == pytest.approx(norms, rel=1e-4)
+    assert whole is not None
+    assert product is not None
+    expected = load_file(whole / "adapter_model.safetensors")
+    found = load_file(product / "adapter_model.safetensors")
+    for name, weights in expected.items():
+        torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
+    position = json.loads((tmp_path / "short" / "checkpoints" / "6-2" / "position.json").read_text())
+    assert position["micro_batch_size"] == 2
+
+
+def test_the_micro_batch_that_was_found_is_kept_by_an_attempt_that_is_told_nothing(
+    tiny: Folders, tmp_path: Path
+) -> None:
+    log = Log(stop="checkpoint", stop_when=at_step(3))
+    folders = Folders(tiny.base_model, tiny.dataset, tmp_path)
+    assert train(recipe_of(), folders, report=log.report, should_stop=log.should_stop, micro_batch_size=1) is None
+    _, again = run(tiny, tmp_path, recipe_of(), attempt=2)
+    assert again.of(PlanEvent)[0].micro_batch_size == 1
+
+
+def test_an_error_of_the_gpu_is_told_from_one_of_the_program(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(training, "_forward_backward", failing)
+    with pytest.raises(GpuError, match="The GPU failed: CUDA error: an illegal memory access was encountered"):
+        run(tiny, tmp_path, recipe_of())
 
 
 def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(tiny: Folders, tmp_path: Path) -> None:
