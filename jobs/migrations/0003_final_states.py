@@ -27,6 +27,6 @@ DROP FUNCTION jobs_keep_final();
 
 
 class Migration(migrations.Migration):
-    dependencies = [("jobs", "0002_outbox")]
+    dependencies = [("jobs", "0002_queue")]
 
     operations = [migrations.RunSQL(MAKE, REMOVE)]
