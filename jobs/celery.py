@@ -47,6 +47,7 @@ app.conf.update(
         },
     },
 )
+_was_asked_to_end = False
 app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue"])
 
 
@@ -66,9 +67,17 @@ def start_slot(sender: Any, **_kwargs: Any) -> None:
 
 @signals.worker_shutting_down.connect
 def drain_slot(**_kwargs: Any) -> None:
-    """Warm shutdown: the running job saves a checkpoint and goes back to the queue. Runs in a signal handler."""
+    """Warm shutdown: the running job saves a checkpoint and goes back to the queue. Runs in a signal handler.
+
+    Asked a second time, the worker ends at once: its trainer dies with it, and the job goes on from its last
+    checkpoint when its lease has ended.
+    """
     from jobs import slots
 
+    global _was_asked_to_end
+    if _was_asked_to_end:
+        os._exit(1)
+    _was_asked_to_end = True
     slots.drain()
 
 

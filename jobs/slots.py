@@ -6,9 +6,11 @@ are gone, so the queue heals without beat.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import queue
 import socket
 import threading
 import uuid
@@ -40,14 +42,15 @@ class Slot(threading.Thread):
         super().__init__(name=f"slot-{index}", daemon=True)
         self.index = index
         self._lock = lock_slot(index)
-        self._look = threading.Event()
+        # Not an Event: one that is set in a signal handler, while the same thread is setting it, waits for ever.
+        self._looks: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._draining = threading.Event()
         self.worker: Worker | None = None
         self._reporter: Reporter | None = None
 
     def run(self) -> None:
         while not self._draining.is_set():
-            self._look.clear()
+            self._forget_wakes()
             try:
                 self._work()
             except (OperationalError, InterfaceError) as error:
@@ -57,7 +60,8 @@ class Slot(threading.Thread):
                 # The job is recorded; a slot that died of one job would starve all others.
                 logger.exception("A job ended in an unforeseen way")
                 connection.close()
-            self._look.wait(min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
+            with contextlib.suppress(queue.Empty):
+                self._looks.get(timeout=min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
         if self._reporter is not None:
             self._reporter.stop()
         connection.close()
@@ -78,9 +82,14 @@ class Slot(threading.Thread):
                 return
             run_job(job, is_draining=self._draining.is_set)
 
+    def _forget_wakes(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._looks.get_nowait()
+
     def wake(self) -> None:
-        """Look at the queue now."""
-        self._look.set()
+        """Look at the queue now. May be called in a signal handler."""
+        self._looks.put(None)
 
     def drain(self, *, announce: bool = False) -> None:
         """Take no more jobs, and have the running one save a checkpoint and stop.
@@ -89,7 +98,7 @@ class Slot(threading.Thread):
         database, so it is not for a signal handler.
         """
         self._draining.set()
-        self._look.set()
+        self.wake()
         if not announce or self.worker is None:
             return
         try:

@@ -59,6 +59,8 @@ POLL_SECONDS = float(os.environ.get("STUDIO_POLL_SECONDS", 15))
 MAX_ATTEMPTS = int(os.environ.get("STUDIO_MAX_ATTEMPTS", 5))
 # Seconds without a training step after which a trainer counts as stalled.
 STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
+# STUDIO_FAILPOINTS and STUDIO_FAILPOINTS_ONCE are for tests only; every process reads them itself, and so does a
+# trainer, which knows no Django (workers/failpoints.py).
 # Folders (separated by colons) below which an admin may register base models.
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
 # CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import logging
 import os
 import signal
 import time
@@ -143,3 +144,5 @@ def _fire(name: str) -> None:
 
 
 switch_on(os.environ.get("STUDIO_FAILPOINTS", ""), os.environ.get("STUDIO_FAILPOINTS_ONCE"))
+if _actions:
+    logging.getLogger(__name__).warning("STUDIO_FAILPOINTS is set, for tests only: this process fails on purpose.")

@@ -21,10 +21,9 @@ __all__ = ["app", "quick_celery_worker"]
 
 @signals.worker_init.connect(weak=False)
 def use_quick_trainers(**_: Any) -> None:
-    from jobs import running
     from tests.faults import quick_trainer
 
-    running.trainer_command = quick_trainer.command
+    quick_trainer.take_over()
 
 
 @contextlib.contextmanager

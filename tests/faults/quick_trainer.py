@@ -7,7 +7,8 @@ undisturbed one exactly if no step was lost or done twice.
     python -m tests.faults.quick_trainer recipe.json --out DIR ... --attempt N --events FD --supervised
 
 `training.max_steps` and `training.checkpoint_every_steps` of the recipe count; QUICK_TRAINER_STEP_SECONDS (0.05) says
-how long a step takes, QUICK_TRAINER_FAILS (none) with which code it gives up at its second step.
+how long a step takes, QUICK_TRAINER_FAILS (none) with which code it gives up at its second step. With
+QUICK_TRAINER_POISON it dies of SIGSEGV before its first step, with QUICK_TRAINER_DEAF it does as it is not asked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +37,14 @@ def command(job: Any, folder: Path) -> list[str]:
         sys.executable, "-m", "tests.faults.quick_trainer", str(folder / "recipe.json"),
         "--out", str(folder), "--attempt", str(job.attempt),
     ]  # fmt: skip
+
+
+def take_over() -> None:
+    """Have this worker process start quick trainers, and tell them what the test's environment says to them."""
+    from jobs import running, supervising
+
+    running.trainer_command = command
+    supervising.PASSED_ON_PREFIXES += ("QUICK_TRAINER_",)
 
 
 class Trainer:
@@ -59,6 +69,8 @@ class Trainer:
             resumed_from_step=self.step,
         )  # fmt: skip
         self.say(type="phase", phase="training")
+        if os.environ.get("QUICK_TRAINER_POISON"):
+            os.kill(os.getpid(), signal.SIGSEGV)
         stopped_at = None
         while self.step < self.num_steps:
             mode = self.wanted()
@@ -103,7 +115,7 @@ class Trainer:
         line = sys.stdin.readline()
         if not line:
             sys.exit(1)
-        return str(json.loads(line)["stop"])
+        return None if os.environ.get("QUICK_TRAINER_DEAF") else str(json.loads(line)["stop"])
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of any attempt."""

@@ -132,12 +132,11 @@ class Started:
 
 def slot(index: int = 0, *, is_real: bool = False) -> None:
     """A worker's slot. SIGTERM drains it, a second one ends it at once, as Celery does; SIGUSR1 wakes it."""
-    from jobs import running, slots, supervising
+    from jobs import slots
     from tests.faults import quick_trainer
 
     if not is_real:
-        running.trainer_command = quick_trainer.command
-        supervising.PASSED_ON_PREFIXES += ("QUICK_TRAINER_",)
+        quick_trainer.take_over()
     one = slots.Slot(index)
     ended = threading.Event()
 

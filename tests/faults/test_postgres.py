@@ -161,7 +161,7 @@ def test_pages_and_api_answer_503_and_retry_after_while_the_database_is_away(
     job = make_job(team, bob)
     token = {"Authorization": f"Bearer {ApiToken.issue(team=team, user=bob, name='ci', scopes=['read'])[1]}"}
     pages = ["/", "/jobs/", f"/jobs/{job.pk}/", "/datasets/", "/jobs/new/"]
-    api = ["/api/v1/me", "/api/v1/jobs", f"/api/v1/jobs/{job.pk}"]
+    api = ["/api/v1/me", "/api/v1/jobs/", f"/api/v1/jobs/{job.pk}/"]
     bob_client.raise_request_exception = False
     stranger = Client(raise_request_exception=False)
     database.kill()

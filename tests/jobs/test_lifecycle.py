@@ -239,3 +239,37 @@ def test_a_later_attempt_counts_for_a_step_that_two_attempts_reached(team: Team,
     Job.objects.filter(pk=job.pk).update(attempt=F("attempt") + 1)
     lifecycle.store_progress(job.pk, 2, [MetricPoint(job=job, attempt=2, step=5, loss=1.4, at=now)], [])
     assert job.points.filter(step=5).count() == 2
+
+
+@pytest.mark.parametrize("final", [JobState.CANCELLED, JobState.FAILED])
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RETRY_WAIT, JobState.PAUSED, JobState.FAILED, "cancelled"])
+def test_no_statement_whatever_changes_a_final_state(final: str, state: str, team: Team, bob: User) -> None:
+    job = make_running_job(team, bob)
+    lifecycle.fail(job.pk, 1, code="x", message="It cannot be done.", next_step="")
+    if final == JobState.CANCELLED:
+        job = make_job(team, bob)
+        lifecycle.ask_stop(job, bob, "now")
+    before = Job.objects.get(pk=job.pk).state
+    assert before == final
+    if state == final:
+        Job.objects.filter(pk=job.pk).update(state=state, priority=3)  # no change of state is none
+        return
+    with pytest.raises(IntegrityError, match="is final"), transaction.atomic():
+        Job.objects.filter(pk=job.pk).update(state=state)
+    assert Job.objects.get(pk=job.pk).state == final
+
+
+def test_no_statement_whatever_lowers_a_fencing_token(team: Team, bob: User) -> None:
+    job = make_running_job(team, bob)
+    with pytest.raises(IntegrityError, match="cannot fall"), transaction.atomic():
+        Job.objects.filter(pk=job.pk).update(attempt=0)
+
+
+def test_an_attempt_remembers_how_its_trainer_ended(team: Team, bob: User) -> None:
+    job = make_running_job(team, bob)
+    lifecycle.note_exit(job.pk, 1, None)
+    assert job.attempts.values_list("exit_status", "signal").get() == (None, None)
+    lifecycle.note_exit(job.pk, 1, -11)
+    assert job.attempts.values_list("exit_status", "signal").get() == (None, 11)
+    lifecycle.note_exit(job.pk, 1, 1)
+    assert job.attempts.values_list("exit_status", "signal").get() == (1, None)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 
 from jobs.estimating import choose_device, live_devices
 from jobs.slots import Slot
 from tests.jobs.making import make_worker
+from tests.processes import test_environment
 
 
 @pytest.mark.django_db(transaction=True)
@@ -30,3 +34,25 @@ def test_a_slot_that_never_registered_drains_without_a_row(data_dir: Path) -> No
     slot.start()
     slot.join(timeout=10)
     assert not slot.is_alive()
+
+
+def test_a_wake_up_in_a_signal_handler_that_interrupts_a_wake_up_holds_nobody_up(data_dir: Path) -> None:
+    """As when SIGTERM comes while a message wakes the slot: both in a worker's main thread."""
+    script = """
+import signal, sys, threading, django
+django.setup()
+from jobs import slots
+slot = slots.Slot(7)
+signal.signal(signal.SIGALRM, lambda *_: slot.wake())
+signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+for _ in range(200_000):
+    slot.wake()
+signal.setitimer(signal.ITIMER_REAL, 0)
+slot._forget_wakes()
+print("went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=settings.ROOT, env=test_environment(), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout == "went on\n", done.stderr
