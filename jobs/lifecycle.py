@@ -358,8 +358,9 @@ def _queue_again(
     if micro_batch_size is not None:
         values["micro_batch_size"] = micro_batch_size
         batch_size = int(job.recipe["training"]["batch_size"])
+        rows = "1 row" if micro_batch_size == 1 else f"{micro_batch_size} rows"
         changed = (
-            f" with {micro_batch_size} rows in memory at once and {math.ceil(batch_size / micro_batch_size)} such"
+            f" with {rows} in memory at once and {math.ceil(batch_size / micro_batch_size)} such"
             f" micro-batches to a step; the batch stays {batch_size}, and so does what is learned"
         )
     Job.objects.filter(pk=job.pk).update(**values, state=JobState.RETRY_WAIT, not_before=Now() + wait)

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from workers.base_folders import hub_name
+from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
 from workers.errors import BaseModelError
 from workers.methods import get_method, method_of_type
@@ -127,7 +128,7 @@ def load(model: Any, folder: Path) -> Any:
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
         return method.load(model, folder).eval()
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error) or is_gpu_failure(error):
             raise
         raise BaseModelError(
             f"The adapter does not fit this base model: {str(error).strip().splitlines()[0]}",

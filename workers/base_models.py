@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from workers.base_folders import read_base_folder
+from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError
 from workers.memory import cpu_has_fast_bfloat16
 from workers.recipe import Precision
@@ -83,7 +84,7 @@ def load(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error) or is_gpu_failure(error):
             raise
         raise BaseModelError(
             f"transformers cannot load the base model: {_first_line(error)}",

@@ -52,7 +52,7 @@ def test_out_of_memory_late_goes_on_with_half_the_rows_and_learns_the_same(
     assert [loss for loss, _ in ours.values()] == pytest.approx([loss for loss, _ in theirs.values()], rel=1e-4)
     texts = " ".join(job.events.values_list("text", flat=True))
     assert "at step 8 with 2 rows at once: it held" in texts
-    assert "with 1 rows in memory at once and 4 such micro-batches to a step; the batch stays 4" in texts
+    assert "with 1 row in memory at once and 4 such micro-batches to a step; the batch stays 4" in texts
     position = json.loads((storage.job_folder(job.pk) / "checkpoints" / "10-2" / "position.json").read_text())
     assert position["micro_batch_size"] == 1
 

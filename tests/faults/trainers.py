@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,12 @@ def break_trainers(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) ->
     monkeypatch.setattr(running, "trainer_command", command)
 
 
-def run_attempt(job: Job, worker: Worker | None = None) -> Job:
+def run_attempt(job: Job, worker: Worker | None = None, *, tell: Callable[[object], None] = lambda _: None) -> Job:
     """Claim a waiting job now, run one attempt at it here, and give its row as it is then."""
     Job.objects.filter(pk=job.pk).update(not_before=Now())
     claimed = lifecycle.claim(job, worker or make_worker())
     assert claimed is not None, f"{job.name} waits"
-    run_job(claimed)
+    run_job(claimed, tell=tell)
     return Job.objects.select_related("adapter").get(pk=job.pk)
 
 

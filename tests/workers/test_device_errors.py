@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny import make_tiny_base
+from workers import base_models
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 
 
@@ -53,3 +56,18 @@ def test_a_failing_gpu_is_known(text: str) -> None:
 def test_what_fails_on_every_device_is_neither(error: Exception) -> None:
     assert not is_out_of_memory(error)
     assert not is_gpu_failure(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: uncorrectable ECC error encountered"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_a_base_whose_loading_a_device_stops_is_not_called_unusable(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(base_models.AutoModelForCausalLM, "from_pretrained", failing)
+    with pytest.raises(RuntimeError) as caught:
+        base_models.load(make_tiny_base(tmp_path), "float32", torch.device("cpu"), checked=True)
+    assert caught.value is error
