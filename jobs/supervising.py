@@ -154,6 +154,8 @@ class Link(threading.Thread):
                     started = boot_clock()
                     self._beat()
                     beat_at = started + self.heartbeat_seconds
+                    # While every device is busy and beat is dead, nobody else takes jobs back from lost workers.
+                    lifecycle.reap_expired()
                 self._store()
                 if wants_flush:
                     self._wants_flush.clear()

@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--jobs", type=int, default=250, help="at least; more are queued while faults are left")
-    parser.add_argument("--real", type=int, default=6, help="of these, real trainings of the tiny model")
+    parser.add_argument("--real", type=int, default=4, help="of these, real trainings of the tiny model")
     parser.add_argument("--kills", type=int, default=200, help="kill -9: 7 in 10 trainers, else workers or whole trees")
     parser.add_argument("--zombies", type=int, default=30, help="workers paused for two leases beside a replacement")
     parser.add_argument("--postgres-kills", type=int, default=20, help="immediate restarts")

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -79,6 +80,12 @@ def patiently(ask: Callable[[], T], *, seconds: float = 60) -> T:
                 raise
             connections.close_all()
             time.sleep(0.1)
+
+
+def _processor_seconds() -> float:
+    """Of this process and of everything below it that has ended, in seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 @dataclass
@@ -469,6 +476,7 @@ class Soak:
             ("worker starts", f"{self.num_starts}; {self.num_ended} workers ended by themselves"),
             ("adapters of real trainings byte-equal", f"{equal_reals} of {len(real)}, interrupted {real_hits} times"),
             ("products of fake trainings byte-equal", f"{equal_fakes} of {len(fake)}"),
+            ("processor time", f"{_processor_seconds():.0f} s, as far as processes were waited for"),
             ("wall time", f"{time.monotonic() - self.started_at:.0f} s, {seconds:.0f} s of it under faults"),
         ]
         return Verdict(rows, self.violations)

@@ -24,6 +24,7 @@ from studio import storage
 from studio.accounts.models import Team, User
 from tests.factories import make_adapter_folder, make_result
 from tests.jobs.making import make_running_job, make_worker
+from tests.processes import wait_for
 from workers.events import MessageEvent
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -181,3 +182,11 @@ def test_a_database_that_does_not_answer_at_the_end_costs_no_retry(
     job.refresh_from_db()
     assert (job.state, job.failures_counted) == (JobState.RETRY_WAIT, 0)
     assert job.attempts.get().failure_code == "database"
+
+
+def test_a_busy_worker_takes_jobs_back_from_lost_ones(job: Job, team: Team, bob: User) -> None:
+    lost = make_running_job(team, bob, name="lost")
+    expire_lease(lost)
+    with Link(job.pk, job.attempt):
+        wait_for(lambda: Job.objects.get(pk=lost.pk).state == JobState.RETRY_WAIT, what="the reap")
+    assert Job.objects.get(pk=job.pk).state == JobState.RUNNING
