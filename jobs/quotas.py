@@ -113,7 +113,9 @@ def usage_of(team: Team, quota: TeamQuota) -> TeamUsage:
     hours = seconds / 3600
     price = quota.price_per_gpu_hour
     total = standing.used_by_team(team.pk)
-    used = {user_id: amount for (team_id, user_id), amount in standing.usage.items() if team_id == team.pk and amount >= 1}
+    used = {
+        user_id: amount for (team_id, user_id), amount in standing.usage.items() if team_id == team.pk and amount >= 1
+    }
     people = [
         PersonUsage(user.display_name(), used[user.pk] / 3600, 100 * used[user.pk] / total)
         for user in User.objects.filter(pk__in=used)

@@ -101,7 +101,11 @@ class _Choice:
         return None
 
     def _take(self, job: Waiting, *, by_warmth: bool) -> Job | None:
-        if by_warmth and self.worker.warm_base and self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds():
+        if (
+            by_warmth
+            and self.worker.warm_base
+            and self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds()
+        ):
             equal = self._jobs_of(job).filter(base_model__name=self.worker.warm_base, team_rank=job.team_rank)
             if (claimed := self._lock_and_claim(equal)) is not None:
                 return claimed
@@ -156,4 +160,3 @@ class _Choice:
         beside = Worker.objects.filter(host=self.worker.host).exclude(pk=self.worker.pk).values_list("pk", flat=True)
         ends = [job.seconds_left for job in self.facts.running if job.worker_id in set(beside)]
         return max(ends) if ends else None
-

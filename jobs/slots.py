@@ -119,9 +119,7 @@ def register_worker(index: int) -> Worker:
 
 def report(worker: Worker) -> None:
     """Say that a worker is alive and what a job could have of its device's memory now."""
-    Worker.objects.filter(pk=worker.pk).update(
-        last_seen=Now(), reported_at=Now(), **read_memory(worker.slot).values()
-    )
+    Worker.objects.filter(pk=worker.pk).update(last_seen=Now(), reported_at=Now(), **read_memory(worker.slot).values())
 
 
 def _version() -> str:

@@ -163,7 +163,9 @@ def _no_device(job: Waiting, queue: QueueSnapshot) -> str:
     taking = queue.taking
     if not taking:
         if all(worker.is_draining for worker in queue.workers):
-            return "Every worker is being drained for maintenance and takes no job. It starts when one takes jobs again."
+            return (
+                "Every worker is being drained for maintenance and takes no job. It starts when one takes jobs again."
+            )
         return "Every worker is being drained or in quarantine and takes no job. It starts when one takes jobs again."
     most = max(worker.num_gpus for worker in taking)
     if job.num_gpus > most:

@@ -75,7 +75,10 @@ def fill(seed: int = 4) -> dict[str, str]:
             lease_until=timezone.now() + timedelta(hours=12),
         )  # fmt: skip
         JobAttempt.objects.filter(job=running).update(started_at=timezone.now() - timedelta(seconds=held))
-    return {team.name: LoginLink.create_for(user) for team, user in {team.name: (team, user) for team, user in people[::-1]}.values()}
+    return {
+        team.name: LoginLink.create_for(user)
+        for team, user in {team.name: (team, user) for team, user in people[::-1]}.values()
+    }
 
 
 def main() -> None:
@@ -86,7 +89,16 @@ def main() -> None:
     with bench_studio():
         for team, secret in fill().items():
             print(f"{team:>9}: http://127.0.0.1:{port}/login/link/{secret}/ then /jobs/queue/", flush=True)
-        command = [sys.executable, "-m", "uvicorn", "studio.asgi:application", "--port", str(port), "--log-level", "warning"]
+        command = [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "studio.asgi:application",
+            "--port",
+            str(port),
+            "--log-level",
+            "warning",
+        ]
         web = subprocess.Popen(command, env=os.environ | {"STUDIO_DEBUG": "true"})
         try:
             web.wait()

@@ -79,7 +79,9 @@ def test_a_token_of_an_admin_sets_the_limits_and_one_of_a_trainer_only_reads_the
     assert AuditEvent.objects.get(action="limits.changed").token is not None
 
 
-def test_another_team_has_its_own_limits(client: Client, team: Team, alice: User, other_team: Team, charlie: User) -> None:
+def test_another_team_has_its_own_limits(
+    client: Client, team: Team, alice: User, other_team: Team, charlie: User
+) -> None:
     call(client, alice, team, {"share": 4})
     assert call(client, charlie, other_team)[1]["share"] == 1
     assert "Limits of Legal" in signed_in(charlie).get("/jobs/limits/").content.decode()

@@ -31,7 +31,10 @@ def queue(team: Team, user: User, name: str, *, gib: float = 0, gpus: int = 1, *
 
 def device(slot: int = 0, *, gib: float = 80, free: float | None = None, **changes: Any) -> Worker:
     worker = make_worker(slot)
-    values = {"memory_bytes": round(gib * GIBIBYTE), "free_memory_bytes": round((gib if free is None else free) * GIBIBYTE)}
+    values = {
+        "memory_bytes": round(gib * GIBIBYTE),
+        "free_memory_bytes": round((gib if free is None else free) * GIBIBYTE),
+    }
     Worker.objects.filter(pk=worker.pk).update(**(values | changes))
     worker.refresh_from_db()
     return worker
@@ -236,7 +239,9 @@ def test_a_smaller_job_passes_one_that_does_not_fit_and_that_one_is_owed_the_nex
     end("runs")
     end("little")
     # By now its team has used more, and would not be first in turn.
-    use(team, bob, hours=50) if not Usage.objects.filter(user=bob).exists() else Usage.objects.update(device_seconds=9e5)
+    use(team, bob, hours=50) if not Usage.objects.filter(user=bob).exists() else Usage.objects.update(
+        device_seconds=9e5
+    )
     Usage.objects.filter(user=charlie).update(device_seconds=0)
     queue(other_team, charlie, "theirs", gib=4)
     assert take(large) == "big"
