@@ -10,6 +10,7 @@ from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
 
 from jobs import lifecycle
+from jobs.durations import expected_seconds
 from jobs.models import Job, JobState
 from jobs.retrying import tried_again
 from jobs.waking import wake_workers
@@ -71,6 +72,9 @@ def queue_job(
                 asked_recipe=asked, base_model=base_model,
                 dataset_version=dataset_version, idempotency_key=idempotency_key, not_before=Now(), parent=parent,
                 needs={"gpus": 1, "memory_bytes": (estimate or {}).get("total_bytes", 0)}, estimate=estimate or {},
+                expected_seconds=expected_seconds(
+                    team, estimate or {}, method=recipe.method, base_model=base_model.name
+                ),
             )  # fmt: skip
             lifecycle.add_event(job.pk, 0, f"Queued by {user.display_name()}.")
             record("job.queued", team=team, user=user, token=token, target=job)
