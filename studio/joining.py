@@ -142,7 +142,8 @@ def keep(joined: Joined, data_dir: Path) -> Path:
     path = data_dir / KEPT_NAME
     aside = path.with_suffix(".new")
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.chmod(0o700)
         aside.unlink(missing_ok=True)
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({"url": joined.url, "version": joined.version, "environment": dict(joined.environment)}, file)
