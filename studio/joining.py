@@ -5,7 +5,7 @@ storage's key. So they travel over HTTPS, or over plain HTTP within one machine 
 network between is trusted; no redirect is followed, for the token would go along; they are kept in a file that only
 its owner reads, and reach the workers through their environment. The token works once and for an hour, stands in
 the Authorization header and never in a URL, and the studio writes down who made it and which machine used it. The
-studio's secret key stays where it is: it signs people's sessions. A trainer gets none of all this (jobs/supervising.py).
+studio's secret key stays where it is: it signs people's sessions. A trainer gets none of all this.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def check_reach(joined: Joined) -> None:
             client.ping()
     except redis.RedisError as error:
         raise JoinError(
-            f"The studio's Redis does not answer from this machine: {error}. Set STUDIO_SERVERS_HOST or REDIS_URL of the"
-            " studio to an address that this machine reaches, and let its port through."
+            f"The studio's Redis does not answer from this machine: {error}. Set STUDIO_SERVERS_HOST or REDIS_URL of"
+            " the studio to an address that this machine reaches, and let its port through."
         ) from error
     if not environment.get("STUDIO_S3_BUCKET"):
         return
@@ -121,18 +121,29 @@ def check_reach(joined: Joined) -> None:
         raise JoinError(f"The studio's storage cannot be used from this machine. {error}") from error
 
 
+def check_machine(data_dir: Path) -> None:
+    """Whether this machine can work at all, asked before a token is spent on it.
+
+    Raises:
+        JoinError: it has no worker half, or its data folder is that of a studio of its own.
+    """
+    if not can_train():
+        raise JoinError("This installation has no worker half: pip install 'peft-studio[web,worker,s3]' adds it.")
+    if (data_dir / "servers").exists():
+        raise JoinError(f"{data_dir} is the data folder of a studio of its own. Set STUDIO_DATA_DIR to another folder.")
+
+
 def keep(joined: Joined, data_dir: Path) -> Path:
     """Write what the studio has told into this machine's data folder, for its owner alone; the file's path.
 
     Raises:
-        JoinError: the folder cannot be written, or it is that of a studio of its own.
+        JoinError: the folder cannot be written.
     """
-    if (data_dir / "servers").exists():
-        raise JoinError(f"{data_dir} is the data folder of a studio of its own. Set STUDIO_DATA_DIR to another folder.")
     path = data_dir / KEPT_NAME
     aside = path.with_suffix(".new")
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.chmod(0o700)
         aside.unlink(missing_ok=True)
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({"url": joined.url, "version": joined.version, "environment": dict(joined.environment)}, file)
@@ -153,8 +164,8 @@ def kept(data_dir: Path) -> Joined:
         return Joined(found["url"], found["version"], found["environment"])
     except FileNotFoundError:
         raise JoinError(
-            f"This machine has not joined a studio yet: {data_dir} has no {KEPT_NAME}. Make a token on the studio's page"
-            " Workers and run: python manage.py join URL TOKEN"
+            f"This machine has not joined a studio yet: {data_dir} has no {KEPT_NAME}. Make a token on the studio's"
+            " page Workers and run: python manage.py join URL TOKEN"
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise JoinError(f"{data_dir / KEPT_NAME} cannot be read. Join again with a new token.") from error
@@ -164,11 +175,9 @@ def run_workers(data_dir: Path, say: Say) -> None:
     """Run a worker for each device of this machine, started again when it dies, until Ctrl-C or SIGTERM.
 
     Raises:
-        JoinError: this machine has not joined, cannot train, or runs its workers already.
+        JoinError: this machine has not joined, or runs its workers already.
     """
     joined = kept(data_dir)
-    if not can_train():
-        raise JoinError("This installation has no worker half: pip install 'peft-studio[web,worker,s3]' adds it.")
     environment = {
         **os.environ,
         **joined.environment,

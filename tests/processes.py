@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,13 +35,15 @@ test_environment.__test__ = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def celery_worker(queue: str, log_file: Path, *, slot: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+def celery_worker(
+    queue: str, log_file: Path, *, slot: int = 0, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A worker that serves one queue; at the end it and everything it started is killed."""
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *WORKER, "-Q", queue, "-n", f"{queue}{slot}-{os.getpid()}@test", "-l", "info"],
-            env=test_environment() | {"STUDIO_SLOT": str(slot)}, cwd=settings.ROOT, stdout=log, stderr=log,
-            start_new_session=True,
+            env=test_environment() | {"STUDIO_SLOT": str(slot)} | dict(environment or {}), cwd=settings.ROOT,
+            stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         yield process

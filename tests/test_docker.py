@@ -94,6 +94,9 @@ NOT_PASSED = {
     "STUDIO_HOST": "where `up` listens; the image listens on port 8000, and compose says where that is published",
     "STUDIO_PORT": "as STUDIO_HOST",
     "STUDIO_DEBUG": "never in production",
+    "STUDIO_SERVERS_HOST": "where `up` lets its embedded servers listen; compose has servers of its own",
+    "STUDIO_SERVERS_POSTGRES_PORT": "as STUDIO_SERVERS_HOST",
+    "STUDIO_SERVERS_REDIS_PORT": "as STUDIO_SERVERS_HOST",
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from studio import embedded
-from studio.embedded import EmbeddedServerError, EmbeddedServers, embedded_servers
+from studio.embedded import EmbeddedServerError, EmbeddedServers, Listening, embedded_servers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -194,3 +194,37 @@ def test_root_without_namespaces_below_a_private_folder_is_told_what_to_do(
     folder.chmod(0o700)
     with pytest.raises(EmbeddedServerError, match="keeps other users out"):
         EmbeddedServers(folder).start()
+
+
+def test_with_an_address_both_answer_there_and_refuse_who_has_no_password(folder: Path) -> None:
+    ports: list[tuple[int, int]] = []
+    for count in (1, 2):
+        servers = EmbeddedServers(folder, Listening("127.0.0.1"))
+        urls = servers.start()
+        try:
+            assert "127.0.0.1" in urls.database
+            assert "127.0.0.1" in urls.redis
+            assert add_row(urls.database) == add_key(urls.redis) == count
+            assert servers.listening is not None
+            ports.append((servers.listening.postgres_port, servers.listening.redis_port))
+            password = urls.database.split(":")[2].partition("@")[0]
+            with pytest.raises(psycopg.OperationalError, match="password"):
+                psycopg.connect(urls.database.replace(password, "wrong"))
+            with pytest.raises(redis.AuthenticationError):
+                add_key(f"redis://127.0.0.1:{ports[-1][1]}/0")
+            assert servers.revive() == []
+        finally:
+            servers.stop()
+    assert ports[0] == ports[1], "whoever has joined finds them again after a restart"
+    with embedded_servers(folder) as sockets_only:
+        assert add_row(sockets_only.urls().database) == 3
+        with pytest.raises(redis.ConnectionError):
+            add_key(f"redis://127.0.0.1:{ports[0][1]}/0")
+
+
+@pytest.mark.parametrize(
+    ("host", "sentence"), [("0.0.0.0", "no other machine can connect"), ("203.0.113.7", "cannot listen on")]
+)
+def test_an_address_that_is_none_of_this_machine_is_refused(folder: Path, host: str, sentence: str) -> None:
+    with pytest.raises(EmbeddedServerError, match=sentence):
+        EmbeddedServers(folder, Listening(host))

@@ -326,7 +326,7 @@ def test_a_web_process_that_answers_wrongly_ends_the_start_in_time(monkeypatch: 
         threading.Thread(target=server.serve_forever, daemon=True).start()
         tree = ProcessTree(Path(logs), {}, say=lambda line: None)
         with pytest.raises(launching.LaunchError, match=r"answers with status 400 instead of 200.*web\.log"):
-            launching._wait_for_answer(tree, server.socket, launching._StopSignals())
+            launching._wait_for_answer(tree, server.socket, launching.StopSignals())
         server.shutdown()
 
 

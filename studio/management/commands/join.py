@@ -9,7 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from studio.joining import JoinError, ask_to_join, check_reach, keep, run_workers
+from studio.joining import JoinError, ask_to_join, check_machine, check_reach, keep, run_workers
 
 
 class Command(BaseCommand):
@@ -29,6 +29,7 @@ class Command(BaseCommand):
     def handle(self, *, url: str | None, token: str | None, trust_network: bool, no_start: bool, **_: Any) -> None:
         os.umask(0o077)
         try:
+            check_machine(settings.DATA_DIR)
             if url is not None:
                 if not token:
                     raise JoinError("A join token is missing. Make one on the studio's page Workers.")
