@@ -494,7 +494,9 @@ class Hub:
         """The next entries of all feeds, each of which has found its place before; raises RedisError."""
         if time.monotonic() - self._signed_at > SECONDS_BETWEEN_SIGNS:
             # Gone: Redis lost its data, or this process stood still for a minute. Both lose events.
-            is_kept = await self.redis.set(self._sign, 1, ex=60, get=True)
+            num_watchers = sum(len(feed.watchers) for feed in self.feeds.values())
+            sign = json.dumps({"watchers": num_watchers, "tasks": len(asyncio.all_tasks())})
+            is_kept = await self.redis.set(self._sign, sign, ex=60, get=True)
             if not is_kept and self._signed_at:
                 self._lose_place()
             self._signed_at = time.monotonic()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import SyncToAsync, iscoroutinefunction
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
@@ -74,6 +74,14 @@ def _refusal(sentence: str, status: int, *, retry_after: int = 0) -> HttpRespons
     return HttpResponse(sentence, status=status, content_type="text/plain", headers=headers)
 
 
+def _release_request_thread() -> None:
+    """End the thread that Django keeps for a request's synchronous parts: a stream has none any more."""
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
+    if executor is not None:
+        executor.shutdown(wait=False)
+
+
 async def _stream(hub: Hub, watcher: Watcher, last_id: str) -> AsyncIterator[bytes]:
     """The messages of one connection. Nothing is sent once the browser has gone: `finally` never yields."""
     retry = f"retry: {random.randint(*RETRY_MILLISECONDS)}\n".encode()  # noqa: S311  no secret
@@ -82,6 +90,7 @@ async def _stream(hub: Hub, watcher: Watcher, last_id: str) -> AsyncIterator[byt
         # Here and not in the view: a browser may leave before the first message is asked for, and then this
         # generator never begins and its `finally` never runs.
         hub.enter(watcher)
+        _release_request_thread()
         try:
             first: list[Message | None] = [*await hub.watch(watcher, last_id)]
         except DatabaseError as error:
