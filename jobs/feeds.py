@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 MAX_WAITING_MESSAGES = 100
 # Messages of a feed that are kept for browsers which come back.
 MAX_KEPT_MESSAGES = 256
+MAX_MISSED_MESSAGES = 4
 MAX_STREAMS_PER_USER = 20
 # Points of one job go out at most this often; after a pause the first goes at once.
 SECONDS_BETWEEN_POINTS = 0.1
@@ -76,10 +77,19 @@ PING = b": ping\n\n"
 
 @dataclass(frozen=True)
 class Message:
-    """Bytes for a browser; `key` is the id of the last stream entry in them, where there is one."""
+    """Bytes for a browser."""
 
     content: bytes
-    key: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Points that went out as one message; `last` is the id of its last stream entry, `key` the same to compare."""
+
+    points: Sequence[series.Point]
+    last: bytes
+    key: tuple[int, int]
+    message: Message
 
 
 def encode(data: str, *, event: str = "", entry_id: bytes = b"", retry_milliseconds: int = 0) -> bytes:
@@ -179,7 +189,7 @@ class Feed:
         self.was_synced = False
         # Set once it is known whether Redis answers.
         self.is_tried = asyncio.Event()
-        self.kept: deque[Message] = deque(maxlen=MAX_KEPT_MESSAGES)
+        self.kept: deque[Kept] = deque(maxlen=MAX_KEPT_MESSAGES)
         # Everything after this id is in `kept` or still in `waiting`.
         self.kept_from = (0, 0)
         self.waiting: list[series.Point] = []
@@ -234,12 +244,12 @@ class Feed:
             self.flushing = None
         if not self.waiting:
             return
-        message = points_message(self.waiting, self.last)
-        self.waiting = []
+        points, self.waiting = self.waiting, []
+        message = points_message(points, self.last)
         self.sent_at = time.monotonic()
-        if len(self.kept) == self.kept.maxlen and (oldest := self.kept[0].key) is not None:
-            self.kept_from = oldest
-        self.kept.append(message)
+        if len(self.kept) == self.kept.maxlen:
+            self.kept_from = self.kept[0].key
+        self.kept.append(Kept(points, self.last, key_of(self.last), message))
         self.tell(message)
 
     def tell(self, message: Message) -> None:
@@ -255,11 +265,15 @@ class Feed:
         """Whether this id is where one message ends and the next begins; another web process may have cut elsewhere."""
         if key == key_of(self.last):
             return not self.waiting
-        return key == self.kept_from or any(message.key == key for message in self.kept)
+        return key == self.kept_from or any(one.key == key for one in self.kept)
 
     def after(self, key: tuple[int, int]) -> list[Message]:
         """What was said after an id that is covered."""
-        return [message for message in self.kept if message.key is not None and message.key > key]
+        missed = [one for one in self.kept if one.key > key]
+        if len(missed) <= MAX_MISSED_MESSAGES:
+            return [one.message for one in missed]
+        # One message, for each of them makes a page draw its curves.
+        return [points_message([point for one in missed for point in one.points], missed[-1].last)]
 
     def parts(self) -> list[Message]:
         """The rendered parts and the standing, for a page that may be older than this connection."""
@@ -284,7 +298,7 @@ class Feed:
 def points_message(points: Iterable[series.Point], last: bytes) -> Message:
     """Curve points as the named event that the chart listens for."""
     rows = json.dumps({"points": [point.row() for point in points]}, separators=(",", ":"))
-    return Message(encode(rows, event="points", entry_id=last), key_of(last))
+    return Message(encode(rows, event="points", entry_id=last))
 
 
 class Hub:

@@ -474,7 +474,7 @@ def report(options: Options, found: dict[str, Any]) -> str:
     cores = len(os.sched_getaffinity(0))
     return f"""\
 {options.watchers} watchers of {options.jobs} jobs, 1 event/s/job, {options.seconds} s
-{options.reconnects} times all connections closed at once; {cores} cores, load average {os.getloadavg()[0]:.1f} at the end
+{options.reconnects} times all connections closed at once; {cores} cores, load average {os.getloadavg()[0]:.1f}
 events          {found["expected"]:,} expected, {found["received"]:,} received,
                 {found["lost"]} lost, {found["doubled"]} doubled, {found["dropped"]} not published
 connections     {found["resets"]} resets, {found["refused"]} refused and tried again

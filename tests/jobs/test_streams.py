@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,17 +26,18 @@ from django.test import AsyncRequestFactory, Client
 from django.urls import reverse
 from django.utils import timezone
 
-from jobs import feeds, streams
+from jobs import feeds, progress, series, streams
 from jobs.feeds import RESET, Feed, Hub, Watcher
 from jobs.models import Job, JobEvent, JobState, MetricPoint, Worker
 from jobs.progress import add, add_gap, stream_key
 from jobs.watching import Visit, watching_users
 from studio.accounts.models import Membership, User
 from studio.asgi import application
+from studio.embedded import EmbeddedServers
 from studio.serving import DrainingServer
 from tests.jobs.conftest import MakeJob
 from tests.jobs.test_series import step_event
-from tests.processes import wait_for
+from tests.processes import test_environment, wait_for
 from workers.events import PhaseEvent
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -504,3 +510,90 @@ def test_everybody_who_comes_at_once_is_looked_up_together(
 
     assert asyncio.run(come()) == [alice.pk, None, None] * 30
     assert len(asked) <= 2
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path, settings: Any) -> Iterator[EmbeddedServers]:
+    """A Redis that only this test uses, and may kill."""
+    servers = EmbeddedServers(tmp_path / "own")
+    settings.REDIS_URL = servers.start(postgres=False).redis
+    _forget_clients()
+    yield servers
+    servers.stop()
+    _forget_clients()
+
+
+def _forget_clients() -> None:
+    progress._client.cache_clear()
+    series.stream_client.cache_clear()
+
+
+def test_a_redis_that_is_killed_closes_no_page_and_is_followed_by_a_snapshot(
+    own_redis: EmbeddedServers, server: str, running: Job, alice_client: Client
+) -> None:
+    add(running.pk, 1, step_event(1))
+    with open_stream(server, running, alice_client) as response:
+        messages = read(response)
+        assert first_points(messages).steps() == [1]
+        os.kill(own_redis.pids()["valkey"], signal.SIGKILL)
+        wait_for(lambda: not own_redis.pids(), what="the end of Redis")
+        stored(running, 1, 2)
+        Job.objects.filter(pk=running.pk).update(phase="evaluating")
+        while stands(messages)["phase"] != "evaluating":
+            pass  # the row is still looked at
+        own_redis.revive()
+        assert next(message.event for message in messages if message.event not in {"", "state"}) == "reset"
+        assert first_points(messages).steps() == [1, 2]
+        add(running.pk, 1, step_event(3))
+        assert first_points(messages).steps() == [3]
+
+
+def test_what_is_said_while_redis_is_away_is_published_when_it_is_back(
+    own_redis: EmbeddedServers, running: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.1)
+    publisher = progress.Publisher(running.pk, 1)
+    publisher.start()
+    wait_for(lambda: client().xlen(stream_key(running.pk)) == 1, what="the word that begins an attempt")
+    os.kill(own_redis.pids()["valkey"], signal.SIGKILL)
+    wait_for(lambda: not own_redis.pids(), what="the end of Redis")
+    for step in range(1, progress.MAX_WAITING + 100):
+        publisher.publish(step_event(step))
+    own_redis.revive()
+    wait_for(lambda: publisher._events.empty(), what="the events")
+    publisher.publish(step_event(5000))
+    publisher.finish()
+    entries = [fields for _entry_id, fields in client().xrange(stream_key(running.pk))]
+    assert int(sum(int(fields.get(b"lost", 0)) for fields in entries)) == publisher.num_dropped > 0
+    parsed = [found.event for fields in entries if (found := series.parse_entry(fields))]
+    said = [event.step for event in parsed if event.type == "step"]
+    assert said == sorted(said), "in order"
+    assert said[0] == 1
+    assert said[-1] == 5000
+
+
+def test_a_web_process_that_stops_ends_its_streams_and_waits_for_none(
+    running: Job, alice_client: Client, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with (tmp_path / "web.log").open("wb") as log:
+            web = subprocess.Popen(
+                [sys.executable, "-m", "studio.serving", str(listener.fileno())], pass_fds=[listener.fileno()],
+                cwd=settings.ROOT, env=test_environment() | {"STUDIO_DEBUG": "1"}, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with ExitStack() as opened:
+                streams_ = [opened.enter_context(open_stream(url, running, alice_client)) for _ in range(10)]
+                reading = [read(one) for one in streams_]
+                for messages in reading:
+                    stands(messages)
+                web.send_signal(signal.SIGTERM)
+                for messages in reading:
+                    assert "end" not in [message.event for message in messages], "so that a browser comes back"
+            web.wait(60)
+        finally:
+            web.kill()
+            web.wait()
+    assert web.returncode == -signal.SIGTERM
+    assert "exceeded" not in (tmp_path / "web.log").read_text(), "nothing had to be cut off"
