@@ -125,6 +125,7 @@ class Watcher:
     checked_at: float = field(default_factory=time.monotonic)
     last_put: float = field(default_factory=time.monotonic)
     closed_at: float = 0.0
+    was_cut_off: bool = False
     task: asyncio.Task[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -595,6 +596,7 @@ class Hub:
             for watcher in list(feed.watchers):
                 if watcher.closed_at:
                     if now - watcher.closed_at > SECONDS_TO_LEAVE and watcher.task is not None:
+                        watcher.was_cut_off = True
                         watcher.task.cancel()
                 elif now - watcher.opened_at > MAX_SECONDS:
                     watcher.close(keep=True)

@@ -8,18 +8,20 @@ header of the page has changed, messages without a name replace parts of it, and
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 from uuid import UUID
 
-from asgiref.sync import SyncToAsync, iscoroutinefunction
 from django.conf import settings
+from django.core.exceptions import DisallowedHost
+from django.core.handlers.asgi import ASGIRequest
 from django.db import Error as DatabaseError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
-from django.utils.decorators import sync_and_async_middleware
 from django.views.decorators.http import require_GET
 
 from jobs import feeds
@@ -27,19 +29,85 @@ from jobs.feeds import Hub, Message, Watcher, get_hub
 from jobs.watching import Visit
 from studio.accounts.models import Role
 
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+
 logger = logging.getLogger(__name__)
 
 # A browser waits this long before it comes back; spread, so that not all do so in the same moment.
 RETRY_MILLISECONDS = (500, 2500)
 
 _SESSION_KEY = re.compile(r"[a-z0-9]{8,40}")
-_PATH = re.compile(r"/jobs/([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})/events/")
+
+HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    # Proxies must not gather it.
+    "X-Accel-Buffering": "no",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @require_GET
 async def events(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
-    """A job's live progress as server-sent events, for a member of its team."""
+    """A job's live progress as server-sent events, for a member of its team.
+
+    `manage.py up` serves the address by `application`, which does the same without Django's middleware.
+    """
     hub = get_hub()
+    found = await _admit(hub, request, job_id)
+    if isinstance(found, HttpResponse):
+        return found
+    return StreamingHttpResponse(_stream(hub, found, request.headers.get("Last-Event-ID", "")), headers=HEADERS)
+
+
+events.required_role = Role.VIEWER  # type: ignore[attr-defined]  # read by the access tests
+
+
+async def application(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    """`events` as an ASGI application of its own.
+
+    After a restart every open page comes back at once, and Django's handler and middleware take turns in several
+    threads for each of them. What of these a stream needs is asked for here: the host name, the session and the team.
+    """
+    hub, request = get_hub(), ASGIRequest(scope, io.BytesIO())
+    try:
+        request.get_host()
+        found = await _admit(hub, request, UUID(scope["path"].split("/")[2]))
+    except DisallowedHost:
+        found = _refusal("The studio does not answer to this host name.", 400)
+    if isinstance(found, HttpResponse):
+        await send({"type": "http.response.start", "status": found.status_code, "headers": _encoded(found.headers)})
+        await send({"type": "http.response.body", "body": found.content})
+        return
+    watcher = found
+    leaving = asyncio.create_task(_wait_until_gone(receive))
+    leaving.add_done_callback(lambda _task: watcher.close())
+    try:
+        await send({"type": "http.response.start", "status": 200, "headers": _encoded(HEADERS)})
+        async with aclosing(_stream(hub, watcher, request.headers.get("Last-Event-ID", ""))) as messages:
+            async for content in messages:
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body"})
+    except asyncio.CancelledError:
+        # The hub cuts off who does not read; a server that stops is to see its cancellation.
+        if not watcher.was_cut_off:
+            raise
+    finally:
+        leaving.cancel()
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _admit(hub: Hub, request: HttpRequest, job_id: UUID) -> Watcher | HttpResponse:
+    """A watcher for the person behind a request, or why there is none."""
     if hub.is_closing:
         return _refusal("The studio is being restarted.", 503, retry_after=1)
     session_key = request.COOKIES.get(settings.SESSION_COOKIE_NAME, "")
@@ -54,43 +122,24 @@ async def events(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
     if hub.open_streams[user_id] >= feeds.MAX_STREAMS_PER_USER:
         many = f"You have {feeds.MAX_STREAMS_PER_USER} live pages open. Close some; this page is complete without."
         return _refusal(many, 429, retry_after=30)
-    watcher = Watcher(visit, user_id)
-    response = StreamingHttpResponse(
-        _stream(hub, watcher, request.headers.get("Last-Event-ID", "")), content_type="text/event-stream"
-    )
-    # Proxies must not gather it, and nothing before the other middleware would say these two.
-    for name, value in {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **_PLAIN}.items():
-        response[name] = value
-    return response
-
-
-events.required_role = Role.VIEWER  # type: ignore[attr-defined]  # read by the access tests
-
-_PLAIN = {"X-Content-Type-Options": "nosniff"}
+    return Watcher(visit, user_id)
 
 
 def _refusal(sentence: str, status: int, *, retry_after: int = 0) -> HttpResponse:
-    headers = _PLAIN | ({"Retry-After": str(retry_after)} if retry_after else {})
-    return HttpResponse(sentence, status=status, content_type="text/plain", headers=headers)
+    headers = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+    if retry_after:
+        headers["Retry-After"] = str(retry_after)
+    return HttpResponse(sentence, status=status, headers=headers)
 
 
-def _release_request_thread() -> None:
-    """End the thread that Django keeps for a request's synchronous parts: a stream has none any more."""
-    context = SyncToAsync.thread_sensitive_context.get(None)
-    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
-    if executor is not None:
-        executor.shutdown(wait=False)
-
-
-async def _stream(hub: Hub, watcher: Watcher, last_id: str) -> AsyncIterator[bytes]:
+async def _stream(hub: Hub, watcher: Watcher, last_id: str) -> AsyncGenerator[bytes, None]:
     """The messages of one connection. Nothing is sent once the browser has gone: `finally` never yields."""
     retry = f"retry: {random.randint(*RETRY_MILLISECONDS)}\n".encode()  # noqa: S311  no secret
     watcher.task = asyncio.current_task()
     try:
-        # Here and not in the view: a browser may leave before the first message is asked for, and then this
-        # generator never begins and its `finally` never runs.
+        # Here and not before: a browser may leave before the first message is asked for, and then this generator
+        # never begins and its `finally` never runs.
         hub.enter(watcher)
-        _release_request_thread()
         try:
             first: list[Message | None] = [*await hub.watch(watcher, last_id)]
         except DatabaseError as error:
@@ -104,25 +153,3 @@ async def _stream(hub: Hub, watcher: Watcher, last_id: str) -> AsyncIterator[byt
             yield message.content
     finally:
         hub.leave(watcher)
-
-
-@sync_and_async_middleware
-def StreamMiddleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:  # noqa: N802
-    """Answers the streams before all other middleware, most of which takes a turn in a thread.
-
-    After a restart every open page comes back at once. Who may watch, `events` asks itself; the host name is looked at
-    here; and a request that is to be sent to HTTPS goes the ordinary way.
-    """
-    if not iscoroutinefunction(get_response):
-        return get_response
-
-    async def asynchronous(request: HttpRequest) -> HttpResponseBase:
-        found = _PATH.fullmatch(request.path_info) if request.method == "GET" else None
-        if found is not None and (request.is_secure() or not settings.SECURE_SSL_REDIRECT):
-            request.get_host()
-            streaming: Awaitable[HttpResponseBase] = events(request, UUID(found[1]))
-            return await streaming
-        response: Awaitable[HttpResponseBase] = get_response(request)
-        return await response
-
-    return asynchronous

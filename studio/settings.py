@@ -73,7 +73,6 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
-    "jobs.streams.StreamMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "csp.middleware.CSPMiddleware",
@@ -97,6 +96,8 @@ API_ROUTERS = [
     "jobs.api.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
+# Paths of responses that last, and the ASGI application of each: named as strings like the routers.
+ASGI_STREAMS = {r"/jobs/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/events/": "jobs.streams.application"}
 
 TEMPLATES = [
     {
