@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from functools import cache
 from uuid import UUID
 
 import redis
 from django.conf import settings
 from pydantic import BaseModel
+
+from workers.events import PhaseEvent
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,11 @@ FINISH_SECONDS = 3.0
 
 
 def stream_key(job_id: UUID | str) -> str:
-    """The Redis stream of a job. Entries hold `attempt` and `event`, the JSON of a workers.events model."""
+    """The Redis stream of a job.
+
+    Entries hold `attempt` and `event`, the JSON of a workers.events model; or `attempt` and `lost`, how many events
+    are missing at this place.
+    """
     return f"progress:{job_id}"
 
 
@@ -61,9 +66,21 @@ def add(job_id: UUID, attempt: int, event: BaseModel) -> None:
 
     Raises redis.RedisError.
     """
-    fields = ("attempt", attempt, "event", event.model_dump_json())
+    _append(job_id, attempt, "event", event.model_dump_json())
+
+
+def add_gap(job_id: UUID, attempt: int, num_lost: int) -> None:
+    """Say in the job's stream that events are missing here, so that who follows it looks into Postgres.
+
+    Raises redis.RedisError.
+    """
+    _append(job_id, attempt, "lost", num_lost)
+
+
+def _append(job_id: UUID, attempt: int, name: str, value: str | int) -> None:
     keys = [stream_key(job_id), _fence_key(job_id)]
-    _client().register_script(_APPEND)(keys=keys, args=[attempt, MAX_ENTRIES, KEEP_SECONDS, *fields])
+    arguments = [attempt, MAX_ENTRIES, KEEP_SECONDS, "attempt", attempt, name, value]
+    _client().register_script(_APPEND)(keys=keys, args=arguments)
 
 
 def fence(job_id: UUID, attempt: int) -> None:
@@ -77,14 +94,18 @@ def fence(job_id: UUID, attempt: int) -> None:
 class Publisher(threading.Thread):
     """Publishes one attempt's events from a thread of its own, so that a hanging Redis delays nobody.
 
-    Errors are counted and logged, never raised; what does not fit into the queue is dropped.
+    It begins with a word of its own: what an earlier attempt still says after that is not shown any more. Errors
+    are logged, never raised: events wait while Redis is away, and what does not fit into the queue is dropped,
+    counted, and said in the stream.
     """
 
     def __init__(self, job_id: UUID, attempt: int) -> None:
         super().__init__(name=f"publisher-{job_id}", daemon=True)
         self.job_id, self.attempt = job_id, attempt
         self.num_dropped = 0
+        self._num_told = 0
         self._events: queue.Queue[BaseModel | None] = queue.Queue(MAX_WAITING)
+        self._is_ending = threading.Event()
         self._is_over = False
 
     def publish(self, event: BaseModel) -> None:
@@ -96,6 +117,7 @@ class Publisher(threading.Thread):
 
     def finish(self) -> None:
         """Publish what is left, for a few seconds at most, and nothing after that."""
+        self._is_ending.set()
         try:
             self._events.put(None, timeout=FINISH_SECONDS)
             self.join(FINISH_SECONDS)
@@ -105,16 +127,26 @@ class Publisher(threading.Thread):
             self._is_over = True
 
     def run(self) -> None:
-        silent_until = 0.0
-        while (event := self._events.get()) is not None:
-            if self._is_over or time.monotonic() < silent_until:
-                self.num_dropped += 1
-                continue
+        event: BaseModel | None = PhaseEvent(phase="preparing")
+        while event is not None and self._deliver(event):
+            event = self._events.get()
+
+    def _deliver(self, event: BaseModel) -> bool:
+        """Publish an event as soon as Redis takes it; False when it does not and there is no time left."""
+        is_told = False
+        while not self._is_over:
             try:
+                if (num_lost := self.num_dropped - self._num_told) > 0:
+                    add_gap(self.job_id, self.attempt, num_lost)
+                    self._num_told += num_lost
                 add(self.job_id, self.attempt, event)
             except redis.RedisError as error:
-                if self.num_dropped == 0:
+                if not is_told:
                     logger.warning("Live progress of job %s is interrupted: %s", self.job_id, error)
-                self.num_dropped += 1
-                # A Redis that timed out is left alone for a while, or the queue would never empty.
-                silent_until = time.monotonic() + SILENT_SECONDS
+                    is_told = True
+                # A Redis that timed out is left alone for a while.
+                if self._is_ending.wait(SILENT_SECONDS):
+                    return False
+            else:
+                return True
+        return False

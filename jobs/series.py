@@ -109,16 +109,11 @@ def streamed_points(job_id: UUID, after: Point | None) -> list[Point]:
                 point = point_of(parsed.event, parsed.attempt) if parsed else None
                 if point is None:
                     continue
-                if (
-                    after is not None
-                    and point.loss is not None
-                    and (point.attempt, point.step)
-                    <= (
-                        after.attempt,
-                        after.step,
-                    )
-                ):
-                    return found
+                if after is not None and point.loss is not None:
+                    if (point.attempt, point.step) <= (after.attempt, after.step) and point.attempt == after.attempt:
+                        return found
+                    if point.attempt < after.attempt:
+                        continue  # said by an attempt whose successor has stored its steps already
                 found.append(point)
             if len(entries) < _CHUNK:
                 return found
@@ -137,7 +132,9 @@ class Parsed:
 
 
 def parse_entry(fields: dict[bytes, bytes]) -> Parsed | None:
-    """A stream entry's fields as an event; None for one that this version cannot read."""
+    """A stream entry's fields as an event; None for one that says that some are missing, or that cannot be read."""
+    if b"lost" in fields:
+        return None
     try:
         return Parsed(int(fields[b"attempt"]), parse_event(fields[b"event"]))
     except (KeyError, ValueError, ValidationError) as error:
@@ -151,7 +148,23 @@ def curve(job: Job) -> list[Point]:
     if job.is_final():
         return stored
     newest = max((point for point in stored if point.loss is not None), default=None, key=_age)
-    return merge([*stored, *streamed_points(job.pk, newest)])
+    streamed = unfenced(reversed(streamed_points(job.pk, newest)), newest.attempt if newest else 0)
+    return merge([*stored, *streamed])
+
+
+def unfenced(points: Iterable[Point], attempt: int = 0) -> list[Point]:
+    """Points in the order in which they were said, without those of an attempt whose successor had begun.
+
+    Args:
+        points: oldest first.
+        attempt: the newest attempt that had begun before.
+    """
+    found = []
+    for point in points:
+        attempt = max(attempt, point.attempt)
+        if point.attempt == attempt:
+            found.append(point)
+    return found
 
 
 def _age(point: Point) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.recipe_table import recipe_sections
+from studio.conditional import unchanged_is_304
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.events import PHASES
@@ -74,6 +75,7 @@ def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
 
 @require_GET
 @team_page(Role.VIEWER)
+@unchanged_is_304
 def list_jobs(request: TeamRequest) -> HttpResponse:
     """The team's queue and what ran before. The list refreshes itself with the same URL."""
     state = request.GET.get("state", "")

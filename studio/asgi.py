@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from django.conf import settings
 from django.core.asgi import get_asgi_application
+from django.utils.module_loading import import_string
 
 from studio import body_limits
 
@@ -15,6 +18,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
 Message = Mapping[str, Any]
 django_application = get_asgi_application()
+streams = [(re.compile(path), import_string(name)) for path, name in settings.ASGI_STREAMS.items()]
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SENTENCE = b"The studio's disk is full, so nothing was stored. Free some space and try again."
@@ -26,6 +30,11 @@ async def application(
     send: Callable[[Message], Awaitable[None]],
 ) -> None:
     """Django, and answers for what strikes before Django has a request: no space for its body, or too large a body."""
+    if scope["type"] == "http" and scope["method"] == "GET":
+        for path, stream in streams:
+            if path.fullmatch(scope["path"]):
+                await stream(scope, receive, send)
+                return
     has_answered = False
 
     async def note_answer(message: Message) -> None:

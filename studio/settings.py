@@ -114,6 +114,8 @@ API_ROUTERS = [
     "jobs.quotas.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
+# Paths of responses that last, and the ASGI application of each: named as strings like the routers.
+ASGI_STREAMS = {r"/jobs/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/events/": "jobs.streams.application"}
 
 TEMPLATES = [
     {

@@ -52,6 +52,11 @@
       this.draw();
     }
 
+    // The next rows are the whole curve; until then the old one stays on the screen.
+    forget() {
+      this.bySteps.clear();
+    }
+
     column(rows, name) {
       const index = COLUMNS.indexOf(name);
       return rows.map((row) => row[index]);

@@ -19,8 +19,14 @@ document.addEventListener("DOMContentLoaded", () => {
     if (empty) empty.textContent = "The curves could not be loaded. Reload the page to try again.";
   });
 
-  document.getElementById("job-stream")?.addEventListener("points", (event) => {
-    curves.add(JSON.parse(event.detail.data).points);
+  // A reset says that points were missed: the whole curve follows, and what is drawn stays until it is there.
+  const stream = document.getElementById("job-stream");
+  stream?.addEventListener("reset", () => curves.forget());
+  stream?.addEventListener("points", (event) => curves.add(JSON.parse(event.detail.data).points));
+  // What the live curve may have missed is in the database now.
+  stream?.addEventListener("end", () => {
+    curves.forget();
+    load().catch(() => {});
   });
 
   // The progress fragment says what the tab is called; it is replaced while the job runs.
