@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -30,3 +31,8 @@ class FakeTrainersConfig(AppConfig):
             return [sys.executable, "-I", "-S", str(FAKE_TRAINER), *command[3:]]
 
         running.trainer_command = trainer_command
+        if importlib.util.find_spec("jobs.trainers") is not None:
+            seat = importlib.import_module("jobs.trainers").Seat
+            may_stay_after = seat.may_stay_after
+            # A fake cannot do a second job, and no warm trainer is to do a fake's.
+            seat.may_stay_after = lambda self, job: not job.name.startswith(FAKE) and may_stay_after(self, job)

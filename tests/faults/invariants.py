@@ -241,8 +241,11 @@ class Trainer:
 
     process: psutil.Process
     job_id: UUID
+    """Of the job that it works for; of its last one, when it stays and waits for the next."""
     supervisor: int
     """Process id of its parent."""
+    stays: bool
+    """Whether it may be idle between two jobs."""
 
 
 def find_trainers() -> list[Trainer]:
@@ -250,13 +253,17 @@ def find_trainers() -> list[Trainer]:
     jobs_folder = (Path(settings.DATA_DIR) / "jobs").resolve()
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
             words = process.cmdline()
-            if "--supervised" not in words or "--out" not in words or process.status() == psutil.STATUS_ZOMBIE:
+            if "--supervised" not in words or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            folder = Path(words[words.index("--out") + 1])
-            if folder.parent == jobs_folder:
-                found.append(Trainer(process, UUID(folder.name), process.ppid()))
+            # One that does several jobs is told of them later: what it prints goes into the folder of the present one.
+            has_folder = "--out" in words
+            printed_to = Path(f"/proc/{process.pid}/fd/1")
+            inside = Path(words[words.index("--out") + 1]) if has_folder else printed_to.readlink()
+            if inside.is_relative_to(jobs_folder) and inside != jobs_folder:
+                job_id = UUID(inside.relative_to(jobs_folder).parts[0])
+                found.append(Trainer(process, job_id, process.ppid(), stays=not has_folder))
     return found
 
 
@@ -285,7 +292,7 @@ def trainers_per_slot() -> Iterator[str]:
     states = dict(Job.objects.filter(pk__in={trainer.job_id for trainer in trainers}).values_list("pk", "state"))
     for trainer in trainers:
         state = states.get(trainer.job_id)
-        if state in FINAL_STATES:
+        if state in FINAL_STATES and not trainer.stays:
             yield f"I7: a slot holds trainer {trainer.process.pid} of job {trainer.job_id}, which has {state}."
 
 

@@ -238,6 +238,23 @@ def test_a_trainer_of_a_job_that_has_ended_is_named(queued: Callable[[], Job]) -
         assert "which has succeeded" in only(broken_invariants(), "I7")
 
 
+def test_a_trainer_that_waits_for_its_next_job_is_found_by_its_log(
+    queued: Callable[[], Job],
+) -> None:
+    job = succeed(claimed(queued()))
+    log = storage.job_folder(job.pk) / "attempts" / "1" / "trainer.log"
+    with log.open("ab") as printed:
+        command = [sys.executable, "-c", "import time; time.sleep(600)", "--resident", "--supervised"]
+        process = subprocess.Popen(command, stdout=printed)
+    try:
+        wait_for(find_trainers, what="the process")
+        assert [(trainer.job_id, trainer.stays) for trainer in find_trainers()] == [(job.pk, True)]
+        assert broken_invariants() == []
+    finally:
+        process.kill()
+        process.wait()
+
+
 def make_checkpoint(job: Job, name: str) -> Path:
     folder = storage.job_folder(job.pk) / "checkpoints" / name
     folder.mkdir(parents=True)
