@@ -26,8 +26,19 @@ from jobs.models import Job, LastStart, Worker
 from jobs.standing import WAITING_STATES, Facts, Room, live_workers, read_facts, room_of, takes_jobs
 from jobs.waiting import QueueSnapshot, explain_wait, look_at_queue, queue_position
 
-__all__ = ["OWN_ORDER", "QUEUE_ORDER", "QueueSnapshot", "WAITING_STATES", "explain_wait", "live_workers", "look_at_queue", "next_job",
-           "queue_position", "room_of", "takes_jobs"]  # fmt: skip
+__all__ = [
+    "OWN_ORDER",
+    "QUEUE_ORDER",
+    "WAITING_STATES",
+    "QueueSnapshot",
+    "explain_wait",
+    "live_workers",
+    "look_at_queue",
+    "next_job",
+    "queue_position",
+    "room_of",
+    "takes_jobs",
+]  # fmt: skip
 
 OWN_ORDER = ("team_rank", "not_before", "created_at")
 """The order among the jobs of one person and priority."""

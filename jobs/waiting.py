@@ -27,7 +27,6 @@ from jobs.standing import (
 )
 from studio.templatetags.components import duration
 
-
 MAX_COMPARED = 100
 
 

@@ -42,13 +42,13 @@ class _Driver:
     def __init__(self, processes: list[tuple[int, int | None]]) -> None:
         self.processes = processes
 
-    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:  # noqa: N802 the driver's name
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:
         return SimpleNamespace(total=80 * 10**9, free=18 * 10**9)
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=num_bytes) for pid, num_bytes in self.processes]
 
-    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: object) -> list[SimpleNamespace]:  # noqa: N802
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: object) -> list[SimpleNamespace]:
         return []
 
 
