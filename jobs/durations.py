@@ -1,8 +1,8 @@
 """How long a job will take, learned from finished jobs.
 
-The engine's estimate (workers/memory.py) is corrected on a logarithmic scale: what is learned is log(actual / estimate).
-Jobs of all teams on a device give one number, the median of that, and nothing else of them; the team's own finished jobs
-give the rest, by ridge regression (Hoerl and Kennard 1970) on the estimate, the tokens, the method, the base model and
+The engine's estimate (workers/memory.py) is corrected on a logarithmic scale: log(actual / estimate) is learned. Jobs of
+all teams on a device give one number, the median of that, and nothing else of them; the team's own finished jobs give
+the rest, by ridge regression (Hoerl and Kennard 1970) on the estimate, the tokens, the method, the base model and
 the device. The penalty draws every coefficient to 0, which is the estimate as it stands: few jobs change little.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 from django.db.models import F, FloatField, OuterRef, QuerySet, Subquery, Sum
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Extract
+from django.utils import timezone
 
 from jobs.models import Job, JobAttempt, JobState
 from studio.accounts.models import Team
@@ -135,7 +136,7 @@ def finished_jobs(jobs: QuerySet[Job]) -> list[Finished]:
                 device=row["ran_on"] or row["estimated_device"] or "",
             ),
             seconds=row["held_seconds"],
-            finished_at=row["finished_at"],
+            finished_at=row["finished_at"] or timezone.now(),
             team_id=row["team_id"],
         )
         for row in rows

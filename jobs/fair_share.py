@@ -43,7 +43,7 @@ class Quota:
 
 
 class Waiting(NamedTuple):
-    """A waiting job, as far as its turn depends on it; times in seconds since the epoch, for there are many of these."""
+    """A waiting job, as far as its turn depends on it; times in seconds since the epoch, for there are many."""
 
     id: str
     team_id: int

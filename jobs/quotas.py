@@ -48,7 +48,7 @@ class QuotaForm(forms.ModelForm):
     )  # fmt: skip
     max_gpu_hours = forms.FloatField(
         min_value=0.1, max_value=MAX_HOURS, required=False, label="GPU-hours in the window",
-        help_text="Once they are used up, no further job starts until hours leave the window; running jobs end in peace. "
+        help_text="Once they are used up, no further job starts until hours leave the window; running ones go on. "
         "Empty: no limit.",
     )  # fmt: skip
     window_days = forms.IntegerField(

@@ -2,13 +2,14 @@
 
 A second of a device counts half as much one half-life later (Slurm's multifactor priority plugin with
 PriorityDecayHalfLife, https://slurm.schedmd.com/priority_multifactor.html). With half-life H, an attempt that held
-a device for d seconds until now weighs the integral of 2^(-t / H) over t from 0 to d, which is H / ln 2 (1 - 2^(-d / H)).
+a device for d seconds until now weighs the integral of 2^(-t / H) over t from 0 to d: H / ln 2 (1 - 2^(-d / H)).
 """
 
 from __future__ import annotations
 
 import math
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from django.db import connection
@@ -52,7 +53,7 @@ _CHARGE_HOURS = f"""
 
 def charge(job_id: UUID, attempt: int) -> None:
     """Add an attempt that has ended to what its person and team have used. Call it once per attempt."""
-    values = {"job": job_id, "number": attempt, "half_life": _HALF_LIFE_SECONDS}
+    values: dict[str, Any] = {"job": job_id, "number": attempt, "half_life": _HALF_LIFE_SECONDS}
     with connection.cursor() as cursor:
         cursor.execute(_CHARGE_PERSON, values)
         cursor.execute(_CHARGE_HOURS, values)

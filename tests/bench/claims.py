@@ -7,12 +7,15 @@ again by lifecycle so that limits, usage and running jobs are all there. Prints 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import psutil
 
 from tests.bench.studio import bench_studio
 
@@ -66,8 +69,8 @@ def fill_queue(num_jobs: int, seed: int = 0) -> None:
         cursor.execute("ANALYZE jobs_job")
 
 
-def measure(num_jobs: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each claim, of each position, and of each look at the whole queue."""
+def measure(num_jobs: int, rounds: int) -> dict[str, tuple[list[float], float]]:
+    """Milliseconds of each claim, position and reason, and the mean CPU time of one (coarse: ticks of 10 ms)."""
     from jobs import lifecycle, scheduling
     from jobs.models import Job, Worker
     from tests.jobs.making import make_worker
@@ -75,23 +78,42 @@ def measure(num_jobs: int, rounds: int) -> dict[str, list[float]]:
     fill_queue(num_jobs)
     workers = [make_worker(slot) for slot in range(NUM_DEVICES)]
     Worker.objects.update(memory_bytes=80 * GIBIBYTE, free_memory_bytes=70 * GIBIBYTE)
-    claims, running = [], []
+    claims, running, spent_on_claims = [], [], 0.0
     for round_number in range(min(rounds, num_jobs // 2)):
         worker = workers[round_number % NUM_DEVICES]
         if len(running) == NUM_DEVICES:
             ended = running.pop(0)
             lifecycle.fail(ended.pk, ended.attempt, code="bench", message="Over.", next_step="")
+        before = cpu_milliseconds()
         spent, job = timed(lambda worker=worker: scheduling.next_job(worker))
+        spent_on_claims += cpu_milliseconds() - before
         assert job is not None
         running.append(job)
         claims.append(spent)
     waiting = list(Job.objects.filter(state="queued")[: min(rounds, 50)])
+    began = cpu_milliseconds()
     places = [timed(lambda job=job: scheduling.queue_position(job))[0] for job in waiting]
+    middle = cpu_milliseconds()
     sentences = [timed(lambda job=job: scheduling.explain_wait(job))[0] for job in waiting]
+    ended = cpu_milliseconds()
     for job in running:
         lifecycle.fail(job.pk, job.attempt, code="bench", message="Over.", next_step="")
     Worker.objects.all().delete()
-    return {"claim": claims, "position": places, "reason": sentences}
+    return {
+        "claim": (claims, spent_on_claims / len(claims)),
+        "position": (places, (middle - began) / len(places)),
+        "reason": (sentences, (ended - middle) / len(sentences)),
+    }
+
+
+def cpu_milliseconds() -> float:
+    """CPU time of this process and of the Postgres process that serves it, so far."""
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        times = [psutil.Process(process_id).cpu_times() for process_id in (os.getpid(), cursor.fetchone()[0])]
+    return 1000 * sum(one.user + one.system for one in times)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -114,10 +136,10 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=200)
     asked = arguments.parse_args()
     with bench_studio():
-        print(f"{'waiting':>8} {'what':>9} {'median':>8} {'95 %':>8} {'largest':>8}   (ms)")
+        print(f"{'waiting':>8} {'what':>9} {'median':>8} {'95 %':>8} {'largest':>8} {'CPU':>8}   (ms)")
         for size in asked.sizes:
-            for what, values in measure(size, asked.rounds).items():
-                row = (statistics.median(values), percentile(values, 0.95), max(values))
+            for what, (values, cpu) in measure(size, asked.rounds).items():
+                row = (statistics.median(values), percentile(values, 0.95), max(values), cpu)
                 print(f"{size:>8} {what:>9} " + " ".join(f"{value:>8.1f}" for value in row) + f"   n = {len(values)}")
 
 

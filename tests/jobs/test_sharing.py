@@ -239,9 +239,7 @@ def test_a_smaller_job_passes_one_that_does_not_fit_and_that_one_is_owed_the_nex
     end("runs")
     end("little")
     # By now its team has used more, and would not be first in turn.
-    use(team, bob, hours=50) if not Usage.objects.filter(user=bob).exists() else Usage.objects.update(
-        device_seconds=9e5
-    )
+    Usage.objects.filter(user=bob).update(device_seconds=9e5)
     Usage.objects.filter(user=charlie).update(device_seconds=0)
     queue(other_team, charlie, "theirs", gib=4)
     assert take(large) == "big"
