@@ -154,11 +154,11 @@ def _files_of(folder: Path) -> fetching.Files:
     """
     manifest = folder / MANIFEST
     listed = json.loads(manifest.read_text("utf-8"))["files"]
-    own = {"name": MANIFEST, "sha256": file_sha256(manifest), "num_bytes": manifest.stat().st_size}
-    return [
-        *({"name": str(one["path"]), "sha256": str(one["sha256"]), "num_bytes": int(one["size"])} for one in listed),
-        own,
+    found: fetching.Files = [
+        {"name": str(one["path"]), "sha256": str(one["sha256"]), "num_bytes": int(one["size"])} for one in listed
     ]
+    found.append({"name": MANIFEST, "sha256": file_sha256(manifest), "num_bytes": manifest.stat().st_size})
+    return found
 
 
 def _key(job_id: UUID, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser
 from typing import Any
 
@@ -19,7 +20,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("url", nargs="?", help="The studio's address: https://studio.example.org")
-        parser.add_argument("token", nargs="?", help="A join token; it works once, within an hour.")
+        parser.add_argument("token", nargs="?", help="A join token; - reads it from standard input.")
         parser.add_argument(
             "--trust-network", action="store_true",
             help="Send the token and receive passwords over plain HTTP to another machine.",
@@ -33,7 +34,9 @@ class Command(BaseCommand):
             if url is not None:
                 if not token:
                     raise JoinError("A join token is missing. Make one on the studio's page Workers.")
-                joined = ask_to_join(url, token, trusts_network=trust_network)
+                # A command line can be read by everybody on a machine, though a used token opens nothing.
+                secret = sys.stdin.readline().strip() if token == "-" else token
+                joined = ask_to_join(url, secret, trusts_network=trust_network)
                 check_reach(joined)
                 path = keep(joined, settings.DATA_DIR)
                 self._say(f"Joined {joined.url}, version {joined.version}. Kept in {path}.")
