@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from django.db.models import Case, Exists, OuterRef, Q, When
+from django.db.models import Case, Exists, OuterRef, Q, QuerySet, When
 from django.http import HttpResponse
 from django.shortcuts import render
 from django.urls import reverse
@@ -16,6 +18,7 @@ from jobs.scheduling import QUEUE_ORDER
 from jobs.views import job_row
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, Team
+from studio.conditional import unchanged_is_304
 from studio.datasets.models import Dataset, VersionState
 
 MAX_ROWS = 8
@@ -34,8 +37,11 @@ class Step:
 
 @require_GET
 @team_page(Role.VIEWER)
+@unchanged_is_304
 def home(request: TeamRequest) -> HttpResponse:
-    """Everything on it is a row of the team's own."""
+    """Everything on it is a row of the team's own. What runs refreshes itself with the same URL."""
+    if request.headers.get("HX-Target", "").endswith("running"):
+        return render(request, "jobs/_running.html", _active(list(showing.listed_jobs(_next_active(request)))))
     team = Team.objects.annotate(
         has_dataset=Exists(Dataset.objects.filter(team=OuterRef("pk"), versions__state=VersionState.READY)),
         has_job=Exists(Job.objects.filter(team=OuterRef("pk"))),
@@ -62,15 +68,12 @@ def home(request: TeamRequest) -> HttpResponse:
     was_run_again = Exists(Job.objects.filter(parent=OuterRef("pk")))
     jobs = request.team.jobs
     newest_failed = jobs.filter(~was_run_again, state=JobState.FAILED).order_by("-created_at")
-    runs_first = Case(When(state__in=LEASED_STATES, then=0), default=1)
-    next_active = jobs.exclude(state__in=FINAL_STATES).order_by(runs_first, *QUEUE_ORDER)
     # Each is cut by itself, and one query reads both.
-    shown = [found.values("pk")[: MAX_ROWS + 1] for found in (newest_failed, next_active)]
+    shown = [found.values("pk") for found in (newest_failed[: MAX_ROWS + 1], _next_active(request))]
     rows = list(
-        showing.listed_jobs(jobs.filter(Q(pk__in=shown[0]) | Q(pk__in=shown[1]))).order_by(runs_first, *QUEUE_ORDER)
+        showing.listed_jobs(jobs.filter(Q(pk__in=shown[0]) | Q(pk__in=shown[1]))).order_by(_RUNS_FIRST, *QUEUE_ORDER)
     )
     failed = sorted((job for job in rows if job.is_final()), key=lambda job: job.created_at, reverse=True)
-    active = [job for job in rows if not job.is_final()]
     adapters = (
         request.team.adapters.select_related("base_model", "dataset_version__dataset")
         .defer("recipe", "files", "provenance", "base_model__files", "base_model__shape", "dataset_version__statistics")
@@ -82,12 +85,24 @@ def home(request: TeamRequest) -> HttpResponse:
         "num_done": sum(step.is_done for step in steps),
         "failed": failed[:MAX_ROWS],
         "has_more_failed": len(failed) > MAX_ROWS,
-        "active": [job_row(job, None) for job in active[:MAX_ROWS]],
-        "has_more_active": len(active) > MAX_ROWS,
+        **_active([job for job in rows if not job.is_final()]),
         "adapters": list(adapters),
         "may_train": request.membership.may(Role.TRAINER),
     }
     return render(request, "home.html", context)
+
+
+_RUNS_FIRST = Case(When(state__in=LEASED_STATES, then=0), default=1)
+
+
+def _next_active(request: TeamRequest) -> QuerySet[Job]:
+    """What runs and what waits, one more than is shown."""
+    active: QuerySet[Job] = request.team.jobs.exclude(state__in=FINAL_STATES)
+    return active.order_by(_RUNS_FIRST, *QUEUE_ORDER)[: MAX_ROWS + 1]
+
+
+def _active(jobs: Sequence[Job]) -> dict[str, Any]:
+    return {"active": [job_row(job, None) for job in jobs[:MAX_ROWS]], "has_more_active": len(jobs) > MAX_ROWS}
 
 
 def _url(name: str) -> str:

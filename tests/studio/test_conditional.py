@@ -41,3 +41,16 @@ def test_a_whole_page_is_always_sent(alice_client: Client) -> None:
     page = alice_client.get(reverse("jobs:list"))
     assert page.status_code == 200
     assert "ETag" not in page
+
+
+def test_the_running_jobs_on_the_home_page_refresh_themselves(alice_client: Client, alice: User, team: Team) -> None:
+    make_job(team, alice, name="first")
+    page = alice_client.get(reverse("home")).content.decode()
+    assert 'id="running"' in page
+    poll = {"HX-Request": "true", "HX-Target": "section#running"}
+    first = alice_client.get(reverse("home"), headers=poll)
+    fragment = first.content.decode()
+    assert fragment.lstrip().startswith('<section id="running"')
+    assert "first" in fragment
+    assert "Recent models" not in fragment
+    assert alice_client.get(reverse("home"), headers=poll | {"HX-PTag": first["HX-PTag"]}).status_code == 304
