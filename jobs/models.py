@@ -51,6 +51,9 @@ class Worker(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField()
     is_draining = models.BooleanField(default=False)
+    drain_mode = models.CharField(
+        max_length=10, blank=True, default="", help_text="now or after_job while a person drains it; empty otherwise."
+    )
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"
@@ -80,13 +83,19 @@ class Job(models.Model):
     phase = models.CharField(max_length=20, blank=True)
     attempt = models.PositiveIntegerField(default=0)
     failures_counted = models.PositiveIntegerField(default=0)
-    priority = models.IntegerField(default=0)
+    priority = models.IntegerField(default=0, help_text="Of the whole studio, set by admins: -1, 0 or 1.")
+    team_rank = models.BigIntegerField(
+        default=0, help_text="Order among the team's own jobs, the lower first; compared inside one team only."
+    )
     needs = models.JSONField(default=dict, help_text='{"gpus": 1, "memory_bytes": ...}')
     not_before = models.DateTimeField()
     worker = models.ForeignKey(Worker, on_delete=models.SET_NULL, null=True, related_name="jobs")
     lease_until = models.DateTimeField(null=True)
     heartbeat_at = models.DateTimeField(null=True)
     step = models.PositiveIntegerField(default=0)
+    checkpoint_step = models.PositiveIntegerField(
+        default=0, help_text="Of the newest checkpoint, from which the job goes on; 0 before the first."
+    )
     num_steps = models.PositiveIntegerField(default=0)
     seconds_left = models.FloatField(null=True)
     stop_mode = models.CharField(max_length=12, blank=True)

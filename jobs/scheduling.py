@@ -18,6 +18,8 @@ from jobs.models import LEASED_STATES, Job, JobState, Worker
 
 WAITING_STATES = (JobState.QUEUED, JobState.RETRY_WAIT)
 QUEUE_ORDER = ("-priority", "not_before", "created_at")
+# Of a team's jobs among themselves. A rank says nothing beside another team's.
+TEAM_ORDER = ("-priority", "team_rank", "not_before", "created_at")
 
 
 def waiting_jobs() -> QuerySet[Job]:
@@ -28,7 +30,13 @@ def waiting_jobs() -> QuerySet[Job]:
 def next_job(worker: Worker) -> Job | None:
     """Claim the next job for a worker. Two workers never get the same one; None when nothing waits."""
     with transaction.atomic():
-        first = waiting_jobs().filter(not_before__lte=Now()).select_for_update(skip_locked=True, of=("self",)).first()
+        due = Job.objects.filter(state__in=WAITING_STATES, not_before__lte=Now())
+        turn = due.order_by(*QUEUE_ORDER).values("team_id", "priority").first()
+        if turn is None:
+            return None
+        # It is this team's turn; which of its jobs goes is the team's own affair.
+        first = due.filter(**turn).order_by(*TEAM_ORDER).select_for_update(skip_locked=True, of=("self",)).first()
+        first = first or due.order_by(*QUEUE_ORDER).select_for_update(skip_locked=True, of=("self",)).first()
         return lifecycle.claim(first, worker) if first is not None else None
 
 
@@ -101,8 +109,22 @@ def look_at_queue(jobs: Sequence[Job]) -> QueueSnapshot:
     num_ahead, num_waiting, num_busy, first, has_workers = found.get()
     positions = {waiting[0].pk: num_ahead + 1} if waiting else {}
     if len(waiting) > 1:
-        positions = {pk: place for place, pk in enumerate(waiting_jobs().values_list("pk", flat=True), start=1)}
+        positions = _places(list(waiting_jobs().only("pk", "team_id", "priority", "team_rank")))
     return QueueSnapshot(positions, num_waiting, num_busy, Busy(**first) if first else None, has_workers)
+
+
+def _places(queue: Sequence[Job]) -> dict[UUID, int]:
+    """The places of waiting jobs: a team's turns come in the order of the queue, and its own order fills them."""
+    turns: dict[tuple[int, int], list[int]] = {}
+    own: dict[tuple[int, int], list[Job]] = {}
+    for place, job in enumerate(queue, start=1):
+        turns.setdefault((job.team_id, job.priority), []).append(place)
+        own.setdefault((job.team_id, job.priority), []).append(job)
+    return {
+        job.pk: place
+        for key, places in turns.items()
+        for place, job in zip(places, sorted(own[key], key=lambda one: one.team_rank), strict=True)
+    }
 
 
 def _number_of(jobs: QuerySet[Job]) -> Subquery:

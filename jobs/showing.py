@@ -85,7 +85,7 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
         json=JSONObject(step=F("step"), loss=F("validation_loss"))
     )
     return jobs.select_related(
-        "team", "dataset_version__dataset", "base_model", "created_by", "worker", "adapter", "parent"
+        "team", "dataset_version__dataset", "base_model", "created_by", "worker", "adapter", "parent", "stop_asked_by"
     ).annotate(
         newest_point=Subquery(newest[:1]),
         newest_validation=Subquery(validation[:1]),

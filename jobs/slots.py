@@ -19,7 +19,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
-from jobs import lifecycle, scheduling
+from jobs import draining, lifecycle, scheduling
 from jobs.hardware import find_device
 from jobs.models import Worker
 from jobs.running import run_job
@@ -63,6 +63,8 @@ class Slot(threading.Thread):
         lifecycle.reap_expired()
         while not self._draining.is_set():
             Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
+            if draining.is_drained_by_a_person(self.worker):
+                return
             job = scheduling.next_job(self.worker)
             if job is None:
                 return
@@ -111,7 +113,10 @@ def lock_slot(index: int) -> IO[str]:
 def register_worker(index: int) -> Worker:
     """A row for this process and its device."""
     device = find_device(index)
+    # A machine that restarts during its maintenance is not back in service by that.
+    drain_mode = draining.inherited_drain_mode(socket.gethostname(), index)
     return Worker.objects.create(
+        is_draining=bool(drain_mode), drain_mode=drain_mode,
         id=uuid.uuid4(), host=socket.gethostname(), slot=index, process_id=os.getpid(), device=device.name,
         device_kind=device.kind, memory_bytes=device.memory_bytes, version=_version(), last_seen=Now(),
     )  # fmt: skip
