@@ -12,8 +12,8 @@ from django.db.models.functions import Now
 from jobs import lifecycle
 from jobs.actions import KEEP, STOP_MODES, ActionError
 from jobs.models import FINAL_STATES, Job, JobState
-from jobs.ranking import PRIORITIES, TEAM_PRIORITIES, moved_ranks, team_priority, top_rank
-from jobs.scheduling import TEAM_ORDER, WAITING_STATES
+from jobs.ranking import PRIORITIES, TEAM_ORDER, TEAM_PRIORITIES, moved_ranks, team_priority, top_rank
+from jobs.scheduling import WAITING_STATES
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
 from studio.catalogue.models import BaseModel

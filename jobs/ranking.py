@@ -11,6 +11,9 @@ from uuid import UUID
 
 from jobs.models import Job
 
+TEAM_ORDER = ("-priority", "team_rank", "not_before", "created_at")
+"""Of a team's jobs among themselves. A rank says nothing beside another team's."""
+
 BAND = 2**40
 """Ranks of one priority; more than all jobs that a team will ever move."""
 

@@ -15,11 +15,10 @@ from django.utils import timezone
 
 from jobs import lifecycle
 from jobs.models import LEASED_STATES, Job, JobState, Worker
+from jobs.ranking import TEAM_ORDER
 
 WAITING_STATES = (JobState.QUEUED, JobState.RETRY_WAIT)
 QUEUE_ORDER = ("-priority", "not_before", "created_at")
-# Of a team's jobs among themselves. A rank says nothing beside another team's.
-TEAM_ORDER = ("-priority", "team_rank", "not_before", "created_at")
 
 
 def waiting_jobs() -> QuerySet[Job]:
@@ -31,13 +30,13 @@ def next_job(worker: Worker) -> Job | None:
     """Claim the next job for a worker. Two workers never get the same one; None when nothing waits."""
     with transaction.atomic():
         due = Job.objects.filter(state__in=WAITING_STATES, not_before__lte=Now())
-        turn = due.order_by(*QUEUE_ORDER).values("team_id", "priority").first()
+        turn = due.order_by(*QUEUE_ORDER).select_for_update(skip_locked=True, of=("self",)).first()
         if turn is None:
             return None
         # It is this team's turn; which of its jobs goes is the team's own affair.
-        first = due.filter(**turn).order_by(*TEAM_ORDER).select_for_update(skip_locked=True, of=("self",)).first()
-        first = first or due.order_by(*QUEUE_ORDER).select_for_update(skip_locked=True, of=("self",)).first()
-        return lifecycle.claim(first, worker) if first is not None else None
+        own = due.filter(team_id=turn.team_id, priority=turn.priority).order_by(*TEAM_ORDER)
+        first = own.select_for_update(skip_locked=True, of=("self",)).first() or turn
+        return lifecycle.claim(first, worker)
 
 
 def live_workers() -> QuerySet[Worker]:

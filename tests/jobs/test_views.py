@@ -66,7 +66,8 @@ def urls_of(job: Job) -> list[tuple[str, str]]:
     """Every URL that names a job, with the method that it takes."""
     gets = ["detail", "header", "points", "point_table", "events"]
     return [("get", reverse(f"jobs:{name}", args=[job.pk])) for name in gets] + [
-        ("post", reverse(f"jobs:{name}", args=[job.pk])) for name in ("cancel", "retry", "pause", "resume", "move", "priority")
+        ("post", reverse(f"jobs:{name}", args=[job.pk]))
+        for name in ("cancel", "retry", "pause", "resume", "move", "priority")
     ]
 
 
