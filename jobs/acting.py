@@ -64,7 +64,8 @@ def resume(request: TeamRequest, job_id: UUID) -> HttpResponse:
     seen = request.POST.get("state", "")
 
     def said(job: Job) -> str:
-        return f"“{job.name}” goes on." if job.state == JobState.RUNNING else f"“{job.name}” is in the queue again."
+        # Said alike whether a worker has taken it by now or not.
+        return f"“{job.name}” goes on as soon as it has a device."
 
     return _act(request, job_id, lambda job: queueing.resume_job(job, request.user, seen=seen), said)
 

@@ -83,7 +83,7 @@ def _resume(job: Job) -> Button:
     if job.state == JobState.RUNNING:
         return Button(
             "resume", "Do not pause", "play", _url(job, "resume"), values={"state": job.state},
-            says="Takes the pause back; if it has begun to give its device back, it is queued at once.",
+            says="Takes the pause back. If it has begun to give its device back, it is queued at once.",
         )  # fmt: skip
     begins = f"goes on from step {job.checkpoint_step:,}" if job.checkpoint_step else "begins"
     return Button(
@@ -114,7 +114,7 @@ def _keep(job: Job) -> Button:
 
 def _discard(job: Job) -> Button:
     learned = job.checkpoint_step if job.state not in LEASED_STATES else max(job.step, job.checkpoint_step)
-    lost = f"What it has learned in {learned:,} steps is lost, and no adapter is made." if learned else ""
+    lost = f"What it has learned in {learned:,} steps is lost." if learned else ""
     values = {"mode": NOW, "state": job.state}
     url = _url(job, "cancel")
     if job.state == JobState.CANCELLING:
@@ -123,7 +123,7 @@ def _discard(job: Job) -> Button:
     if job.state == JobState.RUNNING:
         return Button(
             "discard", "Stop and discard", "square", url, "Stops at once; no adapter is made.", values,
-            lost or "It has only begun; no adapter is made.", "Yes, discard it", look="danger",
+            lost or "It has only begun; run another time, it begins anew.", "Yes, discard it", look="danger",
         )  # fmt: skip
     label = "Discard" if lost else "Cancel"
     return Button("discard", label, "x", url, "Takes it out of the queue for good.", values, lost, "Yes, discard it",

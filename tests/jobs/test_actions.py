@@ -469,7 +469,7 @@ def test_the_page_pauses_resumes_and_says_what_happens(make_in: Any, bob_client:
     assert "it stands in the queue where it stood" in page
     assert "Finish and keep" in page
     answer = bob_client.post(reverse("jobs:resume", args=[job.pk]), {"state": "paused"}, follow=True)
-    assert "is in the queue again" in answer.text
+    assert "goes on as soon as it has a device" in answer.text
     assert standing(job) == "queued/"
 
 

@@ -7,6 +7,7 @@ from socket import gethostname
 from typing import Any
 
 import pytest
+from django.core.management import CommandError, call_command
 from django.template import engines
 from django.test import Client, RequestFactory
 from django.urls import reverse
@@ -164,3 +165,12 @@ def test_the_fragment_has_the_buttons_of_the_workers_state(
     for label in ("Drain after its job", "Drain now", "End draining"):
         assert (label in shown_to(alice)) == (label in labels)
         assert label not in shown_to(bob)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_runjob_takes_no_job_on_a_drained_device(data_dir: Path, team: Team, bob: User, alice: User) -> None:
+    drain(register_worker(0), "now", team, alice)
+    job = make_job(team, bob)
+    with pytest.raises(CommandError, match="Device 0 of this machine is being drained"):
+        call_command("runjob", str(job.pk))
+    assert Job.objects.get(pk=job.pk).attempt == 0
