@@ -15,7 +15,7 @@ from tests.faults.conftest import queue, version  # noqa: F401 fixtures: jobs th
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 
-LONG = 180 * SECOND
+LONG = 300 * SECOND
 
 
 def test_pause_then_resume_then_stop_and_keep_without_a_reload(
@@ -54,7 +54,7 @@ def test_pause_then_resume_then_stop_and_keep_without_a_reload(
     keep.click()
     page.get_by_role("button", name="Yes, end it and keep the adapter").click()
     expect(messages).to_contain_text("what it has learned is evaluated and kept")
-    browser.wait_until_done(seconds=180)
+    browser.wait_until_done(seconds=300)
     expect(header).to_contain_text("the adapter is what it had learned by then")
     assert page.evaluate("window.neverReloaded") is True
     done = Job.objects.select_related("adapter").get(pk=job.pk)
