@@ -292,7 +292,8 @@ def _lock_for_action(job: Job, action: str, seen: str) -> Job | None:
     locked = Job.objects.select_for_update().get(pk=job.pk)
     if is_asked_already(locked, action):
         return None
-    if seen and seen != locked.state:
+    # A job that waits may come to wait for its next try, or not to any more, and it is the same to whoever looks.
+    if seen and seen != locked.state and not {seen, locked.state} <= {JobState.QUEUED, JobState.RETRY_WAIT}:
         raise ActionError(locked, f"It has changed meanwhile: it is {locked.get_state_display().lower()} now.")
     if why := refusal(locked, action):
         raise ActionError(locked, why)

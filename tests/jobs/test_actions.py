@@ -218,6 +218,13 @@ def test_a_button_that_was_drawn_for_another_state_does_nothing(make_in: Any, bo
     assert ask(job, bob, "now", seen="running")
 
 
+def test_a_job_that_waits_may_have_been_drawn_as_waiting_to_retry(make_in: Any, bob: User) -> None:
+    assert ask(make_in("handed back"), bob, "pause", seen="retry_wait")
+    assert ask(make_in("retrying"), bob, "pause", seen="queued")
+    with pytest.raises(ActionError):
+        ask(make_in("paused"), bob, "now", seen="queued")
+
+
 def test_a_worker_hears_of_the_pause_and_of_its_end(make_in: Any, bob: User) -> None:
     job = make_in("running")
     ask(job, bob, "pause")
