@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from django.http import HttpResponse
+from django.http import HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404
 from ninja import Header, Query, Router, Status
 from pydantic import Field
 
 from jobs import series
+from jobs.actions import ActionError
+from jobs.draining import DrainError, drain_worker, end_draining
 from jobs.estimating import estimate_values, plan_for
 from jobs.mending import actions_for, run_again_with
-from jobs.models import Job, JobState
-from jobs.queueing import cancel_job, queue_job, retry_job
+from jobs.models import Job, JobState, Worker
+from jobs.queueing import (
+    cancel_job,
+    may_order,
+    move_job,
+    pause_job,
+    queue_job,
+    resume_job,
+    retry_job,
+    set_studio_priority,
+    set_team_priority,
+)
+from jobs.ranking import studio_priority, team_priority
 from jobs.scheduling import WAITING_STATES, explain_wait, look_at_queue
-from studio.api.auth import ApiRequest, may_write
-from studio.api.errors import ERRORS, ApiError, ErrorDetail, error_response
+from studio.accounts.models import Role, Scope
+from studio.api.auth import ApiRequest, Token, may_write
+from studio.api.errors import ERRORS, ApiError, ErrorDetail, ErrorOut, error_response
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.models import BaseModel
@@ -54,9 +69,13 @@ class JobOut(Out):
     id: UUID
     name: str
     state: str
+    stop_mode: str = Field(description='What a person asked of it while it runs or waits: "now", "keep" or "pause".')
     phase: str
     step: int
+    checkpoint_step: int = Field(description="Of the newest checkpoint, from which it goes on; 0 before the first.")
     num_steps: int
+    priority: str = Field(description="low, normal or high among the jobs of all teams.")
+    team_priority: str = Field(description="low, normal or high among its team's jobs.")
     seconds_left: float | None
     attempt: int
     base_model_id: int
@@ -69,6 +88,26 @@ class JobOut(Out):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+
+    @staticmethod
+    def resolve_priority(job: Job | dict[str, Any]) -> str:
+        """The word for the number."""
+        return job["priority"] if isinstance(job, dict) else studio_priority(job)
+
+    @staticmethod
+    def resolve_team_priority(job: Job | dict[str, Any]) -> str:
+        """The word for the rank."""
+        return job["team_priority"] if isinstance(job, dict) else team_priority(job)
+
+
+class ConflictOut(ErrorOut):
+    """What was asked is not possible in the state that the job is in by now; nothing was changed."""
+
+    state: str
+
+
+# For an operation that changes what a job does.
+ACTION: dict[Any, Any] = {**ERRORS, 409: ConflictOut}
 
 
 class FailureActionOut(Out):
@@ -113,7 +152,13 @@ class PointsOut(Out):
     points: list[list[float | None]]
 
 
-class StopIn(Body):
+class ActionIn(Body):
+    """With `state`, nothing is done to a job that is in another state by now."""
+
+    state: JobState | None = Field(None, description="The state in which you saw the job.")
+
+
+class StopIn(ActionIn):
     """now discards the run; keep ends with the adapter of the last step."""
 
     mode: Literal["now", "keep"] = "now"
@@ -123,6 +168,47 @@ class AgainIn(Body):
     """The change to run a failed job again with: a name among the job's `failure_actions`."""
 
     action: str = Field(max_length=40)
+
+
+class MoveIn(Body):
+    """Where to among the team's own waiting jobs of the same priority."""
+
+    to: Literal["up", "down", "top"]
+
+
+class PriorityIn(Body):
+    """`within` is the team for trainers and leads; admins may also say it for the whole studio."""
+
+    priority: Literal["low", "normal", "high"]
+    within: Literal["team", "studio"] = "team"
+
+
+class DuplicateIn(Body):
+    """What the copy has otherwise than the job. Groups of settings need only the settings that change."""
+
+    name: str | None = Field(None, min_length=1, max_length=120)
+    base_model: int | None = Field(None, description="Id of a base model.")
+    dataset_version: int | None = Field(None, description="Id of a dataset version of the team that is ready.")
+    method: str | None = Field(None, description="Another method begins with its own default settings.")
+    settings: dict[str, Any] = Field(default_factory=dict)
+    precision: Precision | Literal["auto"] | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    split: dict[str, Any] = Field(default_factory=dict)
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+
+
+class DrainIn(Body):
+    """now hands the worker's job back at a checkpoint; after_job finishes it first."""
+
+    mode: Literal["now", "after_job"] = "after_job"
+
+
+class WorkerDrainOut(Out):
+    """Whether a worker takes new jobs."""
+
+    id: UUID
+    is_draining: bool
+    drain_mode: str = Field(description='"now" or "after_job"; empty when it takes jobs or its process stops.')
 
 
 class MethodOut(Out):
@@ -179,38 +265,54 @@ def create_job(
     request: ApiRequest, body: JobIn, idempotency_key: str = Header("", alias="Idempotency-Key")
 ) -> Status | HttpResponse:
     """Queue a training job. A second call with the same Idempotency-Key answers 200 with the job of the first."""
+    _check_key(idempotency_key)
+    base_model = _base_model(body.base_model)
+    version = _dataset_version(request, body.dataset_version)
+    asked = Recipe.from_dict(
+        {
+            **body.model_dump(include={"name", "method", "settings", "precision", "training", "split", "evaluation"}),
+            "base_model": {"name": base_model.name, "revision": base_model.revision},
+            "dataset": _dataset_of(version),
+        }
+    )
+    return _queue(request, asked, base_model, version, idempotency_key)
+
+
+def _check_key(idempotency_key: str) -> None:
     if len(idempotency_key) > KEY_CHARACTERS:
         raise ApiError(
             422, "invalid", f"The Idempotency-Key has {len(idempotency_key)} characters; {KEY_CHARACTERS} are allowed.",
             field="Idempotency-Key",
         )  # fmt: skip
-    base_model = BaseModel.objects.filter(pk=body.base_model).first()
+
+
+def _base_model(base_model_id: int) -> BaseModel:
+    base_model = BaseModel.objects.filter(pk=base_model_id).first()
     if base_model is None:
         raise RecipeError(
-            f"There is no base model {body.base_model}.", next_step="List them with /base-models/.", field="base_model"
+            f"There is no base model {base_model_id}.", next_step="List them with /base-models/.", field="base_model"
         )
-    version = (
-        DatasetVersion.objects.select_related("dataset")
-        .filter(pk=body.dataset_version, dataset__team=request.team)
-        .first()
-    )
+    return base_model
+
+
+def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
+    version = DatasetVersion.objects.select_related("dataset").filter(pk=version_id, dataset__team=request.team).first()
     if version is None:
-        raise RecipeError(f"There is no dataset version {body.dataset_version} in this team.", field="dataset_version")
+        raise RecipeError(f"There is no dataset version {version_id} in this team.", field="dataset_version")
     if not version.is_ready():
         raise RecipeError(
             f"{version} is not ready: {version.get_state_display().lower()}.",
             next_step="Wait for its inspection, or mend what it names.",
             field="dataset_version",
         )
-    asked = Recipe.from_dict(
-        {
-            **body.model_dump(include={"name", "method", "settings", "precision", "training", "split", "evaluation"}),
-            "base_model": {"name": base_model.name, "revision": base_model.revision},
-            "dataset": {
-                "name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns,
-            },
-        }
-    )  # fmt: skip
+    return version
+
+
+def _queue(
+    request: ApiRequest, asked: Recipe, base_model: BaseModel, version: DatasetVersion, idempotency_key: str,
+    parent: Job | None = None,
+) -> Status | HttpResponse:  # fmt: skip
+    """Queue a job for a recipe; 200 with the job of the first call for a key that was used for the same."""
     known = request.team.jobs.filter(idempotency_key=idempotency_key).first() if idempotency_key else None
     if known is not None and known.asked_recipe == asked.to_dict():
         return Status(200, _detail(known))
@@ -235,6 +337,7 @@ def create_job(
         base_model=base_model,
         dataset_version=version,
         idempotency_key=idempotency_key or secrets.token_urlsafe(16),
+        parent=parent,
         token=request.token,
     )
     return Status(201, _detail(job))
@@ -266,26 +369,183 @@ def get_points(request: ApiRequest, job_id: UUID) -> dict[str, Any]:
     return series.points(get_object_or_404(request.team.jobs.only("pk", "state"), pk=job_id))
 
 
-@router.post("jobs/{uuid:job_id}/cancel/", response={200: JobDetailOut, **ERRORS}, auth=may_write, summary="Stop a job")
-def stop_job(request: ApiRequest, job_id: UUID, body: StopIn) -> dict[str, Any]:
-    """Stop a job; stopping one that has ended changes nothing.
+@router.post("jobs/{uuid:job_id}/cancel/", response={200: JobDetailOut, **ACTION}, auth=may_write, summary="Stop a job")
+def stop_job(request: ApiRequest, job_id: UUID, body: StopIn) -> dict[str, Any] | HttpResponse:
+    """Stop a job. Asking twice changes nothing; 409 with the job's state when it is too late.
 
-    Mode "keep" is refused for a job that has begun and waits for a device again: stopping it there would discard it.
+    Mode "keep" ends with the adapter of the last step. A job that waits or is paused and has a checkpoint is queued
+    for that: to score and package it takes a device for a short time.
     """
+    return _act(request, job_id, lambda job: cancel_job(job, request.user, body.mode, seen=body.state or "",
+                                                        token=request.token))  # fmt: skip
+
+
+@router.post("jobs/{uuid:job_id}/pause/", response={200: JobDetailOut, **ACTION}, auth=may_write, summary="Pause a job")
+def pause(request: ApiRequest, job_id: UUID, body: ActionIn) -> dict[str, Any] | HttpResponse:
+    """Pause a job: a waiting one at once, a running one as soon as it has saved a checkpoint. It keeps its place."""
+    return _act(request, job_id, lambda job: pause_job(job, request.user, seen=body.state or "", token=request.token))
+
+
+@router.post(
+    "jobs/{uuid:job_id}/resume/", response={200: JobDetailOut, **ACTION}, auth=may_write, summary="Resume a paused job"
+)
+def resume(request: ApiRequest, job_id: UUID, body: ActionIn) -> dict[str, Any] | HttpResponse:
+    """Queue a paused job again, at its old place; it goes on from its last checkpoint, bit by bit the same."""
+    return _act(request, job_id, lambda job: resume_job(job, request.user, seen=body.state or "", token=request.token))
+
+
+@router.post(
+    "jobs/{uuid:job_id}/retry/",
+    response={201: JobDetailOut, **ACTION},
+    auth=may_write,
+    summary="Run a job again",
+)
+def run_again(
+    request: ApiRequest, job_id: UUID, idempotency_key: str = Header("", alias="Idempotency-Key")
+) -> Status | HttpResponse:
+    """Queue a failed or cancelled job again, as a new job with the same recipe."""
     job = get_object_or_404(request.team.jobs, pk=job_id)
-    cancel_job(job, request.user, body.mode, token=request.token)
+    key = idempotency_key[:KEY_CHARACTERS] or secrets.token_urlsafe(16)
+    try:
+        return Status(201, _detail(retry_job(job, request.user, idempotency_key=key, token=request.token)))
+    except ActionError as error:
+        return _conflict(error)
+
+
+@router.post(
+    "jobs/{uuid:job_id}/duplicate/",
+    response={201: JobDetailOut, 200: JobDetailOut, **ERRORS},
+    auth=may_write,
+    summary="Queue a changed copy of a job",
+)
+def duplicate(
+    request: ApiRequest, job_id: UUID, body: DuplicateIn, idempotency_key: str = Header("", alias="Idempotency-Key")
+) -> Status | HttpResponse:
+    """Queue a new job with this one's recipe and the changes in the body. The job itself stays as it is."""
+    _check_key(idempotency_key)
+    job = get_object_or_404(request.team.jobs.select_related("base_model"), pk=job_id)
+    base_model = _base_model(body.base_model) if body.base_model is not None else job.base_model
+    version = _dataset_version(request, body.dataset_version or job.dataset_version_id)
+    asked = job.asked_recipe
+    values = {**asked, **{name: one for name in ("name", "method", "precision") if (one := getattr(body, name))}}
+    kept = asked["settings"] if values["method"] == asked["method"] else {}
+    values["settings"] = {**kept, **body.settings}
+    for group in ("training", "split", "evaluation"):
+        values[group] = {**asked[group], **getattr(body, group)}
+    if body.base_model is not None:
+        values["base_model"] = {"name": base_model.name, "revision": base_model.revision}
+    if body.dataset_version is not None:
+        values["dataset"] = _dataset_of(version)
+    return _queue(request, Recipe.from_dict(values), base_model, version, idempotency_key, parent=job)
+
+
+@router.post(
+    "jobs/{uuid:job_id}/move/",
+    response={200: JobDetailOut, **ACTION},
+    auth=may_write,
+    summary="Move a waiting job among the team's own",
+)
+def move(request: ApiRequest, job_id: UUID, body: MoveIn) -> dict[str, Any] | HttpResponse:
+    """Move a waiting job up, down or to the top among its team's waiting jobs of the same priority.
+
+    Trainers move their own jobs, leads every job of the team. No other team's job is passed by it.
+    """
+
+    def act(job: Job) -> None:
+        _require_order(request, job)
+        move_job(job, request.user, body.to, token=request.token)
+
+    return _act(request, job_id, act)
+
+
+@router.post(
+    "jobs/{uuid:job_id}/priority/",
+    response={200: JobDetailOut, **ACTION},
+    auth=may_write,
+    summary="Change a job's priority",
+)
+def prioritise(request: ApiRequest, job_id: UUID, body: PriorityIn) -> dict[str, Any] | HttpResponse:
+    """Make a job low, normal or high within its team, or, for admins, within the whole studio."""
+
+    def act(job: Job) -> None:
+        if body.within == "team":
+            _require_order(request, job)
+            set_team_priority(job, request.user, body.priority, token=request.token)
+        else:
+            if not request.membership.may(Role.ADMIN):
+                raise ApiError(
+                    403, "role_missing", "Priority in the whole studio is a matter of admins.",
+                    help='Leave out "within" to set it among your team\'s jobs.',
+                )  # fmt: skip
+            set_studio_priority(job, request.user, body.priority, token=request.token)
+
+    return _act(request, job_id, act)
+
+
+may_drain = Token(Scope.WRITE, Role.ADMIN)
+
+
+@router.post(
+    "workers/{uuid:worker_id}/drain/",
+    response={200: WorkerDrainOut, **ERRORS},
+    auth=may_drain,
+    summary="Take a worker out of service",
+)
+def drain(request: ApiRequest, worker_id: UUID, body: DrainIn) -> Worker:
+    """Have a worker take no new jobs. What it runs goes back to the queue at a checkpoint, or is finished first."""
+    worker = get_object_or_404(Worker, pk=worker_id)
+    try:
+        drain_worker(worker, body.mode, team=request.team, user=request.user, token=request.token)
+    except DrainError as error:
+        raise ApiError(409, error.code, error.message, field="state", help=error.next_step) from error
+    worker.refresh_from_db()
+    return worker
+
+
+@router.post(
+    "workers/{uuid:worker_id}/end-draining/",
+    response={200: WorkerDrainOut, **ERRORS},
+    auth=may_drain,
+    summary="Put a worker back into service",
+)
+def undrain(request: ApiRequest, worker_id: UUID) -> Worker:
+    """Have a drained worker take jobs again."""
+    worker = get_object_or_404(Worker, pk=worker_id)
+    try:
+        end_draining(worker, team=request.team, user=request.user, token=request.token)
+    except DrainError as error:
+        raise ApiError(409, error.code, error.message, field="state", help=error.next_step) from error
+    worker.refresh_from_db()
+    return worker
+
+
+def _act(request: ApiRequest, job_id: UUID, act: Callable[[Job], object]) -> dict[str, Any] | HttpResponse:
+    """Do something with a job of the team and give the job as it stands then, or 409 with its state."""
+    job = get_object_or_404(request.team.jobs, pk=job_id)
+    try:
+        act(job)
+    except ActionError as error:
+        return _conflict(error)
     job.refresh_from_db()
     return _detail(job)
 
 
-@router.post(
-    "jobs/{uuid:job_id}/retry/", response={201: JobDetailOut, **ERRORS}, auth=may_write, summary="Run a job again"
-)
-def run_again(request: ApiRequest, job_id: UUID, idempotency_key: str = Header("", alias="Idempotency-Key")) -> Status:
-    """Queue a failed or cancelled job again, as a new job with the same recipe."""
-    job = get_object_or_404(request.team.jobs, pk=job_id)
-    key = idempotency_key[:KEY_CHARACTERS] or secrets.token_urlsafe(16)
-    return Status(201, _detail(retry_job(job, request.user, idempotency_key=key, token=request.token)))
+def _conflict(error: ActionError) -> HttpResponse:
+    detail = ErrorDetail(code=error.code, message=error.message, field=error.field, help=error.next_step)
+    return JsonResponse({"error": detail.model_dump(), "state": error.state}, status=409)
+
+
+def _require_order(request: ApiRequest, job: Job) -> None:
+    if not may_order(job, request.membership):
+        raise ApiError(
+            403, "role_missing",
+            f"“{job.name}” is not a job of {request.user.display_name()}; leads put the whole team's jobs in order.",
+        )  # fmt: skip
+
+
+def _dataset_of(version: DatasetVersion) -> dict[str, Any]:
+    """A dataset version as a recipe names it."""
+    return {"name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns}
 
 
 @router.post(
@@ -314,3 +574,7 @@ def _detail(job: Job) -> dict[str, Any]:
         "waits": explain_wait(job, queue),
         "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
     }
+
+    values = {name: getattr(job, name) for name in names if name not in {"priority", "team_priority"}}
+    words = {"priority": studio_priority(job), "team_priority": team_priority(job)}
+    return {**values, **words, "queue_position": queue.position(job), "waits": explain_wait(job, queue)}

@@ -40,7 +40,7 @@ class Reading:
     temperature_celsius: float | None
     utilisation_percent: float | None
     memory_users: list[dict[str, Any]] = field(default_factory=list)
-    """Processes of others on a GPU, the largest first: name, process_id and num_bytes (0 where the driver is silent)."""
+    """Processes of others on a GPU, the largest first: name, process_id, num_bytes (0 where the driver is silent)."""
 
 
 def find_device(slot: int) -> SlotDevice:

@@ -17,16 +17,16 @@ from uuid import UUID
 from django.conf import settings
 from django.db import connection, transaction
 from django.db.models import Case, F, Max, Q, Value, When
-from django.db.models.functions import Now
+from django.db.models.functions import Coalesce, Least, Now
 
 from jobs import progress, usage
+from jobs.actions import ActionError, is_asked_already, refusal
 from jobs.failures import BACKOFF_SECONDS, UNCOUNTED, WAITS_FOR_SPACE, backoff_seconds, kind_of
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
 from studio.accounts.models import User
 from studio.catalogue.models import Adapter
-from workers.errors import RecipeError
 from workers.failpoints import failpoint
 
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
@@ -34,6 +34,9 @@ POISON_ATTEMPTS = 3
 # How long a worker whose GPU has failed gets no jobs, at the default lease: long enough for another to take the job,
 # short enough that a fault which a driver has got over costs no day.
 QUARANTINE_SECONDS = 1800
+# The job did not come to the pause that was asked for.
+WITHOUT_PAUSE = Case(When(stop_mode="pause", then=Value("")), default=F("stop_mode"))
+
 WAITING = Q(state__in=[JobState.QUEUED, JobState.RETRY_WAIT], not_before__lte=Now())
 
 
@@ -47,6 +50,9 @@ class HeartbeatAnswer:
 
     state: str
     stop_mode: str
+    """What a person asked of the job: "now", "keep", "pause" or nothing."""
+    drain_mode: str = ""
+    """What a person asked of the job's worker: "now", "after_job" or nothing."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def heartbeat(job_id: UUID, attempt: int, progress: Progress | None = None) -> H
         if _held(job_id, attempt).update(**values) != 1:
             raise FencedError
         failpoint("heartbeat.before_commit")
-        return HeartbeatAnswer(*Job.objects.values_list("state", "stop_mode").get(pk=job_id))
+        drain_mode = Coalesce("worker__drain_mode", Value(""))
+        return HeartbeatAnswer(*Job.objects.values_list("state", "stop_mode", drain_mode).get(pk=job_id))
 
 
 def store_progress(
@@ -150,8 +157,9 @@ def succeed(job_id: UUID, attempt: int, adapter: Adapter) -> None:
     """The job has its product. Call it in the transaction that registers the adapter; raises FencedError."""
     allowed = Q(state=JobState.RUNNING) | Q(state=JobState.CANCELLING, stop_mode="keep")
     ended = Job.objects.filter(allowed, pk=job_id, attempt=attempt).update(
-        state=JobState.SUCCEEDED, phase="", adapter=adapter, lease_until=None, finished_at=Now(), seconds_left=None
-    )
+        state=JobState.SUCCEEDED, phase="", adapter=adapter, lease_until=None, finished_at=Now(), seconds_left=None,
+        stop_mode=WITHOUT_PAUSE,
+    )  # fmt: skip
     if ended != 1:
         raise FencedError
     _end_attempt(job_id, attempt, "succeeded")
@@ -164,7 +172,7 @@ def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str)
         job = _lock(job_id, attempt)
         state = JobState.CANCELLED if _is_discarded(job) else JobState.FAILED
         _held(job_id, attempt).update(
-            state=state, phase="", lease_until=None, finished_at=Now(), seconds_left=None,
+            state=state, phase="", lease_until=None, finished_at=Now(), seconds_left=None, stop_mode=WITHOUT_PAUSE,
             failure_code=code, failure_message=message, failure_next_step=next_step,
         )  # fmt: skip
         _end_attempt(job_id, attempt, "failed", code)
@@ -200,12 +208,20 @@ def retry_later(
 
 
 def hand_back(job_id: UUID, attempt: int, *, reason: str) -> None:
-    """The worker stops for maintenance: the job is queued at once and no failure is counted."""
+    """The worker has stopped at a checkpoint, and no failure is counted: a job that was to pause is paused, any other
+    is queued at once. Raises FencedError.
+
+    Args:
+        reason: why it stopped although nobody asked the job to, for its events.
+    """
     with transaction.atomic():
         job = _lock(job_id, attempt)
         _end_attempt(job_id, attempt, "stopped")
         if _is_discarded(job):
             _cancel_locked(job, "Stopped.")
+            return
+        if _is_to_pause(job):
+            _pause_locked(job, "Paused.")
             return
         Job.objects.filter(pk=job_id).update(
             state=JobState.QUEUED, phase="", worker=None, lease_until=None, not_before=Now(), seconds_left=None
@@ -216,36 +232,100 @@ def hand_back(job_id: UUID, attempt: int, *, reason: str) -> None:
     failpoint("hand_back.after_commit")
 
 
-def ask_stop(job: Job, user: User, mode: str) -> bool:
-    """A person asks to stop: a waiting job is cancelled at once, a running one when its worker hears of it.
+def ask_pause(job: Job, user: User, *, seen: str = "") -> bool:
+    """A person asks to pause: a waiting job is paused at once, a running one once its worker has saved a checkpoint.
 
-    `mode` is "now" (discard) or "keep" (end with the adapter of the last step). False when it was final already.
-
-    Raises:
-        RecipeError: "keep" was asked of a job that has begun and waits: cancelling would discard what it has learned.
+    A paused job keeps its place: resumed, it stands in the queue where it stood. Args, result and errors as `ask_stop`.
     """
     with transaction.atomic():
-        locked = Job.objects.select_for_update().get(pk=job.pk)
-        if locked.is_final():
+        locked = _lock_for_action(job, "pause", seen)
+        if locked is None:
             return False
+        Job.objects.filter(pk=job.pk).update(stop_asked_by=user)
+        if locked.state == JobState.RUNNING:
+            Job.objects.filter(pk=job.pk).update(stop_mode="pause")
+            add_event(job.pk, locked.attempt, f"{user.display_name()} asked to pause it after a checkpoint.")
+            return True
+        kept = " It does not end with what it has learned any more." if locked.stop_mode == "keep" else ""
+        _pause_locked(locked, f"Paused by {user.display_name()} while it waited.{kept}")
+        return True
+
+
+def ask_resume(job: Job, user: User, *, seen: str = "") -> bool:
+    """A person asks to go on: a paused job is queued at its old place; a pause that was not reached yet is taken back.
+
+    Args, result and errors as `ask_stop`.
+    """
+    with transaction.atomic():
+        locked = _lock_for_action(job, "resume", seen)
+        if locked is None:
+            return False
+        if locked.state == JobState.RUNNING:
+            Job.objects.filter(pk=job.pk).update(stop_mode="", stop_asked_by=None)
+            add_event(job.pk, locked.attempt, f"{user.display_name()} took the pause back.")
+            return True
+        Job.objects.filter(pk=job.pk).update(
+            state=JobState.QUEUED, not_before=Least("not_before", Now()), stop_mode="", stop_asked_by=None
+        )
+        from_step = f", from step {locked.checkpoint_step:,}" if locked.checkpoint_step else ""
+        add_event(job.pk, locked.attempt, f"Resumed by {user.display_name()}{from_step}.")
+        return True
+
+
+def ask_stop(job: Job, user: User, mode: str, *, seen: str = "") -> bool:
+    """A person asks to stop: a job without a device is cancelled at once, a running one when its worker hears of it.
+
+    Args:
+        mode: "now" (discard) or "keep" (end with the adapter of the last step). A job that waits or is paused and has
+            a checkpoint is queued for "keep": scoring and packaging take a device for a short time.
+        seen: the state that the person saw; with it, nothing is done to a job that is in another one by now.
+
+    Returns:
+        Whether anything changed; False when it was asked for before.
+
+    Raises:
+        ActionError: not possible in the job's present state.
+    """
+    with transaction.atomic():
+        locked = _lock_for_action(job, mode, seen)
+        if locked is None:
+            return False
+        by = user.display_name()
         if locked.state in LEASED_STATES:
-            if locked.stop_mode == "now":
-                return True  # What is being discarded cannot be kept any more.
             Job.objects.filter(pk=job.pk).update(state=JobState.CANCELLING, stop_mode=mode, stop_asked_by=user)
             what = "end with the adapter of the last step" if mode == "keep" else "stop now and discard the run"
-            add_event(job.pk, locked.attempt, f"{user.display_name()} asked to {what}.")
+            add_event(job.pk, locked.attempt, f"{by} asked to {what}.")
             return True
-        if mode == "keep" and locked.attempt:
-            if locked.stop_mode == "keep":
-                return True  # The worker that takes it next ends it and keeps what there is.
-            raise RecipeError(
-                f"“{locked.name}” waits for a device, so it cannot end with what it has learned; nothing was changed.",
-                next_step="Ask again once it runs, or stop it now, which discards what it has learned.",
-                field="mode",
-            )
-        Job.objects.filter(pk=job.pk).update(stop_asked_by=user, stop_mode=mode)
-        _cancel_locked(locked, f"Cancelled by {user.display_name()} before it started.")
+        Job.objects.filter(pk=job.pk).update(stop_mode=mode, stop_asked_by=user)
+        if mode == "keep":
+            Job.objects.filter(pk=job.pk).update(state=JobState.QUEUED, not_before=Least("not_before", Now()))
+            add_event(
+                job.pk, locked.attempt,
+                f"{by} asked to end with what it had learned by step {locked.checkpoint_step:,}; it waits for a device"
+                " to score and package that.",
+            )  # fmt: skip
+            return True
+        _cancel_locked(locked, f"Cancelled by {by} {_moment(locked)}.")
         return True
+
+
+def _moment(job: Job) -> str:
+    if job.state == JobState.PAUSED:
+        return "while it was paused"
+    return "while it waited to go on" if job.attempt else "before it started"
+
+
+def _lock_for_action(job: Job, action: str, seen: str) -> Job | None:
+    """The job's row, locked for what a person asks; None when it is as they ask already; raises ActionError."""
+    locked = Job.objects.select_for_update().get(pk=job.pk)
+    if is_asked_already(locked, action):
+        return None
+    # A job that waits may come to wait for its next try, or not to any more, and it is the same to whoever looks.
+    if seen and seen != locked.state and not {seen, locked.state} <= {JobState.QUEUED, JobState.RETRY_WAIT}:
+        raise ActionError(locked, f"It has changed meanwhile: it is {locked.get_state_display().lower()} now.")
+    if why := refusal(locked, action):
+        raise ActionError(locked, why)
+    return locked
 
 
 def cancelled(job_id: UUID, attempt: int) -> None:
@@ -276,6 +356,8 @@ def reap_expired() -> int:
             transaction.on_commit(partial(remove_unregistered, job, lost))
             if _is_discarded(job):
                 _cancel_locked(job, "Stopped: its worker is gone.")
+            elif _is_to_pause(job):
+                _pause_locked(job, f"No heartbeat from {job.worker} any more: paused without a fresh checkpoint.")
             else:
                 _queue_again(
                     job, code="worker_lost", counted=True,
@@ -329,6 +411,22 @@ def _cancel_locked(job: Job, text: str) -> None:
     add_event(job.pk, job.attempt, text)
 
 
+def _is_to_pause(job: Job) -> bool:
+    return job.state == JobState.RUNNING and job.stop_mode == "pause"
+
+
+def _pause_locked(job: Job, text: str) -> None:
+    """Pause a locked job; its place in the queue is kept."""
+    Job.objects.filter(pk=job.pk).update(
+        state=JobState.PAUSED, phase="", worker=None, lease_until=None, seconds_left=None, stop_mode=""
+    )
+    if job.checkpoint_step:
+        kept = f" The checkpoint of step {job.checkpoint_step:,} is kept."
+    else:
+        kept = " It has no checkpoint yet: resumed, it begins anew." if job.attempt else ""
+    add_event(job.pk, job.attempt, f"{text}{kept}")
+
+
 def _queue_again(
     job: Job, *, code: str, message: str, counted: bool, next_step: str = "", micro_batch_size: int | None = None
 ) -> None:
@@ -350,6 +448,11 @@ def _queue_again(
             failure_next_step=next_step if final_code == code else kind_of(final_code).next_step,
         )  # fmt: skip
         add_event(job.pk, job.attempt, f"{message} {why}", level="error")
+        return
+    if _is_to_pause(job):
+        kept = {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
+        Job.objects.filter(pk=job.pk).update(failures_counted=failures, **kept)
+        _pause_locked(job, f"{message} Paused, as it was asked to.")
         return
     # By the attempts that failed, counted or not: a disk that stays full is not tried every few seconds for ever.
     wait = backoff(JobAttempt.objects.filter(job_id=job.pk, outcome__in=["failed", "lost"]).count())
@@ -451,6 +554,11 @@ def note_attempt(
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
     )
+
+
+def note_checkpoint(job_id: UUID, attempt: int, step: int) -> None:
+    """Remember the step of the newest checkpoint: what can be kept, and from where the job goes on."""
+    _held(job_id, attempt).update(checkpoint_step=step)
 
 
 def database_now() -> datetime:

@@ -74,6 +74,9 @@ class Worker(models.Model):
     memory_users = models.JSONField(
         default=list, help_text='Foreign processes on a GPU: [{"name", "process_id", "num_bytes"}], the largest first.'
     )
+    drain_mode = models.CharField(
+        max_length=10, blank=True, default="", help_text="now or after_job while a person drains it; empty otherwise."
+    )
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"
@@ -145,6 +148,9 @@ class Job(models.Model):
     lease_until = models.DateTimeField(null=True)
     heartbeat_at = models.DateTimeField(null=True)
     step = models.PositiveIntegerField(default=0)
+    checkpoint_step = models.PositiveIntegerField(
+        default=0, help_text="Of the newest checkpoint, from which the job goes on; 0 before the first."
+    )
     num_steps = models.PositiveIntegerField(default=0)
     seconds_left = models.FloatField(null=True)
     stop_mode = models.CharField(max_length=12, blank=True)

@@ -126,14 +126,18 @@ def finish(job: Job, outcome: Outcome, gpu_fault: str = "") -> None:
         raise FencedError
     lifecycle.note_exit(job.pk, job.attempt, outcome.exit_status)
     if outcome.result is not None and outcome.exit_status == 0:
-        register(job, Path(outcome.result.folder))
+        try:
+            register(job, Path(outcome.result.folder))
+        except FencedError:
+            # Discarded at the last moment, or moved on without us, which raises again.
+            lifecycle.cancelled(job.pk, job.attempt)
     elif outcome.asked == "now":
         lifecycle.cancelled(job.pk, job.attempt)
-    elif outcome.asked == "checkpoint" and outcome.failed is None:
-        lifecycle.hand_back(
-            job.pk, job.attempt,
-            reason="Its worker stops for maintenance; it goes on from its last checkpoint elsewhere.",
-        )  # fmt: skip
+    elif outcome.failed is None and _ended_at_checkpoint(outcome):
+        reason = "Its worker stops for maintenance; it goes on from its last checkpoint elsewhere."
+        if outcome.is_pausing:
+            reason = "It had given its device back when the pause was taken back; it goes on from its last checkpoint."
+        lifecycle.hand_back(job.pk, job.attempt, reason=reason)
     else:
         failure = failures.explain(
             Ending(
@@ -150,6 +154,11 @@ def finish(job: Job, outcome: Outcome, gpu_fault: str = "") -> None:
             )  # fmt: skip
         else:
             lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
+
+
+def _ended_at_checkpoint(outcome: Outcome) -> bool:
+    """Whether the trainer was told to save a checkpoint and end, even if it was told otherwise too late."""
+    return outcome.asked == "checkpoint" or (outcome.stopped is not None and outcome.stopped.mode == "checkpoint")
 
 
 def until_answered(action: Callable[[], None], *, num_leases: float = 0.5) -> None:

@@ -87,7 +87,7 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
         json=JSONObject(step=F("step"), loss=F("validation_loss"))
     )
     return jobs.select_related(
-        "team", "dataset_version__dataset", "base_model", "created_by", "worker", "adapter", "parent"
+        "team", "dataset_version__dataset", "base_model", "created_by", "worker", "adapter", "parent", "stop_asked_by"
     ).annotate(
         newest_point=Subquery(newest[:1]),
         newest_validation=Subquery(validation[:1]),
@@ -145,7 +145,8 @@ def title_of(job: Job, percent: int) -> str:
 
 def phase_marks(job: Job, phase: str) -> list[PhaseMark]:
     """The phase line: validated, queued, the trainer's phases, done."""
-    labels = ["Validated", "Queued", *(PHASE_LABELS[name] for name in PHASES), "Done"]
+    waits = "Paused" if job.state == JobState.PAUSED else "Queued"
+    labels = ["Validated", waits, *(PHASE_LABELS[name] for name in PHASES), "Done"]
     if job.state == JobState.SUCCEEDED:
         return [PhaseMark(label, "done") for label in labels]
     current = 2 + PHASES.index(phase) if job.state in LEASED_STATES and phase in PHASES else 1

@@ -20,7 +20,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
-from jobs import lifecycle, scheduling, sweeping
+from jobs import draining, lifecycle, scheduling, sweeping
 from jobs.hardware import find_device
 from jobs.machines import Reporter
 from jobs.models import Worker
@@ -77,6 +77,8 @@ class Slot(threading.Thread):
         while not self._draining.is_set():
             # What a job can have is asked now: the choice of the next one depends on it.
             self._reporter.report()
+            if draining.is_drained_by_a_person(self.worker):
+                return
             job = scheduling.next_job(self.worker)
             if job is None:
                 return
@@ -130,7 +132,10 @@ def lock_slot(index: int) -> IO[str]:
 def register_worker(index: int) -> Worker:
     """A row for this process and its device."""
     device = find_device(index)
+    # A machine that restarts during its maintenance is not back in service by that.
+    drain_mode = draining.inherited_drain_mode(socket.gethostname(), index)
     return Worker.objects.create(
+        is_draining=bool(drain_mode), drain_mode=drain_mode,
         id=uuid.uuid4(), host=socket.gethostname(), slot=index, process_id=os.getpid(), device=device.name,
         device_kind=device.kind, memory_bytes=device.memory_bytes, version=STUDIO_VERSION, boot_id=boot_id(),
         last_seen=Now(),

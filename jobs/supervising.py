@@ -81,6 +81,7 @@ class Outcome:
     is_unsure: bool = False
     """Whether the lease could not be renewed in time: the job may be another's by now, or still this attempt's."""
     asked: StopMode | None = None
+    is_pausing: bool = False
     stalled: tuple[float, str] | None = None
     """For how many seconds nothing came and where in the job that was, when it was killed for that."""
     host_memory: tuple[int, int] | None = None
@@ -106,6 +107,7 @@ class _Shared:
     seconds_left: float | None = None
     plan: dict[str, object] = field(default_factory=dict)
     from_step: int = 0
+    checkpoint_step: int | None = None
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
     accumulation: int = 0
@@ -128,6 +130,7 @@ class Link(threading.Thread):
         self.rows: queue.SimpleQueue[MetricPoint | tuple[str, str]] = queue.SimpleQueue()
         self._waiting: list[MetricPoint | tuple[str, str]] = []
         self._noted = (0, 0, 0, 0)
+        self._noted_checkpoint: int | None = None
         self._hurry, self._done = threading.Event(), threading.Event()
         self._wants_flush, self._is_flushed = threading.Event(), threading.Event()
         self.heartbeat_seconds = settings.LEASE_SECONDS / 12
@@ -205,6 +208,10 @@ class Link(threading.Thread):
                 micro_batch_size=reached[2], accumulation=reached[3],
             )  # fmt: skip
             self._noted = reached
+        checkpoint_step = self.shared.checkpoint_step
+        if checkpoint_step is not None and checkpoint_step != self._noted_checkpoint:
+            lifecycle.note_checkpoint(self.job_id, self.attempt, checkpoint_step)
+            self._noted_checkpoint = checkpoint_step
         if not self._waiting:
             return
         try:
@@ -304,6 +311,7 @@ def _watch(
         wanted = _wanted_stop(shared.answer, is_draining())
         if wanted is not None and wanted != outcome.asked:
             outcome.asked = wanted
+            outcome.is_pausing = shared.answer is not None and shared.answer.stop_mode == "pause"
             kill_at = now + STOP_SECONDS[wanted]
             _send_stop(trainer, wanted)
         if kill_at is not None and now > kill_at:
@@ -324,12 +332,14 @@ def _dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
 
 
 def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode | None:
+    is_draining = is_draining or (answer is not None and answer.drain_mode == "now")
     if answer is not None and answer.state == JobState.CANCELLING:
         if answer.stop_mode != "keep":
             return "now"
         # A worker that stops has no time to finish an adapter; whoever claims the job next does as it was asked to.
         return "checkpoint" if is_draining else "keep"
-    return "checkpoint" if is_draining else None
+    is_to_pause = answer is not None and answer.stop_mode == "pause"
+    return "checkpoint" if is_draining or is_to_pause else None
 
 
 def _send_stop(trainer: subprocess.Popen[bytes], mode: StopMode) -> None:
@@ -353,6 +363,8 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             shared.plan, shared.num_steps = event.model_dump(), event.num_steps
             shared.step = shared.from_step = event.resumed_from_step
             shared.micro_batch_size, shared.accumulation = event.micro_batch_size, event.accumulation
+            # A damaged checkpoint is passed over, so it may be an earlier one than was known.
+            shared.checkpoint_step = event.resumed_from_step
             link.rows.put(("info", _describe_plan(event)))
         case StepEvent():
             shared.step, shared.num_steps, shared.seconds_left = event.step, event.num_steps, event.seconds_left
@@ -372,6 +384,7 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
                 )
             )  # fmt: skip
         case CheckpointEvent():
+            shared.checkpoint_step = event.step
             link.rows.put(("info", f"Checkpoint at step {event.step}, {event.num_bytes / 1e6:.1f} MB."))
         case MessageEvent():
             # Postgres takes no NUL in a text.

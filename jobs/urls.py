@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from jobs import queue_page, quotas, streams, views
+from jobs import acting, queue_page, quotas, streams, views
 
 app_name = "jobs"
 urlpatterns = [
@@ -16,7 +16,13 @@ urlpatterns = [
     path("<uuid:job_id>/points.json", views.points, name="points"),
     path("<uuid:job_id>/points/", views.point_table, name="point_table"),
     path("<uuid:job_id>/events/", streams.events, name="events"),
-    path("<uuid:job_id>/cancel/", views.cancel, name="cancel"),
-    path("<uuid:job_id>/retry/", views.retry, name="retry"),
-    path("<uuid:job_id>/again/<slug:action>/", views.again, name="again"),
+    path("<uuid:job_id>/again/<slug:action>/", acting.again, name="again"),
+    path("<uuid:job_id>/cancel/", acting.cancel, name="cancel"),
+    path("<uuid:job_id>/pause/", acting.pause, name="pause"),
+    path("<uuid:job_id>/resume/", acting.resume, name="resume"),
+    path("<uuid:job_id>/move/", acting.move, name="move"),
+    path("<uuid:job_id>/priority/", acting.prioritise, name="priority"),
+    path("<uuid:job_id>/retry/", acting.retry, name="retry"),
+    path("workers/<uuid:worker_id>/drain/", acting.drain, name="drain_worker"),
+    path("workers/<uuid:worker_id>/end-draining/", acting.undrain, name="end_draining"),
 ]

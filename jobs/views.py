@@ -10,19 +10,20 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import messages
-from django.db.models import Count, Q
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.db.models import Count, F, OuterRef, Q, Subquery
+from django.db.models.functions import JSONObject
+from django.http import HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404, redirect, render
-from django.urls import reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import series, showing
+from jobs.buttons import mark_ends
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
-from jobs.mending import actions_for, run_again_with
+from jobs.mending import actions_for
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
-from jobs.queueing import IdempotencyConflictError, cancel_job, key_for_another, queue_job, retry_job
+from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
@@ -32,7 +33,6 @@ from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
-from workers.events import PHASES
 from workers.methods import get_method
 
 MAX_LISTED = 200
@@ -41,6 +41,7 @@ MAX_LISTED = 200
 FILTERS = {
     "": ("All", Q()),
     "active": ("Running and queued", ~Q(state__in=FINAL_STATES)),
+    "paused": ("Paused", Q(state=JobState.PAUSED)),
     "succeeded": ("Succeeded", Q(state=JobState.SUCCEEDED)),
     "failed": ("Failed", Q(state=JobState.FAILED)),
     "cancelled": ("Cancelled", Q(state=JobState.CANCELLED)),
@@ -89,13 +90,17 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
     active = list(jobs.exclude(state__in=FINAL_STATES).order_by(*QUEUE_ORDER))
     ended = jobs.filter(state__in=FINAL_STATES).order_by("-created_at")[: MAX_LISTED + 1]
     queue = look_at_queue(active)
+    if not (state or is_mine):
+        in_team = [job for job in active if job.state in WAITING_STATES]
+        mark_ends(sorted(in_team, key=lambda job: (-job.priority, job.team_rank, job.not_before, job.created_at)))
     rows = [job_row(job, queue) for job in active]
     finished = [job_row(job, None) for job in ended]
     context = {
         "running": [row for row in rows if row.job.state in LEASED_STATES],
         "waiting": sorted(
-            (row for row in rows if row.job.state not in LEASED_STATES), key=lambda row: row.position or len(rows) + 1
+            (row for row in rows if row.job.state in WAITING_STATES), key=lambda row: row.position or len(rows) + 1
         ),
+        "paused": [row for row in rows if row.job.state == JobState.PAUSED],
         "finished": finished[:MAX_LISTED],
         "num_waiting": queue.num_waiting,
         "num_busy": queue.num_busy,
@@ -324,11 +329,21 @@ def estimate(request: TeamRequest) -> HttpResponse:
 @team_page(Role.VIEWER)
 def job_detail(request: TeamRequest, job_id: UUID) -> HttpResponse:
     """One job, complete without scripts."""
-    job = get_object_or_404(showing.job_for_page(request.team.jobs.all()), pk=job_id)
-    return render(request, "jobs/job_detail.html", _job_context(request, job))
+    job = job_for_page(request, job_id)
+    return render(request, "jobs/job_detail.html", job_context(request, job))
 
 
-def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
+def job_for_page(request: TeamRequest, job_id: UUID) -> Job:
+    """A job of the team with all that its page shows of it, the newest job that was made from it too."""
+    copies = Job.objects.filter(parent=OuterRef("pk")).order_by("-created_at")
+    newest = Subquery(copies.values(json=JSONObject(id=F("id"), name=F("name")))[:1])
+    jobs = showing.job_for_page(request.team.jobs.all()).annotate(newest_copy=newest)
+    found: Job = get_object_or_404(jobs, pk=job_id)
+    return found
+
+
+def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
+    """What a job's page shows, of a job from `job_for_page`."""
     queue = look_at_queue([job]) if job.state in WAITING_STATES else None
     context = showing.live_context(job)
     attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
@@ -342,7 +357,7 @@ def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
         "recipe_sections": recipe_sections(job.recipe, job.asked_recipe),
         "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
         "may_train": request.membership.may(Role.TRAINER),
-        "may_stop_and_keep": job.state == JobState.RUNNING and job.phase in PHASES[3:],
+        "newest_copy": job.newest_copy,  # type: ignore[attr-defined]
         "retry_key": secrets.token_urlsafe(16),
         "is_live": not job.is_final(),
     }
@@ -353,8 +368,8 @@ def _job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
 @team_page(Role.VIEWER)
 def job_header(request: TeamRequest, job_id: UUID) -> HttpResponse:
     """The parts of a job page that depend on its state: state, buttons, failure, scores."""
-    job = get_object_or_404(showing.job_for_page(request.team.jobs.all()), pk=job_id)
-    return render(request, "jobs/_job_header_swap.html", _job_context(request, job))
+    job = job_for_page(request, job_id)
+    return render(request, "jobs/_job_header_swap.html", job_context(request, job))
 
 
 @require_GET
@@ -374,62 +389,6 @@ def point_table(request: TeamRequest, job_id: UUID) -> HttpResponse:
     job = get_object_or_404(request.team.jobs, pk=job_id)
     rows = series.downsample(series.curve(job), limit=200)
     return render(request, "jobs/point_table.html", {"job": job, "points": rows})
-
-
-@require_POST
-@team_page(Role.TRAINER)
-def cancel(request: TeamRequest, job_id: UUID) -> HttpResponse:
-    """Stop a job: `mode` now discards the run, keep ends with the adapter of the last step."""
-    job = get_object_or_404(request.team.jobs, pk=job_id)
-    mode = request.POST.get("mode", "now")
-    try:
-        asked = cancel_job(job, request.user, mode)
-    except ExplainedError as error:
-        messages.error(request, f"{error.message} {error.next_step}".strip())
-        return redirect(_back_to(request, job))
-    if not asked:
-        messages.info(request, f"“{job.name}” had ended already.")
-        return redirect(_back_to(request, job))
-    job.refresh_from_db()
-    if job.state == JobState.CANCELLED:
-        messages.success(request, f"“{job.name}” is out of the queue.")
-    elif job.stop_mode == "keep":
-        messages.success(request, f"“{job.name}” ends after this step; what it has learned is evaluated and kept.")
-    else:
-        messages.success(request, f"“{job.name}” is being stopped.")
-    return redirect(_back_to(request, job))
-
-
-@require_POST
-@team_page(Role.TRAINER)
-def retry(request: TeamRequest, job_id: UUID) -> HttpResponse:
-    """Run a failed or cancelled job again, as a new job with the same recipe."""
-    job = get_object_or_404(request.team.jobs, pk=job_id)
-    key = request.POST.get("idempotency_key", "")[:80] or secrets.token_urlsafe(16)
-    try:
-        again = retry_job(job, request.user, idempotency_key=key)
-    except ExplainedError as error:
-        messages.error(request, f"{error.message} {error.next_step}".strip())
-        return redirect(job)
-    return redirect(again)
-
-
-@require_POST
-@team_page(Role.TRAINER)
-def again(request: TeamRequest, job_id: UUID, action: str) -> HttpResponse:
-    """Run a failed job again with the one change that its failure calls for."""
-    job = get_object_or_404(request.team.jobs, pk=job_id)
-    key = request.POST.get("idempotency_key", "")[:80] or secrets.token_urlsafe(16)
-    try:
-        changed = run_again_with(job, request.user, action, idempotency_key=key)
-    except ExplainedError as error:
-        messages.error(request, f"{error.message} {error.next_step}".strip())
-        return redirect(job)
-    return redirect(changed)
-
-
-def _back_to(request: HttpRequest, job: Job) -> str:
-    return reverse("jobs:list") if request.POST.get("next") == "list" else job.get_absolute_url()
 
 
 def _uuid(text: str) -> UUID | None:

@@ -42,6 +42,7 @@ def test_a_job_that_started_between_page_and_stream_gets_its_stop_buttons(
     expect(page.get_by_role("button", name="Stop and discard")).to_be_visible()
 
     keep.click()
+    page.get_by_role("button", name="Yes, end it and keep the adapter").click()
     expect(page.get_by_role("button", name="Discard instead")).to_be_visible(timeout=20 * SECOND)
     # What somebody else does while the page is watched changes its buttons, too.
     Job.objects.filter(pk=job.pk).update(stop_mode="now")

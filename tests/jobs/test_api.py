@@ -148,22 +148,26 @@ def test_stopping_and_running_again(bob_api: Client, make_job: MakeJob) -> None:
     again = post(bob_api, f"jobs/{job.pk}/retry/", {})
     assert again.status_code == 201, again.text
     assert again.json()["parent_id"] == str(job.pk)
-    assert post(bob_api, f"jobs/{again.json()['id']}/retry/", {}).status_code == 422
+    assert post(bob_api, f"jobs/{again.json()['id']}/retry/", {}).status_code == 409
 
 
-def test_keep_is_refused_for_a_waiting_job_that_has_learned_something(bob_api: Client, make_job: MakeJob) -> None:
+def test_keep_queues_a_waiting_job_with_a_checkpoint_to_finish_and_is_refused_without_one(
+    bob_api: Client, make_job: MakeJob
+) -> None:
     job = make_job(state=JobState.RETRY_WAIT, attempt=1, step=40)
     answer = post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "keep"})
-    assert answer.status_code == 422
-    assert answer.json()["error"]["field"] == "mode"
-    assert "nothing was changed" in answer.json()["error"]["message"]
-    job.refresh_from_db()
-    assert job.state == JobState.RETRY_WAIT
-    Job.objects.filter(pk=job.pk).update(stop_mode="keep")
-    assert post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "keep"}).json()["state"] == "retry_wait"
+    assert (answer.status_code, answer.json()["state"]) == (409, "retry_wait")
+    assert answer.json()["error"]["code"] == "job_state"
+    assert "nothing to keep" in answer.json()["error"]["message"]
+    Job.objects.filter(pk=job.pk).update(checkpoint_step=40)
+    for _ in range(2):
+        kept = post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "keep"}).json()
+        assert (kept["state"], kept["stop_mode"]) == ("queued", "keep")
     assert post(bob_api, f"jobs/{job.pk}/cancel/", {"mode": "now"}).json()["state"] == "cancelled"
     fresh = make_job()
-    assert post(bob_api, f"jobs/{fresh.pk}/cancel/", {"mode": "keep"}).json()["state"] == "cancelled"
+    assert post(bob_api, f"jobs/{fresh.pk}/cancel/", {"mode": "keep"}).status_code == 409
+    fresh.refresh_from_db()
+    assert fresh.state == JobState.QUEUED
 
 
 def test_the_audit_log_names_the_token_that_queued_stopped_and_ran_again(

@@ -12,6 +12,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 
 from jobs import lifecycle, scheduling
+from jobs.actions import ActionError
 from jobs.lifecycle import FencedError, Progress
 from jobs.models import Job, JobState, MetricPoint
 from studio.accounts.models import Team, User
@@ -142,7 +143,8 @@ def test_stop_and_keep_outlives_the_worker_that_was_to_do_it(team: Team, bob: Us
 def test_what_is_being_discarded_cannot_be_kept_any_more(team: Team, bob: User) -> None:
     job = make_running_job(team, bob)
     lifecycle.ask_stop(job, bob, "now")
-    lifecycle.ask_stop(job, bob, "keep")
+    with pytest.raises(ActionError, match="cannot be kept any more"):
+        lifecycle.ask_stop(job, bob, "keep")
     job.refresh_from_db()
     assert job.stop_mode == "now"
 

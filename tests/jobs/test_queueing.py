@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.actions import ActionError
 from jobs.models import Job, JobState
 from jobs.queueing import IdempotencyConflictError, cancel_job, queue_job, retry_job
 from studio.accounts.models import AuditEvent, Team, User
@@ -92,7 +93,7 @@ def test_an_unknown_way_to_stop_is_refused(team: Team, bob: User) -> None:
 
 def test_running_again_makes_a_new_job_with_the_same_recipe(team: Team, bob: User) -> None:
     job = make_job(team, bob)
-    with pytest.raises(RecipeError, match="only failed and cancelled"):
+    with pytest.raises(ActionError, match="only failed and cancelled"):
         retry_job(job, bob, idempotency_key="again")
     cancel_job(job, bob)
     job.refresh_from_db()

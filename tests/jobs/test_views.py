@@ -66,7 +66,8 @@ def urls_of(job: Job) -> list[tuple[str, str]]:
     """Every URL that names a job, with the method that it takes."""
     gets = ["detail", "header", "points", "point_table", "events"]
     return [("get", reverse(f"jobs:{name}", args=[job.pk])) for name in gets] + [
-        ("post", reverse(f"jobs:{name}", args=[job.pk])) for name in ("cancel", "retry")
+        ("post", reverse(f"jobs:{name}", args=[job.pk]))
+        for name in ("cancel", "retry", "pause", "resume", "move", "priority")
     ]
 
 
@@ -100,7 +101,8 @@ def test_a_viewer_looks_but_does_not_queue_or_stop(
     assert viewer_client.get(reverse("jobs:new")).status_code == 403
     assert viewer_client.post(reverse("jobs:estimate"), form_data(base_model, version)).status_code == 403
     assert viewer_client.post(reverse("jobs:cancel", args=[job.pk])).status_code == 403
-    assert viewer_client.post(reverse("jobs:retry", args=[job.pk])).status_code == 403
+    for action in ("retry", "pause", "resume", "move", "priority"):
+        assert viewer_client.post(reverse(f"jobs:{action}", args=[job.pk])).status_code == 403
     assert Job.objects.count() == 1
 
 
@@ -353,12 +355,12 @@ def test_what_is_to_be_kept_can_still_be_discarded_on_the_page(
     assert "Discard instead" not in bob_client.get(job.get_absolute_url()).text
 
 
-def test_keeping_what_was_just_handed_back_is_refused_and_discards_nothing(
+def test_keeping_what_has_no_checkpoint_is_refused_and_discards_nothing(
     make_job: MakeJob, bob_client: Client, worker: Worker
 ) -> None:
     job = run_of(make_job(), worker, state=JobState.RETRY_WAIT, phase="", lease_until=None)
     page = bob_client.post(reverse("jobs:cancel", args=[job.pk]), {"mode": "keep"}, follow=True)
-    assert "waits for a device, so it cannot end with what it has learned" in page.text
+    assert "It has no checkpoint yet, so there is nothing to keep." in page.text
     job.refresh_from_db()
     assert (job.state, job.stop_mode) == (JobState.RETRY_WAIT, "")
 
@@ -426,7 +428,7 @@ def test_points_are_json_for_the_chart_and_a_table_for_reading(
     assert "1.250" in alice_client.get(reverse("jobs:point_table", args=[job.pk])).text
 
 
-@pytest.mark.parametrize("state", ["queued", "handed_back", "retry_wait", "running", "failed", "succeeded"])
+@pytest.mark.parametrize("state", ["queued", "handed_back", "retry_wait", "paused", "running", "failed", "succeeded"])
 def test_a_page_costs_at_most_eight_queries(
     state: str, make_job: MakeJob, alice: User, alice_client: Client, worker: Worker, team: Team,
     base_model: BaseModel, version: DatasetVersion, django_assert_max_num_queries: DjangoAssertNumQueries,
@@ -435,7 +437,7 @@ def test_a_page_costs_at_most_eight_queries(
         job = make_job(name)
         if state == "running":
             run_of(job, worker)
-        if state in {"handed_back", "retry_wait"}:
+        if state in {"handed_back", "retry_wait", "paused"}:
             waits = "queued" if state == "handed_back" else state
             run_of(job, worker, state=waits, phase="", lease_until=None)
         if state == "failed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from argparse import ArgumentParser
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,7 @@ from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
 from django.db import OperationalError, connection
 
-from jobs import lifecycle, slots
+from jobs import draining, lifecycle, slots
 from jobs.models import Job, JobState
 from jobs.running import run_job
 from studio.devices import find_devices
@@ -47,6 +48,11 @@ class Command(BaseCommand):
                 f" another slot, on the next device or, where that was the last, sharing the first: --slot {slot + 1}"
             ) from error
         with lock:
+            if draining.inherited_drain_mode(socket.gethostname(), slot):
+                raise CommandError(
+                    f"Device {slot} of this machine is being drained for maintenance, so it takes no jobs."
+                    " An admin ends that on the page of the workers."
+                )
             claimed = lifecycle.claim(found, slots.register_worker(slot))
             if claimed is None:
                 raise CommandError(
