@@ -79,7 +79,7 @@ def add_gap(job_id: UUID, attempt: int, num_lost: int) -> None:
 
 def _append(job_id: UUID, attempt: int, name: str, value: str | int) -> None:
     keys = [stream_key(job_id), _fence_key(job_id)]
-    arguments = [attempt, MAX_ENTRIES, KEEP_SECONDS, "attempt", attempt, name, value]
+    arguments: list[str | int] = [attempt, MAX_ENTRIES, KEEP_SECONDS, "attempt", attempt, name, value]
     _client().register_script(_APPEND)(keys=keys, args=arguments)
 
 
