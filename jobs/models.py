@@ -51,6 +51,10 @@ class Worker(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
     last_seen = models.DateTimeField()
     is_draining = models.BooleanField(default=False)
+    # What its idle trainer holds in memory; all three or none.
+    warm_base = models.ForeignKey(BaseModel, on_delete=models.SET_NULL, null=True, related_name="+")
+    warm_precision = models.CharField(max_length=10, blank=True)
+    warm_team = models.ForeignKey(Team, on_delete=models.SET_NULL, null=True, related_name="+")
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"

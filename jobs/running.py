@@ -7,7 +7,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from django.conf import settings
@@ -16,7 +17,8 @@ from django.db import InterfaceError, OperationalError, connection, transaction
 from jobs import failures, lifecycle
 from jobs.lifecycle import FencedError
 from jobs.models import Job
-from jobs.supervising import Link, Outcome, boot_clock, supervise
+from jobs.supervising import Link, Outcome, boot_clock, follow, supervise
+from jobs.trainers import Seat, Trainer
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
 from workers.recipe import Recipe
@@ -25,29 +27,34 @@ from workers.results import Result
 logger = logging.getLogger(__name__)
 
 
+TRAINER = (sys.executable, "-m", "workers")
+# A trainer that may do more than one job (workers/resident.py).
+RESIDENT_COMMAND = (*TRAINER, "--resident")
+
+
 def run_job(
     job: Job,
     *,
     is_draining: Callable[[], bool] = lambda: False,
     tell: Callable[[object], None] = lambda event: None,
+    seat: Seat | None = None,
 ) -> None:
     """Run a job that was just claimed, to the end of this attempt. The job's row says afterwards how it went.
+
+    `seat` may hold a warm trainer from the job before and takes this one's; without, the job has a trainer to itself.
 
     Raises:
         Exception: something that nobody foresaw; the job is recorded as failed to start and tried again.
     """
     with Link(job.pk, job.attempt) as link:
-        _run(job, link, is_draining, tell)
+        _run(job, link, is_draining, tell, seat or Seat(0))
 
 
-def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
+def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None], seat: Seat) -> None:
     try:
         folder = prepare_folder(job)
-        outcome = supervise(
-            trainer_command(job, folder), link=link,
-            log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
-        )  # fmt: skip
-        until_answered(lambda: finish(job, outcome))
+        with _train(job, folder, link, is_draining, tell, seat) as outcome:
+            until_answered(lambda: finish(job, outcome))
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
     except OSError as error:
@@ -59,6 +66,53 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
         logger.exception("Job %s could not run", job.pk)
         _record_retry(job, code="internal", message="The studio failed while it ran this job; its log has the details.")
         raise
+
+
+@contextmanager
+def _train(
+    job: Job,
+    folder: Path,
+    link: Link,
+    is_draining: Callable[[], bool],
+    tell: Callable[[object], None],
+    seat: Seat,
+) -> Iterator[Outcome]:
+    """Train, and say how it ended. On leaving, the trainer is warm in its seat if all went well, and else is gone."""
+    command = trainer_command(job, folder)
+    log_file = folder / "attempts" / str(job.attempt) / "trainer.log"
+    trainer = seat.take(job)
+    if not seat.may_stay_after(job):
+        yield supervise(command, link=link, log_file=log_file, is_draining=is_draining, tell=tell)
+        return
+    is_warm = trainer is not None
+    trainer = trainer or Trainer(RESIDENT_COMMAND, log_file)
+    try:
+        outcome = _follow_resident(trainer, command, log_file, link, is_draining, tell)
+        if is_warm and not (outcome.was_heard or outcome.is_fenced or outcome.asked):
+            # It died while it was idle, and nothing of this job was begun.
+            trainer.kill()
+            trainer = Trainer(RESIDENT_COMMAND, log_file)
+            outcome = _follow_resident(trainer, command, log_file, link, is_draining, tell)
+        yield outcome
+        if outcome.stays and outcome.asked != "now" and not is_draining():
+            seat.keep(trainer, job)
+            trainer = None
+    finally:
+        if trainer is not None:
+            trainer.kill()
+
+
+def _follow_resident(
+    trainer: Trainer,
+    command: list[str],
+    log_file: Path,
+    link: Link,
+    is_draining: Callable[[], bool],
+    tell: Callable[[object], None],
+) -> Outcome:
+    """Give a resident trainer what a trainer of this job alone would have on its command line, and follow it."""
+    trainer.send({"job": {"arguments": command[len(TRAINER) :], "log": str(log_file)}})
+    return follow(trainer, link=link, is_draining=is_draining, tell=tell)
 
 
 def prepare_folder(job: Job) -> Path:
@@ -75,11 +129,12 @@ def prepare_folder(job: Job) -> Path:
 def trainer_command(job: Job, folder: Path) -> list[str]:
     """The command line of the trainer. Ids were resolved to paths here: nothing of it comes from a person."""
     return [
-        sys.executable, "-m", "workers", str(folder / "recipe.json"),
+        *TRAINER, str(folder / "recipe.json"),
         "--out", str(folder),
         "--base-model-folder", job.base_model.folder,
         "--dataset-file", str(storage.blob_path(job.dataset_version.sha256)),
         "--attempt", str(job.attempt),
+        "--quantised-cache", str(storage.quantised_folder()),
     ]  # fmt: skip
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import IO
 
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connection
+from django.db import IntegrityError, InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
 from jobs import lifecycle, scheduling
 from jobs.hardware import find_device
 from jobs.models import Worker
 from jobs.running import run_job
+from jobs.trainers import Seat
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,18 @@ class Slot(threading.Thread):
         self._look = threading.Event()
         self._draining = threading.Event()
         self.worker: Worker | None = None
+        self._seat = Seat(settings.WARM_SECONDS)
 
     def run(self) -> None:
+        # The kernel ends a trainer with the thread that started it: this one, which lives as long as the slot.
+        try:
+            self._run()
+        finally:
+            self._seat.end()
+            connection.close()
+            self._lock.close()
+
+    def _run(self) -> None:
         while not self._draining.is_set():
             self._look.clear()
             try:
@@ -54,19 +65,36 @@ class Slot(threading.Thread):
                 # The job is recorded; a slot that died of one job would starve all others.
                 logger.exception("A job ended in an unforeseen way")
                 connection.close()
-            self._look.wait(min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
-        connection.close()
-        self._lock.close()
+            self._look.wait(max(0.0, min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4, self._seat.seconds_left())))
 
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
         lifecycle.reap_expired()
         while not self._draining.is_set():
-            Worker.objects.filter(pk=self.worker.pk).update(last_seen=Now())
+            self._seat.look_after()
+            self._show()
             job = scheduling.next_job(self.worker)
             if job is None:
                 return
-            run_job(job, is_draining=self._draining.is_set)
+            run_job(job, is_draining=self._draining.is_set, seat=self._seat)
+
+    def _show(self) -> None:
+        """Write into the worker's row that it lives, and what it holds warm."""
+        assert self.worker is not None
+        row = Worker.objects.filter(pk=self.worker.pk)
+        warmth = self._seat.warmth
+        if warmth is not None:
+            try:
+                row.update(
+                    last_seen=Now(), warm_base=warmth.base_model_id, warm_precision=warmth.precision,
+                    warm_team=warmth.team_id,
+                )  # fmt: skip
+            except IntegrityError:
+                # The team or the base was deleted meanwhile: nobody is left for whom to keep it.
+                self._seat.end()
+            else:
+                return
+        row.update(last_seen=Now(), warm_base=None, warm_precision="", warm_team=None)
 
     def wake(self) -> None:
         """Look at the queue now."""

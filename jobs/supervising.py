@@ -6,17 +6,11 @@ events and watches the deadline; the `Link` writes to the database and hears wha
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import queue
-import selectors
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +24,10 @@ from jobs import lifecycle
 from jobs.lifecycle import FencedError, HeartbeatAnswer, Progress
 from jobs.models import JobState, MetricPoint
 from jobs.progress import Publisher
-from studio.embedded import die_with_parent
+from jobs.trainers import Trainer, kill_group
 from workers.events import (
     CheckpointEvent,
+    EndedEvent,
     FailedEvent,
     MessageEvent,
     PhaseEvent,
@@ -54,13 +49,6 @@ STOP_SECONDS: dict[str, float] = {"now": 20, "checkpoint": 45, "keep": 3600}
 # Share of the lease for which it is sure without a renewal; the rest is for killing the trainer.
 LEASE_SHARE = 0.75
 
-# What a trainer may know about its surroundings. It gets no credentials of any kind.
-PASSED_ON = (
-    "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "USER", "LOGNAME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "STUDIO_TRAINER_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR",
-)  # fmt: skip
-PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_")
-
 
 @dataclass
 class Outcome:
@@ -73,6 +61,10 @@ class Outcome:
     is_fenced: bool = False
     asked: StopMode | None = None
     is_stalled: bool = False
+    stays: bool = False
+    """A resident trainer waits for another job, with its base in memory."""
+    was_heard: bool = False
+    """The trainer has said something."""
 
 
 def boot_clock() -> float:
@@ -213,41 +205,51 @@ def supervise(
     `link` has been entered and goes on renewing the lease. `command` gets "--events FD --supervised" appended. `tell`
     hears every event, for a terminal.
     """
-    reading, writing = os.pipe()
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as log:
-        trainer = subprocess.Popen(
-            [*command, "--events", str(writing), "--supervised"],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writing], start_new_session=True,
-            cwd=settings.ROOT, env=trainer_environment(), preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-        )  # fmt: skip
-    os.close(writing)
+    trainer = Trainer(command, log_file)
+    try:
+        return follow(trainer, link=link, is_draining=is_draining, tell=tell)
+    finally:
+        trainer.kill()
+
+
+def follow(
+    trainer: Trainer,
+    *,
+    link: Link,
+    is_draining: Callable[[], bool] = lambda: False,
+    tell: Callable[[object], None] = lambda event: None,
+) -> Outcome:
+    """Follow a trainer to the end of its job and say how it ended. Returns only when what it said is stored and its
+    whole process group is gone, or it is a resident one that ended the job well and `stays`.
+    """
     publisher = Publisher(link.job_id, link.attempt)
     publisher.start()
+    outcome = Outcome()
     try:
-        return _watch(trainer, reading, link, publisher, is_draining, tell)
+        _watch(trainer, outcome, link, publisher, is_draining, tell)
     finally:
-        kill_group(trainer)
-        os.close(reading)
+        if not outcome.stays:
+            trainer.kill()
         link.flush()
         publisher.finish()
+    return outcome
 
 
 def _watch(
-    trainer: subprocess.Popen[bytes],
-    reading: int,
+    trainer: Trainer,
+    outcome: Outcome,
     link: Link,
     publisher: Publisher,
     is_draining: Callable[[], bool],
     tell: Callable[[object], None],
-) -> Outcome:
-    outcome, shared = Outcome(), link.shared
-    lines = _Lines(reading)
+) -> None:
+    shared, process, lines = link.shared, trainer.process, trainer.lines
     kill_at: float | None = None
     moved_at = boot_clock()
     while True:
         for line in lines.wait(0.2):
             moved_at = boot_clock()
+            outcome.was_heard = True
             try:
                 event = parse_event(line)
             except ValidationError as error:
@@ -255,28 +257,34 @@ def _watch(
                     level="warning", text=f"The trainer said something unknown: {error.errors()[0]['msg']}"
                 )
             _take(event, outcome, link)
+            if isinstance(event, EndedEvent):
+                continue  # between the trainer and us: for a watcher the result is the end
             publisher.publish(event)
             tell(event)
         now = boot_clock()
-        if lines.ended and trainer.poll() is not None:
-            outcome.exit_status = trainer.returncode
-            outcome.is_fenced = shared.is_fenced
-            return outcome
+        if outcome.stays and not shared.is_fenced and now <= link.sure_until():
+            return
+        if lines.ended and process.poll() is not None:
+            # A resident trainer said what a trainer of this job alone would have ended with.
+            outcome.exit_status = process.returncode if outcome.exit_status is None else outcome.exit_status
+            outcome.is_fenced, outcome.stays = shared.is_fenced, False
+            return
         if shared.is_fenced or now > link.sure_until():
             # Without a sure lease another worker may start soon: two trainers must never run at once.
-            kill_group(trainer)
-            outcome.exit_status, outcome.is_fenced = trainer.returncode, True
-            return outcome
+            outcome.stays = False
+            trainer.kill()
+            outcome.exit_status, outcome.is_fenced = process.returncode, True
+            return
         wanted = _wanted_stop(shared.answer, is_draining())
         if wanted is not None and wanted != outcome.asked:
             outcome.asked = wanted
             kill_at = now + STOP_SECONDS[wanted]
-            _send_stop(trainer, wanted)
+            trainer.send({"stop": wanted})
         if kill_at is not None and now > kill_at:
-            kill_group(trainer)
+            kill_group(process)
         if now > moved_at + settings.STALL_SECONDS:
             outcome.is_stalled = True
-            kill_group(trainer)
+            kill_group(process)
 
 
 def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode | None:
@@ -286,15 +294,6 @@ def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode 
         # A worker that stops has no time to finish an adapter; whoever claims the job next does as it was asked to.
         return "checkpoint" if is_draining else "keep"
     return "checkpoint" if is_draining else None
-
-
-def _send_stop(trainer: subprocess.Popen[bytes], mode: StopMode) -> None:
-    assert trainer.stdin is not None
-    try:
-        trainer.stdin.write(json.dumps({"stop": mode}).encode() + b"\n")
-        trainer.stdin.flush()
-    except BrokenPipeError:
-        return  # It is ending already; the next look at the process tells how.
 
 
 def _take(event: object, outcome: Outcome, link: Link) -> None:
@@ -331,6 +330,9 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             outcome.stopped = event
         case FailedEvent():
             outcome.failed = event
+        case EndedEvent():
+            outcome.exit_status = event.exit_status
+            outcome.stays = event.stays
 
 
 def _point(link: Link, step: int, **values: float | None) -> MetricPoint:
@@ -344,57 +346,3 @@ def _describe_plan(plan: PlanEvent) -> str:
         f" {plan.num_held_out_rows} rows held out, {plan.num_skipped_rows} set aside, {plan.num_cut_rows} cut."
         f" Trains {plan.num_trainable:,} of {plan.num_parameters:,} parameters.{resumed}"
     )
-
-
-class _Lines:
-    """Whole lines from a pipe, without ever blocking for longer than asked."""
-
-    MAX_LINE_BYTES = 16 * 1024**2
-
-    def __init__(self, descriptor: int) -> None:
-        os.set_blocking(descriptor, False)
-        self.descriptor, self.ended = descriptor, False
-        self._rest = b""
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(descriptor, selectors.EVENT_READ)
-
-    def wait(self, seconds: float) -> Iterator[bytes]:
-        if self.ended:
-            time.sleep(min(seconds, 0.05))
-            return
-        if not self._selector.select(seconds):
-            return
-        chunk = os.read(self.descriptor, 1 << 16)
-        if not chunk:
-            self.ended = True
-            self._selector.close()
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        assert len(self._rest) < self.MAX_LINE_BYTES, "a trainer's events are short"
-        yield from (line for line in lines if line.strip())
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and everything it started, and wait for it."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        process.poll()
-    process.wait()
-
-
-def trainer_environment() -> dict[str, str]:
-    """The environment of a trainer: no database, no broker, no secret, no network hub."""
-    passed = {
-        key: value
-        for key, value in os.environ.items()
-        if key in PASSED_ON or key.startswith(PASSED_ON_PREFIXES)
-    }  # fmt: skip
-    if settings.TRAINER_THREADS:
-        passed["STUDIO_TRAINER_THREADS"] = str(settings.TRAINER_THREADS)
-    return passed | {
-        "PYTHONPATH": str(settings.ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }

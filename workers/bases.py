@@ -108,7 +108,7 @@ def share(model: Any) -> Any:
     memo: dict[int, Any] = {}
     pairs = []
     for parameter in model.parameters():
-        own = torch.Tensor._make_subclass(type(parameter), parameter.data, False)  # type: ignore[attr-defined]
+        own = torch.Tensor._make_subclass(type(parameter), parameter.data, False)
         memo[id(parameter)] = own
         # Statistics of quantised weights are only read, and larger than is worth copying.
         memo |= {id(tensor): tensor for tensor in _statistics(parameter)}

@@ -106,7 +106,7 @@ class Inbox:
         """Understands one line; one of a newer supervisor is not ours to understand."""
         try:
             message: dict[str, Any] = json.loads(line)
-            stop: StopMode | None = message.get("stop")
+            stop: Any = message.get("stop")
             job: dict[str, Any] | None = message.get("job")
             if job is not None:
                 # Stops are for the job that was given last, however late this process comes to it.

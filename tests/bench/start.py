@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Start:
 
     def line(self, kind: str) -> str:
         phases = list(self.began)
-        ends = {name: self.began[after] for name, after in zip(phases, phases[1:], strict=False)}
+        ends = {name: self.began[after] for name, after in pairwise(phases)}
         ends[phases[-1]] = self.first_step
         spent = {name: ends[name] - self.began[name] for name in phases}
         # What comes before the first event is the process's own start: the interpreter and its imports.
