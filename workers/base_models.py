@@ -134,11 +134,13 @@ def prepare_process() -> None:
 def _from_folder(
     folder: Path, compute_dtype: torch.dtype, device: torch.device, quantisation: BitsAndBytesConfig | None
 ) -> Any:
+    # Weights that were quantised before say so in their config.json, which a None here would overrule.
+    named = {} if quantisation is None else {"quantization_config": quantisation}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=compute_dtype,
         device_map={"": device},
-        quantization_config=quantisation,
+        **named,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
