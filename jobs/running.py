@@ -94,7 +94,7 @@ def _train(
             trainer = Trainer(RESIDENT_COMMAND, log_file)
             outcome = _follow_resident(trainer, command, log_file, link, is_draining, tell)
         yield outcome
-        if outcome.stays and outcome.asked != "now" and not is_draining():
+        if outcome.stays and not is_draining():
             seat.keep(trainer, job)
             trainer = None
     finally:

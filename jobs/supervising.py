@@ -61,10 +61,18 @@ class Outcome:
     is_fenced: bool = False
     asked: StopMode | None = None
     is_stalled: bool = False
+    has_ended: bool = False
+    """A resident trainer is done with the job, and `exit_status` is what it said."""
     stays: bool = False
     """A resident trainer waits for another job, with its base in memory."""
     was_heard: bool = False
     """The trainer has said something."""
+
+    def is_clean(self) -> bool:
+        """Whether nothing is left to doubt about the process: a product, or a stop at a checkpoint, and no failure."""
+        has_product = self.result is not None and self.exit_status == 0
+        is_at_checkpoint = self.stopped is not None and self.stopped.mode == "checkpoint"
+        return self.failed is None and self.asked != "now" and (has_product or is_at_checkpoint)
 
 
 def boot_clock() -> float:
@@ -262,12 +270,12 @@ def _watch(
             publisher.publish(event)
             tell(event)
         now = boot_clock()
-        if outcome.stays and not shared.is_fenced and now <= link.sure_until():
+        if outcome.has_ended and not shared.is_fenced and now <= link.sure_until():
+            outcome.stays = outcome.stays and outcome.is_clean()
             return
         if lines.ended and process.poll() is not None:
-            # A resident trainer said what a trainer of this job alone would have ended with.
-            outcome.exit_status = process.returncode if outcome.exit_status is None else outcome.exit_status
-            outcome.is_fenced, outcome.stays = shared.is_fenced, False
+            outcome.exit_status = process.returncode
+            outcome.is_fenced = shared.is_fenced
             return
         if shared.is_fenced or now > link.sure_until():
             # Without a sure lease another worker may start soon: two trainers must never run at once.
@@ -331,8 +339,7 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
         case FailedEvent():
             outcome.failed = event
         case EndedEvent():
-            outcome.exit_status = event.exit_status
-            outcome.stays = event.stays
+            outcome.exit_status, outcome.has_ended, outcome.stays = event.exit_status, True, event.stays
 
 
 def _point(link: Link, step: int, **values: float | None) -> MetricPoint:
