@@ -133,12 +133,13 @@ def levels_of(oldest: Mapping[tuple[int, int], float], standing: Standing) -> di
 def heads_in_turn(heads: Sequence[Waiting], standing: Standing) -> list[Waiting]:
     """The first waiting job of each person and priority, in the order in which a free device is offered to them."""
     levels = levels_of(_oldest(heads), standing)
+    first_come = _first_come(heads)
 
     def turn(job: Waiting) -> tuple[float | str, ...]:
         team_used = standing.used_by_team(job.team_id) / standing.quota(job.team_id).share
         level = -levels[job.team_id, job.priority]
         return (
-            level, *_owed(job), team_used, job.team_rank, standing.used_by_person(job.person),
+            level, *_owed(job), team_used, *first_come[job.team_id], job.team_rank, standing.used_by_person(job.person),
             job.not_before, job.created_at, job.id,
         )  # fmt: skip
 
@@ -162,16 +163,17 @@ def in_turn(jobs: Iterable[Waiting], standing: Standing) -> list[Waiting]:
             job = numbered[number]
             team.append((level, is_free, owed_since, job.team_rank, used, number))
             used += job.num_gpus * job.expected_seconds
-    line: list[tuple[int, int, float, float, int, float, int]] = []
+    first_come = _first_come(numbered)
+    line: list[tuple[float | int, ...]] = []
     for team_id, waiting in teams.items():
         waiting.sort()
         used, share = standing.used_by_team(team_id), standing.quota(team_id).share
         for level, is_free, owed_since, rank, own_used, number in waiting:
-            line.append((level, is_free, owed_since, used / share, rank, own_used, number))
+            line.append((level, is_free, owed_since, used / share, *first_come[team_id], rank, own_used, number))
             job = numbered[number]
             used += job.num_gpus * job.expected_seconds
     line.sort()
-    return [numbered[key[-1]] for key in line]
+    return [numbered[int(key[-1])] for key in line]
 
 
 _OWN_ORDER = attrgetter("team_rank", "not_before", "created_at", "id")
@@ -179,6 +181,16 @@ _OWN_ORDER = attrgetter("team_rank", "not_before", "created_at", "id")
 
 def _owed(job: Waiting) -> tuple[int, float]:
     return (0, job.owed_since) if job.owed_since is not None else (1, 0.0)
+
+
+def _first_come(jobs: Iterable[Waiting]) -> dict[int, tuple[float, float, int]]:
+    """Which of two teams that have used the same goes first: the one whose job came first. Not by rank, which says
+    nothing beside another team's."""
+    found: dict[int, tuple[float, float, int]] = {}
+    for job in jobs:
+        came = (job.not_before, job.created_at, job.team_id)
+        found[job.team_id] = min(came, found.get(job.team_id, came))
+    return found
 
 
 def _oldest(jobs: Iterable[Waiting]) -> dict[tuple[int, int], float]:

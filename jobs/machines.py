@@ -11,12 +11,12 @@ from uuid import UUID
 
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
-from django.db.models import OuterRef, Prefetch, Q, Subquery
+from django.db.models import Prefetch, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from jobs.hardware import CpuMeter, GpuMeter, meter_for, own_processes
-from jobs.models import LEASED_STATES, Job, JobAttempt, Worker
+from jobs.models import LEASED_STATES, Job, Worker
 from studio.accounts.models import Team
 from studio.version import STUDIO_VERSION
 
@@ -148,14 +148,13 @@ def look_at_machines(team: Team) -> list[MachineView]:
     Of a device's workers only the last one is shown: a restarted worker takes the place of the one before. Takes two
     queries, however many machines there are.
     """
-    last_team = JobAttempt.objects.filter(worker=OuterRef("pk")).order_by("-started_at").values("job__team_id")[:1]
     running = Job.objects.filter(state__in=LEASED_STATES).select_related("base_model").defer(
         "recipe", "asked_recipe", "estimate", "plan", "base_model__files", "base_model__shape"
     )  # fmt: skip
     workers = (
         Worker.objects.filter(Q(last_seen__gte=timezone.now() - SHOWN_AFTER_END) | Q(jobs__state__in=LEASED_STATES))
         .distinct()
-        .annotate(last_team_id=Subquery(last_team))
+        .select_related("warm_base")
         .prefetch_related(Prefetch("jobs", running, to_attr="running_jobs"))
         .order_by("host", "slot", "-started_at")
     )
@@ -181,14 +180,14 @@ def _view(worker: Worker, team: Team, limit: datetime) -> DeviceView:
     job = jobs[0] if jobs else None
     is_foreign = job is not None and job.team_id != team.pk
     # Which base model another team has just used is that team's own affair.
-    knows_base = worker.last_team_id == team.pk  # type: ignore[attr-defined]  # by the annotation
+    is_ours = worker.warm_team_id == team.pk
     return DeviceView(
         worker=worker,
         status=_status(worker, job, limit),
         job=None if is_foreign else job,
         is_foreign=is_foreign,
         is_stale=worker.reported_at is None or worker.reported_at < limit,
-        warm_base=worker.warm_base if knows_base else "",
+        warm_base=worker.warm_base.name if worker.warm_base is not None and is_ours else "",
     )
 
 

@@ -55,9 +55,6 @@ class Worker(models.Model):
     is_draining = models.BooleanField(default=False)
     quarantined_until = models.DateTimeField(null=True, help_text="Gets no job before: its device has failed.")
     quarantine_reason = models.TextField(blank=True)
-    warm_base = models.CharField(
-        max_length=200, blank=True, help_text="Name of the base model that an idle trainer holds loaded."
-    )
     boot_id = models.CharField(
         max_length=64, blank=True, help_text="Changes when the machine starts anew: no process outlives it."
     )
@@ -77,6 +74,10 @@ class Worker(models.Model):
     drain_mode = models.CharField(
         max_length=10, blank=True, default="", help_text="now or after_job while a person drains it; empty otherwise."
     )
+    # What its idle trainer holds in memory; all three or none.
+    warm_base = models.ForeignKey(BaseModel, on_delete=models.SET_NULL, null=True, related_name="+")
+    warm_precision = models.CharField(max_length=10, blank=True)
+    warm_team = models.ForeignKey(Team, on_delete=models.SET_NULL, null=True, related_name="+")
 
     def __str__(self) -> str:
         return f"{self.host}#{self.slot}"

@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from django.conf import settings
@@ -18,7 +19,8 @@ from jobs.gpu_health import GpuWatch
 from jobs.lifecycle import FencedError
 from jobs.models import Job
 from jobs.products import product_key, remove_unregistered, remove_unregistered_before
-from jobs.supervising import Link, Outcome, boot_clock, supervise
+from jobs.supervising import Link, Outcome, boot_clock, follow, supervise
+from jobs.trainers import Seat, Trainer
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
 from workers.failpoints import failpoint
@@ -31,22 +33,30 @@ SMALL_FILES_BYTES = 2**20
 """What an attempt writes beside weights: its log, the rows in tokens, the base model's scores."""
 
 
+TRAINER = (sys.executable, "-m", "workers")
+# A trainer that may do more than one job (workers/resident.py).
+RESIDENT_COMMAND = (*TRAINER, "--resident")
+
+
 def run_job(
     job: Job,
     *,
     is_draining: Callable[[], bool] = lambda: False,
     tell: Callable[[object], None] = lambda event: None,
+    seat: Seat | None = None,
 ) -> None:
     """Run a job that was just claimed, to the end of this attempt. The job's row says afterwards how it went.
+
+    `seat` may hold a warm trainer from the job before and takes this one's; without, the job has a trainer to itself.
 
     Raises:
         Exception: something that nobody foresaw; the job is recorded as failed to start and tried again.
     """
     with Link(job.pk, job.attempt) as link:
-        _run(job, link, is_draining, tell)
+        _run(job, link, is_draining, tell, seat or Seat(0))
 
 
-def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None]) -> None:
+def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[object], None], seat: Seat) -> None:
     try:
         failpoint("claim.after_commit")
         folder = prepare_folder(job)
@@ -54,16 +64,15 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
         files.fetch_checkpoint(job)
         failpoint("trainer.before_start")
         with files.CheckpointStore(job.pk, job.attempt) as checkpoints, GpuWatch(job.worker) as gpu:
-            outcome = supervise(
-                trainer_command(job, folder), link=link, log_file=log_file, is_draining=is_draining,
-                tell=checkpoints.telling(tell),
-            )  # fmt: skip
-            if not outcome.is_fenced:
-                checkpoints.finish(log_file)
-            gpu_fault = gpu.fault()
-        failpoint("finish.before")
-        # Without a database this worker has nothing else to do, and a trainer that was stopped can lose nothing more.
-        until_answered(lambda: finish(job, outcome, gpu_fault), num_leases=10 if outcome.is_unsure else 0.5)
+            telling = checkpoints.telling(tell)
+            with _train(job, folder, log_file, link, is_draining, telling, seat) as outcome:
+                if not outcome.is_fenced:
+                    checkpoints.finish(log_file)
+                gpu_fault = gpu.fault()
+                failpoint("finish.before")
+                # Without a database this worker has nothing else to do, and a trainer that was stopped can lose nothing
+                # more.
+                until_answered(lambda: finish(job, outcome, gpu_fault), num_leases=10 if outcome.is_unsure else 0.5)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
     except (OperationalError, InterfaceError):
@@ -78,6 +87,53 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
         logger.exception("Job %s could not run", job.pk)
         _record_retry(job, code="internal", message="The studio failed while it ran this job; its log has the details.")
         raise
+
+
+@contextmanager
+def _train(
+    job: Job,
+    folder: Path,
+    log_file: Path,
+    link: Link,
+    is_draining: Callable[[], bool],
+    tell: Callable[[object], None],
+    seat: Seat,
+) -> Iterator[Outcome]:
+    """Train, and say how it ended. On leaving, the trainer is warm in its seat if all went well, and else is gone."""
+    command = trainer_command(job, folder)
+    trainer = seat.take(job)
+    if not seat.may_stay_after(job):
+        yield supervise(command, link=link, log_file=log_file, is_draining=is_draining, tell=tell)
+        return
+    is_warm = trainer is not None
+    trainer = trainer or Trainer(RESIDENT_COMMAND, log_file)
+    try:
+        outcome = _follow_resident(trainer, command, log_file, link, is_draining, tell)
+        if is_warm and not (outcome.was_heard or outcome.is_fenced or outcome.asked):
+            # It died while it was idle, and nothing of this job was begun.
+            trainer.kill()
+            trainer = Trainer(RESIDENT_COMMAND, log_file)
+            outcome = _follow_resident(trainer, command, log_file, link, is_draining, tell)
+        yield outcome
+        if outcome.stays and not is_draining():
+            seat.keep(trainer, job)
+            trainer = None
+    finally:
+        if trainer is not None:
+            trainer.kill()
+
+
+def _follow_resident(
+    trainer: Trainer,
+    command: list[str],
+    log_file: Path,
+    link: Link,
+    is_draining: Callable[[], bool],
+    tell: Callable[[object], None],
+) -> Outcome:
+    """Give a resident trainer what a trainer of this job alone would have on its command line, and follow it."""
+    trainer.send({"job": {"arguments": command[len(TRAINER) :], "log": str(log_file)}})
+    return follow(trainer, link=link, is_draining=is_draining, tell=tell)
 
 
 def prepare_folder(job: Job) -> Path:
@@ -101,12 +157,13 @@ def has_room(job: Job) -> bool:
 def trainer_command(job: Job, folder: Path) -> list[str]:
     """The command line of the trainer. Ids were resolved to paths here: nothing of it comes from a person."""
     return [
-        sys.executable, "-m", "workers", str(folder / "recipe.json"),
+        *TRAINER, str(folder / "recipe.json"),
         "--out", str(folder),
         "--base-model-folder", str(files.base_model_folder(job)),
         "--dataset-file", str(files.dataset_file(job)),
         "--attempt", str(job.attempt),
         *(["--micro-batch-size", str(job.micro_batch_size)] if job.micro_batch_size else []),
+        "--quantised-cache", str(storage.quantised_folder()),
     ]  # fmt: skip
 
 

@@ -112,12 +112,10 @@ class _Choice:
         return None
 
     def _take(self, job: Waiting, *, by_warmth: bool) -> Job | None:
-        if (
-            by_warmth
-            and self.worker.warm_base
-            and self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds()
-        ):
-            equal = self._jobs_of(job).filter(base_model__name=self.worker.warm_base, team_rank=job.team_rank)
+        # A warm trainer serves the team alone for which it is warm.
+        is_fresh = self.facts.standing.moment - job.not_before < WARM_PATIENCE.total_seconds()
+        if by_warmth and self.worker.warm_base_id is not None and self.worker.warm_team_id == job.team_id and is_fresh:
+            equal = self._jobs_of(job).filter(base_model=self.worker.warm_base_id, team_rank=job.team_rank)
             if (claimed := self._lock_and_claim(equal)) is not None:
                 return claimed
         return self._lock_and_claim(Job.objects.filter(pk=job.id))

@@ -17,7 +17,7 @@ import uuid
 from typing import IO
 
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connection
+from django.db import IntegrityError, InterfaceError, OperationalError, connection
 from django.db.models.functions import Now
 
 from jobs import draining, lifecycle, scheduling, sweeping
@@ -25,6 +25,7 @@ from jobs.hardware import find_device
 from jobs.machines import Reporter
 from jobs.models import Worker
 from jobs.running import has_room, run_job
+from jobs.trainers import Seat
 from studio.devices import boot_id
 from studio.version import STUDIO_VERSION
 
@@ -47,8 +48,20 @@ class Slot(threading.Thread):
         self._draining = threading.Event()
         self.worker: Worker | None = None
         self._reporter: Reporter | None = None
+        self._seat = Seat(settings.WARM_SECONDS)
 
     def run(self) -> None:
+        # The kernel ends a trainer with the thread that started it: this one, which lives as long as the slot.
+        try:
+            self._run()
+        finally:
+            self._seat.end()
+            if self._reporter is not None:
+                self._reporter.stop()
+            connection.close()
+            self._lock.close()
+
+    def _run(self) -> None:
         while not self._draining.is_set():
             self._forget_wakes()
             try:
@@ -60,12 +73,9 @@ class Slot(threading.Thread):
                 # The job is recorded; a slot that died of one job would starve all others.
                 logger.exception("A job ended in an unforeseen way")
                 connection.close()
+            pause = min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4, self._seat.seconds_left())
             with contextlib.suppress(queue.Empty):
-                self._looks.get(timeout=min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4))
-        if self._reporter is not None:
-            self._reporter.stop()
-        connection.close()
-        self._lock.close()
+                self._looks.get(timeout=max(0.0, pause))
 
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
@@ -75,14 +85,36 @@ class Slot(threading.Thread):
         sweeping.sweep()
         lifecycle.release_for_space(has_room)
         while not self._draining.is_set():
+            if draining.is_drained_by_a_person(self.worker):
+                self._seat.end()
+                self._show()
+                return
+            self._seat.look_after()
+            self._show()
             # What a job can have is asked now: the choice of the next one depends on it.
             self._reporter.report()
-            if draining.is_drained_by_a_person(self.worker):
-                return
             job = scheduling.next_job(self.worker)
             if job is None:
                 return
-            run_job(job, is_draining=self._draining.is_set)
+            run_job(job, is_draining=self._draining.is_set, seat=self._seat)
+
+    def _show(self) -> None:
+        """Write into the worker's row that it lives, and what it holds warm."""
+        assert self.worker is not None
+        row = Worker.objects.filter(pk=self.worker.pk)
+        warmth = self._seat.warmth
+        if warmth is not None:
+            try:
+                row.update(
+                    last_seen=Now(), warm_base=warmth.base_model_id, warm_precision=warmth.precision,
+                    warm_team=warmth.team_id,
+                )  # fmt: skip
+            except IntegrityError:
+                # The team or the base was deleted meanwhile: nobody is left for whom to keep it.
+                self._seat.end()
+            else:
+                return
+        row.update(last_seen=Now(), warm_base=None, warm_precision="", warm_team=None)
 
     def _forget_wakes(self) -> None:
         with contextlib.suppress(queue.Empty):

@@ -158,7 +158,7 @@ _FACTS = f"""
         FROM jobs_usage
     ), workers AS (
         SELECT id, host, slot, device, device_kind, memory_bytes, free_memory_bytes, used_by_others_bytes, num_gpus,
-               memory_users, is_draining, quarantined_until, warm_base
+               memory_users, is_draining, quarantined_until, warm_base_id, warm_team_id
         FROM jobs_worker worker
         WHERE last_seen >= (SELECT now FROM clock) - %(silence)s * interval '1 second'
             OR EXISTS (SELECT FROM jobs_job job

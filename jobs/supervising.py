@@ -7,17 +7,13 @@ events and watches the deadline; the `Link` writes to the database and hears wha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import queue
-import selectors
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,10 +28,11 @@ from jobs.host_memory import HostMemoryWatch
 from jobs.lifecycle import FencedError, HeartbeatAnswer, Progress
 from jobs.models import JobState, MetricPoint
 from jobs.progress import Publisher
-from studio.embedded import die_with_parent
+from jobs.trainers import Trainer, kill_group
 from workers.events import (
     CheckpointEvent,
     DivergedEvent,
+    EndedEvent,
     FailedEvent,
     MessageEvent,
     PhaseEvent,
@@ -47,7 +44,6 @@ from workers.events import (
     ValidationEvent,
     parse_event,
 )
-from workers.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +56,6 @@ STACK_SECONDS = 2.0
 
 # Share of the lease for which it is sure without a renewal; the rest is for killing the trainer.
 LEASE_SHARE = 0.75
-
-# What a trainer may know about its surroundings. It gets no credentials of any kind.
-PASSED_ON = (
-    "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "USER", "LOGNAME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "STUDIO_TRAINER_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR",
-)  # fmt: skip
-PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "STUDIO_FAILPOINTS")
 
 
 @dataclass
@@ -86,10 +75,23 @@ class Outcome:
     """For how many seconds nothing came and where in the job that was, when it was killed for that."""
     host_memory: tuple[int, int] | None = None
     """(peak, limit) in bytes when the system killed it for want of memory."""
+    has_ended: bool = False
+    """A resident trainer is done with the job, and `exit_status` is what it said."""
+    stays: bool = False
+    """A resident trainer waits for another job, with its base in memory."""
+    was_heard: bool = False
+    """The trainer has said something."""
 
     @property
     def is_stalled(self) -> bool:
+        """Whether it was killed because nothing came from it."""
         return self.stalled is not None
+
+    def is_clean(self) -> bool:
+        """Whether nothing is left to doubt about the process: a product, or a stop at a checkpoint, and no failure."""
+        has_product = self.result is not None and self.exit_status == 0
+        is_at_checkpoint = self.stopped is not None and self.stopped.mode == "checkpoint"
+        return self.failed is None and self.asked != "now" and (has_product or is_at_checkpoint)
 
 
 def boot_clock() -> float:
@@ -244,43 +246,52 @@ def supervise(
     `link` has been entered and goes on renewing the lease. `command` gets "--events FD --supervised" appended. `tell`
     hears every event, for a terminal.
     """
-    reading, writing = os.pipe()
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as log:
-        trainer = subprocess.Popen(
-            [*command, "--events", str(writing), "--supervised"],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writing], start_new_session=True,
-            cwd=settings.ROOT, env=trainer_environment(), preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-        )  # fmt: skip
-    os.close(writing)
-    failpoint("trainer.after_start")
+    trainer = Trainer(command, log_file)
+    try:
+        return follow(trainer, link=link, is_draining=is_draining, tell=tell)
+    finally:
+        trainer.kill()
+
+
+def follow(
+    trainer: Trainer,
+    *,
+    link: Link,
+    is_draining: Callable[[], bool] = lambda: False,
+    tell: Callable[[object], None] = lambda event: None,
+) -> Outcome:
+    """Follow a trainer to the end of its job and say how it ended. Returns only when what it said is stored and its
+    whole process group is gone, or it is a resident one that ended the job well and `stays`.
+    """
     publisher = Publisher(link.job_id, link.attempt)
     publisher.start()
+    outcome = Outcome()
     try:
-        return _watch(trainer, reading, link, publisher, is_draining, tell)
+        _watch(trainer, outcome, link, publisher, is_draining, tell)
     finally:
-        kill_group(trainer)
-        os.close(reading)
+        if not outcome.stays:
+            trainer.kill()
         link.flush()
         publisher.finish()
+    return outcome
 
 
 def _watch(
-    trainer: subprocess.Popen[bytes],
-    reading: int,
+    trainer: Trainer,
+    outcome: Outcome,
     link: Link,
     publisher: Publisher,
     is_draining: Callable[[], bool],
     tell: Callable[[object], None],
-) -> Outcome:
-    outcome, shared = Outcome(), link.shared
-    lines = _Lines(reading)
+) -> None:
+    shared, process, lines = link.shared, trainer.process, trainer.lines
     kill_at: float | None = None
     moved_at = boot_clock()
     memory, looked_at = HostMemoryWatch(), 0.0
     while True:
         for line in lines.wait(0.2):
             moved_at = boot_clock()
+            outcome.was_heard = True
             try:
                 event = parse_event(line)
             except ValidationError as error:
@@ -290,37 +301,43 @@ def _watch(
             if shared.is_fenced or boot_clock() > link.sure_until():
                 break  # Said for a job that may be another's by now: this process was paused, for one.
             _take(event, outcome, link)
+            if isinstance(event, EndedEvent):
+                continue  # between the trainer and us: for a watcher the result is the end
             publisher.publish(event)
             tell(event)
         now = boot_clock()
         if now > looked_at + 1:
-            memory.look(trainer.pid)
+            memory.look(process.pid)
             looked_at = now
-        if lines.ended and trainer.poll() is not None:
-            outcome.exit_status = trainer.returncode
-            if trainer.returncode == -signal.SIGKILL and outcome.asked is None and not outcome.is_stalled:
+        if outcome.has_ended and not shared.is_fenced and now <= link.sure_until():
+            outcome.stays = outcome.stays and outcome.is_clean()
+            return
+        if lines.ended and process.poll() is not None:
+            outcome.exit_status = process.returncode
+            if process.returncode == -signal.SIGKILL and outcome.asked is None and not outcome.is_stalled:
                 outcome.host_memory = memory.was_short()
             outcome.is_fenced = shared.is_fenced
-            return outcome
+            return
         if shared.is_fenced or now > link.sure_until():
             # Without a sure lease another worker may start soon: two trainers must never run at once.
-            kill_group(trainer)
-            outcome.exit_status, outcome.is_fenced = trainer.returncode, True
+            outcome.stays = False
+            trainer.kill()
+            outcome.exit_status, outcome.is_fenced = process.returncode, True
             outcome.is_unsure = not shared.is_fenced
-            return outcome
+            return
         wanted = _wanted_stop(shared.answer, is_draining())
         if wanted is not None and wanted != outcome.asked:
             outcome.asked = wanted
             outcome.is_pausing = shared.answer is not None and shared.answer.stop_mode == "pause"
             kill_at = now + STOP_SECONDS[wanted]
-            _send_stop(trainer, wanted)
+            trainer.send({"stop": wanted})
         if kill_at is not None and now > kill_at:
-            kill_group(trainer)
+            kill_group(process)
         if now > moved_at + settings.STALL_SECONDS:
             where = f"in step {shared.step + 1}" if shared.phase == "training" else f"while {shared.phase}"
             outcome.stalled = (now - moved_at, where.replace("_", " "))
-            _dump_stacks(trainer)
-            kill_group(trainer)
+            _dump_stacks(process)
+            kill_group(process)
 
 
 def _dump_stacks(trainer: subprocess.Popen[bytes]) -> None:
@@ -340,15 +357,6 @@ def _wanted_stop(answer: HeartbeatAnswer | None, is_draining: bool) -> StopMode 
         return "checkpoint" if is_draining else "keep"
     is_to_pause = answer is not None and answer.stop_mode == "pause"
     return "checkpoint" if is_draining or is_to_pause else None
-
-
-def _send_stop(trainer: subprocess.Popen[bytes], mode: StopMode) -> None:
-    assert trainer.stdin is not None
-    try:
-        trainer.stdin.write(json.dumps({"stop": mode}).encode() + b"\n")
-        trainer.stdin.flush()
-    except BrokenPipeError:
-        return  # It is ending already; the next look at the process tells how.
 
 
 def _take(event: object, outcome: Outcome, link: Link) -> None:
@@ -398,6 +406,8 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             # The step that did not fit has reported nothing.
             peak = event.details.get("peak_memory_bytes")
             shared.peak_memory_bytes = max(shared.peak_memory_bytes, peak if isinstance(peak, int) else 0)
+        case EndedEvent():
+            outcome.exit_status, outcome.has_ended, outcome.stays = event.exit_status, True, event.stays
 
 
 def _point(link: Link, step: int, **values: float | None) -> MetricPoint:
@@ -411,57 +421,3 @@ def _describe_plan(plan: PlanEvent) -> str:
         f" {plan.num_held_out_rows} rows held out, {plan.num_skipped_rows} set aside, {plan.num_cut_rows} cut."
         f" Trains {plan.num_trainable:,} of {plan.num_parameters:,} parameters.{resumed}"
     )
-
-
-class _Lines:
-    """Whole lines from a pipe, without ever blocking for longer than asked."""
-
-    MAX_LINE_BYTES = 16 * 1024**2
-
-    def __init__(self, descriptor: int) -> None:
-        os.set_blocking(descriptor, False)
-        self.descriptor, self.ended = descriptor, False
-        self._rest = b""
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(descriptor, selectors.EVENT_READ)
-
-    def wait(self, seconds: float) -> Iterator[bytes]:
-        if self.ended:
-            time.sleep(min(seconds, 0.05))
-            return
-        if not self._selector.select(seconds):
-            return
-        chunk = os.read(self.descriptor, 1 << 16)
-        if not chunk:
-            self.ended = True
-            self._selector.close()
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        assert len(self._rest) < self.MAX_LINE_BYTES, "a trainer's events are short"
-        yield from (line for line in lines if line.strip())
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and everything it started, and wait for it."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        process.poll()
-    process.wait()
-
-
-def trainer_environment() -> dict[str, str]:
-    """The environment of a trainer: no database, no broker, no secret, no network hub."""
-    passed = {
-        key: value
-        for key, value in os.environ.items()
-        if key in PASSED_ON or key.startswith(PASSED_ON_PREFIXES)
-    }  # fmt: skip
-    if settings.TRAINER_THREADS:
-        passed["STUDIO_TRAINER_THREADS"] = str(settings.TRAINER_THREADS)
-    return passed | {
-        "PYTHONPATH": str(settings.ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }

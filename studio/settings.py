@@ -61,6 +61,8 @@ MAX_ATTEMPTS = int(os.environ.get("STUDIO_MAX_ATTEMPTS", 5))
 STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
 # STUDIO_FAILPOINTS and STUDIO_FAILPOINTS_ONCE are for tests only; every process reads them itself, and so does a
 # trainer, which knows no Django (workers/failpoints.py).
+# Seconds that a trainer stays after a job, with the base model in memory, for the team's next one; 0: none stays.
+WARM_SECONDS = float(os.environ.get("STUDIO_WARM_SECONDS", 600))
 # Folders (separated by colons) below which an admin may register base models.
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
 # CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.

@@ -18,9 +18,11 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
+from workers.base_folders import BaseFolder, Stamps, read_with_stamps
 from workers.errors import BaseModelError, DatasetError, ExplainedError
 from workers.events import (
     EXIT_STOPPED,
@@ -38,7 +40,10 @@ from workers.events import (
 from workers.recipe import Recipe
 
 if TYPE_CHECKING:
+    from workers.bases import HeldBases
     from workers.training import Folders
+
+Reading = Callable[[Path], tuple[Stamps, BaseFolder]]
 
 EXIT_FAILED = 1
 PR_SET_PDEATHSIG = 1
@@ -57,13 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["describe"]:
         return _describe(given[1:])
-    options = _parse(arguments)
+    if given[:1] == ["--resident"]:
+        quiet_environment()
+        from workers.resident import serve
+
+        return serve(given[1:])
+    options = parse(arguments)
     control = Control()
     if options.supervised:
         die_with_parent()
         dump_stacks_when_asked()
         control.watch(sys.stdin.buffer)
-    report = _event_writer(options.events) if options.events is not None else Terminal(sys.stdout)
+    report = event_writer(options.events) if options.events is not None else Terminal(sys.stdout)
     if options.events is not None:
         # Libraries print what they like; it belongs into the supervisor's log, with the errors.
         sys.stdout = sys.stderr
@@ -72,7 +82,27 @@ def main(arguments: list[str] | None = None) -> int:
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: control.interrupt()),
     }
     try:
-        product = _run(options, report, control)
+        return run(options, report, control)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    options: argparse.Namespace,
+    report: Callable[[Any], None],
+    control: Control,
+    *,
+    read: Reading | None = None,
+    held: HeldBases | None = None,
+) -> int:
+    """Does one job and gives its exit status; what goes wrong is reported as a sentence.
+
+    `held` are the bases of a resident trainer; without, the base model is loaded for this job alone. `read` gives what
+    was begun to be read of the base model's folder (`begin_reading`).
+    """
+    try:
+        product = _run(options, report, control, read, held)
     except ExplainedError as error:
         report(
             FailedEvent(
@@ -95,9 +125,6 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
         return EXIT_FAILED
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return EXIT_STOPPED if product is None else 0
 
 
@@ -112,7 +139,8 @@ def _describe(names: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of one job; ends the process with the usage when they are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m workers",
         description="Train an adapter as a recipe says, and score it beside its base.",
@@ -133,10 +161,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--supervised", action="store_true", help='read {"stop": mode} from standard input and end with it'
     )
+    parser.add_argument(
+        "--quantised-cache", type=Path, metavar="DIR", help="keep quantised base models here, for the next run"
+    )
     return parser.parse_args(arguments)
 
 
-def _run(options: argparse.Namespace, report: Callable[[Any], None], control: Control) -> Path | None:
+def _run(
+    options: argparse.Namespace,
+    report: Callable[[Any], None],
+    control: Control,
+    read: Reading | None,
+    held: HeldBases | None,
+) -> Path | None:
     recipe = Recipe.from_file(options.recipe)
     folders_of = options.recipe.resolve().parent
     base_model = _place(
@@ -144,11 +181,19 @@ def _run(options: argparse.Namespace, report: Callable[[Any], None], control: Co
     )
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
     quiet_environment()
+    if read is None and held is None:
+        # Hashing the base takes as long as importing what trains, and can be done beside it.
+        read = begin_reading(base_model)
     # Only now, with the environment set and the cheap mistakes found: this takes seconds.
     from workers import devices
+    from workers.bases import Bases
+    from workers.quantised import QuantisedCache
     from workers.training import Folders, train
 
     devices.set_threads()
+    bases = held or Bases()
+    cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
+    bases.prepare(read=read or read_with_stamps, cache=cache)
     folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve())
     return train(
         recipe,
@@ -157,7 +202,16 @@ def _run(options: argparse.Namespace, report: Callable[[Any], None], control: Co
         should_stop=control.wanted,
         attempt=options.attempt,
         micro_batch_size=options.micro_batch_size,
+        bases=bases,
     )
+
+
+def begin_reading(folder: Path) -> Reading:
+    """Begins to read and hash a base model's folder in a thread; gives what waits for it, and raises what it raised."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="base")
+    begun = pool.submit(read_with_stamps, folder)
+    pool.shutdown(wait=False)
+    return lambda wanted: begun.result() if wanted == folder else read_with_stamps(wanted)
 
 
 def _place(
@@ -259,7 +313,8 @@ def dump_stacks_when_asked() -> None:
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
-def _event_writer(descriptor: int) -> Callable[[Any], None]:
+def event_writer(descriptor: int) -> Callable[[Any], None]:
+    """Reports events as JSON lines on a file descriptor, which it closes for everybody else."""
     # A copy that children do not inherit: only this function writes to it.
     own = os.dup(descriptor)
     os.close(descriptor)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from workers.digests import file_sha256
+from workers.digests import files_sha256
 from workers.errors import BaseModelError
 from workers.shapes import LinearShape, ModelShape
 
@@ -121,9 +121,11 @@ def read_base_folder(folder: Path) -> BaseFolder:
         raise BaseModelError(f"tokenizer.json is larger than {MAX_TOKENIZER_BYTES // 10**6} MB.")
     tensors = _read_tensors(folder, paths)
     shape = read_shape(config, tensors)
+    names = sorted(paths)
+    digests = files_sha256([paths[name] for name in names])
     files: list[dict[str, Any]] = [
-        {"name": name, "sha256": file_sha256(path), "num_bytes": path.stat().st_size}
-        for name, path in sorted(paths.items())
+        {"name": name, "sha256": digest, "num_bytes": paths[name].stat().st_size}
+        for name, digest in zip(names, digests, strict=True)
     ]
     front = _front_matter(folder)
     hub_id, commit = hub_name(folder)
@@ -139,6 +141,26 @@ def read_base_folder(folder: Path) -> BaseFolder:
         licence=front.get("license", ""),
         commit=commit,
     )
+
+
+Stamps = tuple[tuple[object, ...], ...]
+
+
+def file_stamps(folder: Path) -> Stamps:
+    """What the file system says of every file below a folder: whoever writes to one of them changes it."""
+    found = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev)
+            found.append((str(path), str(path.resolve()), *stamp))
+    return tuple(found)
+
+
+def read_with_stamps(folder: Path) -> tuple[Stamps, BaseFolder]:
+    """`read_base_folder`, with the stamps that the files had before they were read; raises BaseModelError."""
+    stamps = file_stamps(folder)
+    return stamps, read_base_folder(folder)
 
 
 def revision_of(files: list[dict[str, Any]]) -> str:

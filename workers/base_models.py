@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from workers.base_folders import read_base_folder
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError
 from workers.memory import cpu_has_fast_bfloat16
+from workers.quantised import QuantisedCache
 from workers.recipe import Precision
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError)
 
 COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -29,10 +34,18 @@ COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen base model and its tokenizer."""
+    """A frozen base model, and its tokenizer for whoever asks: training reads tokenizer.json by itself."""
 
     model: Any
-    tokenizer: Any
+    folder: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the folder; raises BaseModelError."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except LOAD_ERRORS as error:
+            raise _cannot_load(error) from error
 
 
 def load(
@@ -42,6 +55,9 @@ def load(
     *,
     compute_dtype: torch.dtype | None = None,
     checked: bool = False,
+    cache: QuantisedCache | None = None,
+    revision: str = "",
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> LoadedBase:
     """The base model of a folder, in eval mode, without any parameter that requires a gradient.
 
@@ -52,44 +68,86 @@ def load(
         precision: how the weights are held: float32, bfloat16, nf4 (bitsandbytes, double quantisation) or int8.
         compute_dtype: overrides the type of activations for nf4 and int8.
         checked: the folder's files were checked in this process already; skips hashing them again.
+        cache: where nf4 and int8 weights of this `revision` of the folder are kept; the same bits with and without.
+        say: takes a sentence when the cache could not be used.
 
     Raises:
         BaseModelError: the folder is unsafe or incomplete, transformers does not know the model, the weights do not
             match its configuration or contain values that are not finite.
     """
     if not checked:
-        read_base_folder(folder)
+        revision = read_base_folder(folder).revision
     device = torch.device(device)
     if compute_dtype is None:
         compute_dtype = COMPUTE_DTYPES[precision]
         if precision in ("nf4", "int8") and device.type == "cpu" and not cpu_has_fast_bfloat16():
             compute_dtype = torch.float32
+    prepare_process()
+    quantisation = _quantisation(precision, compute_dtype)
+    entry: Path | None = None
+    model = None
+    if cache is not None and quantisation is not None and revision:
+        entry = cache.folder_of(
+            revision,
+            {
+                "precision": precision, "quantisation": quantisation.to_dict(), "compute": str(compute_dtype),
+                "device": device.type,
+            },
+        )  # fmt: skip
+        if cache.find(entry, say=say):
+            try:
+                model = _from_folder(entry, compute_dtype, device, None)
+                _pretend_from(model, folder)
+            except (*LOAD_ERRORS, BaseModelError) as error:
+                if is_out_of_memory(error) or is_gpu_failure(error):
+                    raise
+                cache.drop(entry, say=say)
+    is_fresh = model is None
+    if model is None:
+        try:
+            model = _from_folder(folder, compute_dtype, device, quantisation)
+        except BaseModelError:
+            raise
+        except LOAD_ERRORS as error:
+            if is_out_of_memory(error) or is_gpu_failure(error):
+                raise
+            raise _cannot_load(error) from error
+    if precision == "nf4":
+        _keep_autograd(model)
+    model.requires_grad_(False)
+    model.eval()
+    _check_finite(model)
+    if is_fresh and cache is not None and entry is not None:
+        cache.store(model, entry, base_folder=folder, say=say)
+    return LoadedBase(model, folder)
+
+
+def prepare_process() -> None:
+    """Sets what loading sets for the whole process; a process that has the model already needs no more."""
     # Its int8 kernel warns at every matrix product on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     # torch 2.11 to 2.13 asks cuDNN for attention first on Hopper, which plans anew, slowly, for every shape that it has
     # not seen: with rows of all lengths, at nearly every step and for every written token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute_dtype,
-            device_map={"": device},
-            quantization_config=_quantisation(precision, compute_dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        if is_out_of_memory(error) or is_gpu_failure(error):
-            raise
-        raise BaseModelError(
-            f"transformers cannot load the base model: {_first_line(error)}",
-            next_step="Choose a causal language model of a family that transformers supports.",
-        ) from error
+
+
+def _from_folder(
+    folder: Path, compute_dtype: torch.dtype, device: torch.device, quantisation: BitsAndBytesConfig | None
+) -> Any:
+    # Weights that were quantised before say so in their config.json, which a None here would overrule.
+    named = {} if quantisation is None else {"quantization_config": quantisation}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=compute_dtype,
+        device_map={"": device},
+        **named,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -97,12 +155,20 @@ def load(
             f"The weights lack {len(missing)} of the model's parameters, among them {missing[0]}.",
             next_step="Copy the folder again; config.json and the weights do not belong together.",
         )
-    if precision == "nf4":
-        _keep_autograd(model)
-    model.requires_grad_(False)
-    model.eval()
-    _check_finite(model)
-    return LoadedBase(model, tokenizer)
+    return model
+
+
+def _pretend_from(model: Any, folder: Path) -> None:
+    """Names the base's own folder as the model's: tokenizers and configuration are read there."""
+    model.name_or_path = str(folder)
+    model.config._name_or_path = str(folder)
+
+
+def _cannot_load(error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"transformers cannot load the base model: {_first_line(error)}",
+        next_step="Choose a causal language model of a family that transformers supports.",
+    )
 
 
 def _keep_autograd(model: Any) -> None:

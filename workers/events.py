@@ -1,7 +1,8 @@
 """What a trainer reports while it works: JSON lines to its supervisor, who publishes and stores them.
 
 The control channel runs the other way: the supervisor writes one JSON line {"stop": mode} to the
-trainer's standard input; the end of that input means that the supervisor is gone.
+trainer's standard input; the end of that input means that the supervisor is gone. To a resident trainer
+(workers/resident.py) it also writes its jobs, as {"job": {"arguments": [...], "log": path}}.
 """
 
 from __future__ import annotations
@@ -143,6 +144,18 @@ class FailedEvent(_Event):
     details: dict[str, Any] = {}
 
 
+class EndedEvent(_Event):
+    """A resident trainer is done with a job, and everything of it has been said; comes last.
+
+    `exit_status` is what a trainer of that job alone would have ended with. `stays` says that the process waits for
+    another job, with its base model in memory; otherwise it ends.
+    """
+
+    type: Literal["ended"] = "ended"
+    exit_status: int
+    stays: bool = False
+
+
 Event = Annotated[
     PhaseEvent
     | PlanEvent
@@ -153,7 +166,8 @@ Event = Annotated[
     | MessageEvent
     | ResultEvent
     | StoppedEvent
-    | FailedEvent,
+    | FailedEvent
+    | EndedEvent,
     Field(discriminator="type"),
 ]
 Report = Callable[[Any], None]

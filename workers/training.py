@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from workers import adapters, base_models, checkpoints, devices, scoring
-from workers.base_folders import BaseFolder, read_base_folder
+from workers import adapters, checkpoints, devices, scoring
+from workers.base_folders import BaseFolder
+from workers.bases import Bases
 from workers.batching import Batch, Plan, TokenRows, batches
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
@@ -107,6 +108,7 @@ class Run:
     max_micro_batch_size: int | None = None
     step: int | None = None
     micro_batch_size: int = 1
+    bases: Bases = field(default_factory=Bases)
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -135,11 +137,13 @@ def train(
     should_stop: ShouldStop,
     attempt: int = 1,
     micro_batch_size: int | None = None,
+    bases: Bases | None = None,
 ) -> Path | None:
     """Trains an adapter and gives the folder of the finished product; None when it was stopped without one.
 
     A run that was interrupted goes on from its newest checkpoint in `folders.out`, whichever attempt made it. With
     `micro_batch_size` it has at most that many rows in memory at once, whatever the recipe says; the batch stays.
+    `bases` gives it the base model; without, the folder is read and loaded anew.
 
     Raises:
         ExplainedError: what a person can mend: the recipe, the dataset, the base model, memory, disk space.
@@ -148,7 +152,9 @@ def train(
     device = devices.choose_device()
     run: Run | None = None
     try:
-        run = prepare(recipe, folders, report=report, should_stop=should_stop, attempt=attempt, device=device)
+        run = prepare(
+            recipe, folders, report=report, should_stop=should_stop, attempt=attempt, device=device, bases=bases,
+        )  # fmt: skip
         run.max_micro_batch_size = micro_batch_size
         model = load_base(run)
         base_rows = score_base(run, model)
@@ -188,11 +194,13 @@ def prepare(
     should_stop: ShouldStop,
     attempt: int,
     device: torch.device,
+    bases: Bases | None = None,
 ) -> Run:
     """Reads and renders the data, splits it, and settles every "auto" of the recipe."""
+    bases = bases or Bases()
     report(PhaseEvent(phase="preparing"))
     folders.out.mkdir(parents=True, exist_ok=True)
-    base = read_base_folder(folders.base_model)
+    base = bases.read(folders.base_model)
     if recipe.base_model.revision and recipe.base_model.revision != base.revision:
         raise BaseModelError(
             f"The base model's folder has changed: its revision is {base.revision[:12]}, the recipe was made for "
@@ -218,7 +226,9 @@ def prepare(
         has_fast_bfloat16=devices.supports_bfloat16(device),
     )
     resolved = resolve(recipe, base.shape, facts, device_facts)
-    return Run(resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop)
+    return Run(
+        resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop, bases=bases,
+    )  # fmt: skip
 
 
 def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
@@ -273,7 +283,7 @@ def load_base(run: Run) -> Any:
     _end_if_asked(run, step=0)
     run.report(PhaseEvent(phase="loading"))
     assert run.recipe.precision != "auto"
-    return base_models.load(run.folders.base_model, run.recipe.precision, run.device, checked=True).model
+    return run.bases.load(run.base, run.recipe.precision, run.device, say=run.say)
 
 
 def score_base(run: Run, model: Any) -> list[ScoredRow]:

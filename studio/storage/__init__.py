@@ -1,8 +1,9 @@
 """Where files live: one interface over a local folder or an S3-compatible storage. Blobs are addressed by content.
 
 Layout below the data folder: `blobs/<aa>/<sha256>` (uploads), `base_models/<name>/`, `jobs/<job id>/`
-(recipe, checkpoints, attempts) and `adapters/<team id>/<job id>/` (finished products). Everything is
-written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
+(recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (finished products) and `quantised/<revision>/` (bases
+that workers have quantised, made again when they are gone). Everything is written aside, flushed to disk and then
+renamed, so a reader never sees half a file. With a storage that machines
 share (STUDIO_S3_BUCKET) the same paths are its keys, and each machine's data folder is a cache of it.
 """
 
@@ -188,6 +189,11 @@ def sync_folder(folder: Path) -> None:
 def job_folder(job_id: uuid.UUID) -> Path:
     """A job's folder: its recipe, checkpoints and one folder per attempt."""
     return settings.DATA_DIR / "jobs" / str(job_id)
+
+
+def quantised_folder() -> Path:
+    """Where workers keep quantised base models, one folder per revision (workers/quantised.py)."""
+    return settings.DATA_DIR / "quantised"
 
 
 def adapter_folder(key: str) -> Path:

@@ -19,6 +19,7 @@ from jobs.lifecycle import claim
 from jobs.machines import Reporter, forget_gone_workers, look_at_machines
 from jobs.models import JobAttempt, Worker
 from studio.accounts.models import ApiToken, Team, User
+from studio.catalogue.models import BaseModel
 from studio.devices import boot_id
 from studio.version import STUDIO_VERSION
 from tests.jobs.making import make_job, make_running_job, make_worker
@@ -107,7 +108,8 @@ def test_another_teams_job_is_there_without_its_name(
     team: Team, alice: User, other_team: Team, charlie: User, alice_client: Client, charlie_client: Client
 ) -> None:
     job = make_running_job(team, alice, name="secret-name")
-    Worker.objects.update(warm_base="secret-base")
+    secret = BaseModel.objects.create(name="secret-base", folder="/nowhere", revision="3" * 64)
+    Worker.objects.update(warm_base=secret, warm_team=team)
     ours, theirs = alice_client.get("/workers/").content.decode(), charlie_client.get("/workers/").content.decode()
     assert "secret-name" in ours
     assert "secret-base" in ours

@@ -303,7 +303,7 @@ def test_a_warm_base_decides_between_jobs_of_one_person_only(team: Team, bob: Us
     queue(team, bob, "cold")
     queue(team, bob, "fits the trainer", base_model=warm)
     queue(team, dora, "fits too", base_model=warm)
-    worker = device(warm_base="warm")
+    worker = device(warm_base=warm, warm_team=team)
     assert [take(worker) for _ in range(3)] == ["fits the trainer", "cold", "fits too"]
 
 
@@ -311,7 +311,23 @@ def test_a_job_that_was_passed_for_a_warm_base_for_long_is_passed_no_more(team: 
     warm = BaseModel.objects.create(name="warm", folder="/nowhere", revision="2" * 64)
     queue(team, bob, "cold", not_before=timezone.now() - scheduling.WARM_PATIENCE)
     queue(team, bob, "fits the trainer", base_model=warm)
-    assert take(device(warm_base="warm")) == "cold"
+    assert take(device(warm_base=warm, warm_team=team)) == "cold"
+
+
+def test_a_base_that_is_warm_for_another_team_decides_nothing(
+    team: Team, bob: User, other_team: Team, charlie: User
+) -> None:
+    warm = BaseModel.objects.create(name="warm", folder="/nowhere", revision="2" * 64)
+    queue(team, bob, "cold")
+    queue(team, bob, "would fit", base_model=warm)
+    assert take(device(warm_base=warm, warm_team=other_team)) == "cold"
+
+
+def test_a_rank_says_nothing_beside_another_teams(team: Team, bob: User, other_team: Team, charlie: User) -> None:
+    first = queue(team, bob, "came first")
+    queue(other_team, charlie, "ranked", team_rank=-5)
+    assert scheduling.queue_position(first) == 1
+    assert take(device()) == "came first"
 
 
 def test_it_says_of_other_teams_only_how_many_go_first_and_by_which_rule(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.parity.environments import run_alone
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
-from workers import adapters, training
+from workers import adapters, base_models, training
 from workers.batching import Plan
 from workers.checkpoints import trainable_parameters
 from workers.events import StepEvent
@@ -179,5 +179,5 @@ def _in_float32() -> Iterator[None]:
     """Whatever the machine: on the CPU, where a 4-bit base would compute in bfloat16 if that is fast there."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training.devices, "choose_device", lambda: torch.device("cpu"))
-        patched.setitem(training.base_models.COMPUTE_DTYPES, "nf4", torch.float32)
+        patched.setitem(base_models.COMPUTE_DTYPES, "nf4", torch.float32)
         yield
