@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +18,9 @@ from django.db import connection, transaction
 from django.db.models import Case, F, Max, Q, Value, When
 from django.db.models.functions import Now
 
+from jobs import progress
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
+from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
 from studio.accounts.models import User
 from studio.catalogue.models import Adapter
@@ -256,6 +259,8 @@ def reap_expired() -> int:
             _end_attempt(job_id, lost, "lost", "worker_lost")
             job.attempt += 1
             count += 1
+            transaction.on_commit(partial(progress.fence, job_id, job.attempt))
+            transaction.on_commit(partial(remove_unregistered, job, lost))
             if _is_discarded(job):
                 _cancel_locked(job, "Stopped: its worker is gone.")
             else:

@@ -34,13 +34,44 @@ def _client() -> redis.Redis:
     return redis.Redis.from_url(settings.REDIS_URL, socket_timeout=1, socket_connect_timeout=1)
 
 
+# Checked where the stream is: a worker that was paused just before it published cannot be stopped anywhere else.
+_APPEND = """
+local newest = tonumber(redis.call('GET', KEYS[2]) or '0')
+local attempt = tonumber(ARGV[1])
+if attempt < newest then return 0 end
+if attempt > newest then redis.call('SET', KEYS[2], attempt, 'EX', ARGV[3]) end
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 4))
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+_FENCE = """
+if tonumber(ARGV[1]) > tonumber(redis.call('GET', KEYS[1]) or '0') then
+    redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+end
+"""
+
+
+def _fence_key(job_id: UUID) -> str:
+    """Where the stream's highest attempt number is kept: what belongs to a lower one is refused."""
+    return f"progress-attempt:{job_id}"
+
+
 def add(job_id: UUID, attempt: int, event: BaseModel) -> None:
-    """Append an event of an attempt to the job's stream; raises redis.RedisError."""
-    key = stream_key(job_id)
-    with _client().pipeline(transaction=False) as pipeline:
-        pipeline.xadd(key, {"attempt": attempt, "event": event.model_dump_json()}, maxlen=MAX_ENTRIES, approximate=True)
-        pipeline.expire(key, KEEP_SECONDS)
-        pipeline.execute()
+    """Append an event of an attempt to the job's stream, unless a later attempt has been heard of.
+
+    Raises redis.RedisError.
+    """
+    fields = ("attempt", attempt, "event", event.model_dump_json())
+    keys = [stream_key(job_id), _fence_key(job_id)]
+    _client().register_script(_APPEND)(keys=keys, args=[attempt, MAX_ENTRIES, KEEP_SECONDS, *fields])
+
+
+def fence(job_id: UUID, attempt: int) -> None:
+    """Let the job's stream take nothing any more from attempts below this one; without Redis nothing happens."""
+    try:
+        _client().register_script(_FENCE)(keys=[_fence_key(job_id)], args=[attempt, KEEP_SECONDS])
+    except redis.RedisError as error:
+        logger.warning("The stream of job %s is not told that attempt %s was taken back: %s", job_id, attempt, error)
 
 
 class Publisher(threading.Thread):
@@ -54,6 +85,7 @@ class Publisher(threading.Thread):
         self.job_id, self.attempt = job_id, attempt
         self.num_dropped = 0
         self._events: queue.Queue[BaseModel | None] = queue.Queue(MAX_WAITING)
+        self._is_over = False
 
     def publish(self, event: BaseModel) -> None:
         """Hand an event over; returns at once."""
@@ -63,17 +95,19 @@ class Publisher(threading.Thread):
             self.num_dropped += 1
 
     def finish(self) -> None:
-        """Publish what is left, for a few seconds at most."""
+        """Publish what is left, for a few seconds at most, and nothing after that."""
         try:
             self._events.put(None, timeout=FINISH_SECONDS)
+            self.join(FINISH_SECONDS)
         except queue.Full:
-            return  # Redis hangs; the thread ends with the process.
-        self.join(FINISH_SECONDS)
+            pass  # Redis hangs; the thread ends with the process.
+        finally:
+            self._is_over = True
 
     def run(self) -> None:
         silent_until = 0.0
         while (event := self._events.get()) is not None:
-            if time.monotonic() < silent_until:
+            if self._is_over or time.monotonic() < silent_until:
                 self.num_dropped += 1
                 continue
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from django.db import InterfaceError, OperationalError, connection, transaction
 from jobs import failures, lifecycle
 from jobs.lifecycle import FencedError
 from jobs.models import Job
+from jobs.products import product_key, remove_unregistered, remove_unregistered_before
 from jobs.supervising import Link, Outcome, boot_clock, supervise
 from studio import storage
 from studio.catalogue.registering import checked_files, register_adapter
@@ -51,12 +51,13 @@ def _run(job: Job, link: Link, is_draining: Callable[[], bool], tell: Callable[[
             log_file=folder / "attempts" / str(job.attempt) / "trainer.log", is_draining=is_draining, tell=tell,
         )  # fmt: skip
         failpoint("finish.before")
-        until_answered(lambda: finish(job, outcome))
+        # Without a database this worker has nothing else to do, and a trainer that was stopped can lose nothing more.
+        until_answered(lambda: finish(job, outcome), num_leases=10 if outcome.is_unsure else 0.5)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s; nothing is written.", job.pk, job.attempt)
     except (OperationalError, InterfaceError):
-        logger.exception("Job %s could not run", job.pk)
-        _record_retry(job, code="database", message="The studio's database did not answer.")
+        logger.exception("Job %s could not be finished", job.pk)
+        _record_retry(job, code="database", message="The database did not answer when this attempt ended.")
     except OSError as error:
         logger.exception("Job %s could not run", job.pk)
         explained = storage.explain_disk_error(error)
@@ -72,6 +73,7 @@ def prepare_folder(job: Job) -> Path:
     """The job's folder with its recipe in it, for this attempt and for people."""
     folder = storage.job_folder(job.pk)
     (folder / "attempts" / str(job.attempt)).mkdir(parents=True, exist_ok=True)
+    remove_unregistered_before(job)
     recipe = Recipe.from_dict(job.recipe)
     aside = folder / f"recipe-{job.attempt}.json.new"
     aside.write_text(json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False))
@@ -92,6 +94,13 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
 
 def finish(job: Job, outcome: Outcome) -> None:
     """Turn the end of a trainer into the job's next state; raises FencedError when the job has moved on."""
+    if outcome.is_unsure:
+        # Not the job's fault: the database was away, or this process was paused. Fenced if somebody took the job back.
+        lifecycle.retry_later(
+            job.pk, job.attempt, code="database", counted=False,
+            message="Its worker could not reach the database in time and stopped the trainer.",
+        )  # fmt: skip
+        return
     if outcome.is_fenced:
         raise FencedError
     lifecycle.note_exit(job.pk, job.attempt, outcome.exit_status)
@@ -118,12 +127,12 @@ def finish(job: Job, outcome: Outcome) -> None:
             lifecycle.fail(job.pk, job.attempt, code=failure.code, message=failure.message, next_step=failure.next_step)
 
 
-def until_answered(action: Callable[[], None]) -> None:
-    """Do something in the database, again and again while it does not answer, for half a lease at most.
+def until_answered(action: Callable[[], None], *, num_leases: float = 0.5) -> None:
+    """Do something in the database, again and again while it does not answer, for so many leases at most.
 
     This thread's connection has been idle since the claim: a restart of the database meanwhile is found out here.
     """
-    give_up_at = boot_clock() + settings.LEASE_SECONDS / 2
+    give_up_at = boot_clock() + settings.LEASE_SECONDS * num_leases
     while True:
         try:
             action()
@@ -139,9 +148,8 @@ def until_answered(action: Callable[[], None]) -> None:
 def register(job: Job, product: Path) -> None:
     """Put the finished adapter in its place and, in one transaction, into the catalogue with the job's success."""
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
-    key = f"{job.team_id}/{job.pk}-{job.attempt}"
+    key = product_key(job, job.attempt)
     lifecycle.heartbeat(job.pk, job.attempt)
-    remove_products(job)
     failpoint("register.before_keep")
     storage.keep_adapter(product, key)
     failpoint("register.files_kept")
@@ -158,24 +166,17 @@ def register(job: Job, product: Path) -> None:
             lifecycle.succeed(job.pk, job.attempt, adapter)
             failpoint("register.before_commit")
     except FencedError:
-        shutil.rmtree(storage.adapter_folder(key), ignore_errors=True)
+        remove_unregistered(job, job.attempt)
         raise
     failpoint("register.after_commit")
-
-
-def remove_products(job: Job) -> None:
-    """Remove what earlier attempts had put in the products' place before they died: no row knows it.
-
-    Call it as the holder of the job's lease, or for a job that ended without a product.
-    """
-    for folder in storage.adapter_folder(str(job.team_id)).glob(f"{job.pk}-*"):
-        if int(folder.name.rpartition("-")[2]) < job.attempt:
-            shutil.rmtree(folder, ignore_errors=True)
+    # Once more: a worker that was paused may have put its files there after this attempt had begun.
+    remove_unregistered_before(job)
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:
     try:
         counted = code not in lifecycle.UNCOUNTED
         until_answered(lambda: lifecycle.retry_later(job.pk, job.attempt, code=code, message=message, counted=counted))
+        remove_unregistered(job, job.attempt)
     except FencedError:
         logger.warning("Job %s has moved on without attempt %s.", job.pk, job.attempt)

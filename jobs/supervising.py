@@ -72,6 +72,8 @@ class Outcome:
     stopped: StoppedEvent | None = None
     failed: FailedEvent | None = None
     is_fenced: bool = False
+    is_unsure: bool = False
+    """Whether the lease could not be renewed in time: the job may be another's by now, or still this attempt's."""
     asked: StopMode | None = None
     is_stalled: bool = False
 
@@ -137,6 +139,8 @@ class Link(threading.Thread):
                     started = boot_clock()
                     self._beat()
                     beat_at = started + self.heartbeat_seconds
+                    # While every device is busy and beat is dead, nobody else takes jobs back from lost workers.
+                    lifecycle.reap_expired()
                 self._store()
                 if wants_flush:
                     self._wants_flush.clear()
@@ -256,6 +260,8 @@ def _watch(
                 event = MessageEvent(
                     level="warning", text=f"The trainer said something unknown: {error.errors()[0]['msg']}"
                 )
+            if shared.is_fenced or boot_clock() > link.sure_until():
+                break  # Said for a job that may be another's by now: this process was paused, for one.
             _take(event, outcome, link)
             publisher.publish(event)
             tell(event)
@@ -268,6 +274,7 @@ def _watch(
             # Without a sure lease another worker may start soon: two trainers must never run at once.
             kill_group(trainer)
             outcome.exit_status, outcome.is_fenced = trainer.returncode, True
+            outcome.is_unsure = not shared.is_fenced
             return outcome
         wanted = _wanted_stop(shared.answer, is_draining())
         if wanted is not None and wanted != outcome.asked:

@@ -10,7 +10,7 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle, outbox
 from jobs.models import Job, JobState, OutboxMessage
-from jobs.running import remove_products
+from jobs.products import remove_unregistered_before
 from jobs.waking import wake_workers
 
 # Any number that no other advisory lock of the studio uses.
@@ -43,7 +43,7 @@ def _clear_away() -> None:
         attempts__outcome="lost",
     )  # fmt: skip
     for job in ended.distinct():
-        remove_products(job)
+        remove_unregistered_before(job)
 
 
 def _is_only_sweeper() -> bool:

@@ -125,7 +125,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         raise weights_error(error, "the checkpoint") from error
     failpoint("checkpoint.before_remove")
-    _remove_old(root, keep=folder)
+    _remove_old(root, keep=folder, attempt=attempt)
     return Checkpoint(folder, position)
 
 
@@ -283,13 +283,19 @@ def _shapes(path: Path) -> dict[str, torch.Size]:
         return {name: torch.Size(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
 
-def _remove_old(root: Path, *, keep: Path) -> None:
-    """Keeps the newest two checkpoints, the one just written in any case, and clears what was never finished."""
+def _remove_old(root: Path, *, keep: Path, attempt: int) -> None:
+    """Keeps the newest two checkpoints, the one just written in any case, and clears what was never finished.
+
+    What a later attempt wrote or is writing stays: a trainer that was taken for dead must not harm its successor.
+    """
     named = []
     for path in root.iterdir():
+        found = _NAME.fullmatch(path.name.removeprefix(".tmp-"))
+        if found is None or int(found.group(2)) > attempt:
+            continue
         if path.name.startswith(".tmp-"):
             shutil.rmtree(path, ignore_errors=True)
-        elif found := _NAME.fullmatch(path.name):
+        else:
             named.append(((path == keep, int(found.group(1)), int(found.group(2))), path))
     for _, path in sorted(named, reverse=True)[NUM_KEPT:]:
         # The manifest goes first: a half-removed checkpoint must never look complete.

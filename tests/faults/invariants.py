@@ -324,13 +324,10 @@ def _difference(path: Path, num_bytes: int, sha256: str) -> str:
 def unsent_messages() -> Iterator[str]:
     """I10: the outbox empties while its messages can be sent."""
     try:
-        outbox = apps.get_model("jobs", "Outbox")
+        outbox = apps.get_model("jobs", "OutboxMessage")
     except LookupError:
         return
-    fields = {field.name for field in outbox._meta.get_fields()}
-    waiting = outbox.objects.filter(created_at__lt=database_now() - _scaled(OUTBOX_SECONDS))
-    if "sent_at" in fields:
-        waiting = waiting.filter(sent_at=None)
+    waiting = outbox.objects.filter(sent_at=None, created_at__lt=database_now() - _scaled(OUTBOX_SECONDS))
     if count := waiting.count():
         oldest = waiting.earliest("created_at").created_at
         yield f"I10: {count} messages wait in the outbox, the oldest since {oldest:%H:%M:%S}."

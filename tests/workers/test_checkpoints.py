@@ -181,6 +181,14 @@ def test_what_a_killed_trainer_left_half_written_is_ignored_and_cleared(trained:
     assert sorted(path.name for path in trained.root.iterdir()) == ["3-1", "4-1"]
 
 
+def test_a_trainer_that_was_taken_for_dead_removes_nothing_of_its_successor(trained: Trained) -> None:
+    trained.save(4, attempt=3)
+    shutil.copytree(trained.root / "4-3", trained.root / ".tmp-5-3")
+    for step in (6, 7, 8):
+        trained.save(step)
+    assert sorted(path.name for path in trained.root.iterdir()) == [".tmp-5-3", "4-3", "7-1", "8-1"]
+
+
 def save_with_best(trained: Trained, step: int) -> dict[str, torch.Tensor]:
     best = {name: torch.randn(one.shape) for name, one in trainable_parameters(trained.model).items()}
     save(
