@@ -144,7 +144,9 @@ def test_a_database_away_for_longer_than_the_lease_ends_the_trainer_in_time_and_
     database.revive()
     finish([job])
     first, *_, last = job.attempts.order_by("number")
-    assert (first.outcome, last.outcome) == ("lost", "succeeded")
+    # Taken back by a reaper, or handed back by its worker, whichever reached the database first.
+    assert (first.outcome, first.failure_code) in {("lost", "worker_lost"), ("failed", "database")}
+    assert last.outcome == "succeeded"
     assert last.from_step >= 5, "it goes on from its checkpoint"
     assert not slot.is_gone()
 
