@@ -428,6 +428,7 @@ def run(options: Options) -> dict[str, Any]:
         for client in clients:
             client.wait()
         drained, drain_seconds = drain(studio, watchers[:NUM_DRAINED])
+        is_cut_off = "exceeded" in (studio.folder / "web.log").read_text()
     latencies = [one for part in seen for one in part.latencies]
     live = [one for part in seen for one in part.live_latencies]
     received = sum(part.received for part in seen)
@@ -451,6 +452,7 @@ def run(options: Options) -> dict[str, Any]:
         "after": after,
         "drained": drained,
         "drain_seconds": round(drain_seconds, 2),
+        "is_cut_off": is_cut_off,
     }
 
 
@@ -492,7 +494,8 @@ processor       {100 * found["cpu_share"]:.0f} % of a core, {found["cpu_us_per_e
 leaks           before and after {options.watchers * options.reconnects:,} reconnects:
                 tasks {change("tasks")}, Redis connections {change("redis_connections")},
                 threads {change("threads")}, open files {change("open_files")}
-drain           {found["drain_seconds"]} s from SIGTERM to the end of the web process with {found["drained"]} streams"""
+drain           {found["drain_seconds"]} s from SIGTERM to the end of the web process with {found["drained"]} streams,
+                {"some of which were cut off" if found["is_cut_off"] else "all of which it ended itself"}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

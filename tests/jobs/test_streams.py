@@ -125,18 +125,18 @@ def test_reconnecting_loses_no_step_and_doubles_none(server: str, running: Job, 
     last_step = 1500
 
     def train() -> None:
-        for step in range(2, last_step + 1):
+        for step in range(1, last_step + 1):
             add(running.pk, 1, step_event(step))
             time.sleep(0.001)
 
-    add(running.pk, 1, step_event(1))
+    add(running.pk, 1, step_event(0))
     trainer = threading.Thread(target=train)
     seen: list[int] = []
     last_id, num_connections = "", 0
     with open_stream(server, running, alice_client) as response:
         messages = read(response)
         assert next(messages).event == "reset"
-        assert next(messages).steps() == [1]
+        assert next(messages).steps() == [0]
         trainer.start()
         while not seen:
             message = next(messages)
@@ -156,7 +156,7 @@ def test_reconnecting_loses_no_step_and_doubles_none(server: str, running: Job, 
                     break
     trainer.join()
     assert num_connections > 3
-    assert seen == list(range(2, last_step + 1))
+    assert seen == list(range(1, last_step + 1))
 
 
 def test_an_id_that_the_stream_does_not_have_gives_a_snapshot(server: str, running: Job, alice_client: Client) -> None:
