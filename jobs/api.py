@@ -80,6 +80,7 @@ class JobDetailOut(JobOut):
     plan: dict[str, Any]
     queue_position: int
     waits: str
+    likely_start: datetime | None = Field(description="Of a waiting job; null when nothing can be said.")
 
 
 class JobEventOut(Out):
@@ -278,4 +279,9 @@ def _detail(job: Job) -> dict[str, Any]:
     queue = look_at_queue([job] if job.state in WAITING_STATES else [])
     names = [*JobOut.model_fields, "asked_recipe", "recipe", "estimate", "plan"]
     values = {name: getattr(job, name) for name in names}
-    return {**values, "queue_position": queue.position(job), "waits": explain_wait(job, queue)}
+    return {
+        **values,
+        "queue_position": queue.position(job),
+        "waits": explain_wait(job, queue),
+        "likely_start": queue.starts_at(job),
+    }
