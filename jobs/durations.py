@@ -1,8 +1,8 @@
 """How long a job will take, learned from finished jobs.
 
 The engine's estimate (workers/memory.py) is corrected on a logarithmic scale: log(actual / estimate) is learned. Jobs
-of all teams on a device give one number, the median of that, and nothing else of them; the team's own finished jobs give
-the rest, by ridge regression (Hoerl and Kennard 1970) on the estimate, the tokens, the method, the base model and
+of all teams on a device give one number, the median of that, and nothing else of them; the team's own finished jobs
+give the rest, by ridge regression (Hoerl and Kennard 1970) on the estimate, the tokens, the method, the base model and
 the device. The penalty draws every coefficient to 0, which is the estimate as it stands: few jobs change little.
 """
 
