@@ -127,6 +127,7 @@ class JobDetailOut(JobOut):
     queue_position: int
     waits: str
     failure_actions: list[FailureActionOut] = Field(description="What /again/ takes for this job.")
+    likely_start: datetime | None = Field(description="Of a waiting job; null when nothing can be said.")
 
 
 class JobEventOut(Out):
@@ -567,14 +568,13 @@ def run_again_changed(
 def _detail(job: Job) -> dict[str, Any]:
     queue = look_at_queue([job] if job.state in WAITING_STATES else [])
     names = [*JobOut.model_fields, "asked_recipe", "recipe", "estimate", "plan"]
-    values = {name: getattr(job, name) for name in names}
+    values = {name: getattr(job, name) for name in names if name not in {"priority", "team_priority"}}
     return {
         **values,
+        "priority": studio_priority(job),
+        "team_priority": team_priority(job),
         "queue_position": queue.position(job),
         "waits": explain_wait(job, queue),
         "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
+        "likely_start": queue.starts_at(job),
     }
-
-    values = {name: getattr(job, name) for name in names if name not in {"priority", "team_priority"}}
-    words = {"priority": studio_priority(job), "team_priority": team_priority(job)}
-    return {**values, **words, "queue_position": queue.position(job), "waits": explain_wait(job, queue)}

@@ -6,12 +6,13 @@ The first job of each person and priority is found by jumping through the index 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
+import orjson
 from django.conf import settings
 from django.db import connection
 from django.db.models import Q, QuerySet
@@ -96,9 +97,13 @@ class Facts:
     turns: list[Turn]
     owed: list[Waiting]
     """Jobs that are owed a device, the longest owed first."""
-    workers: list[Worker]
-    """The live ones, with what the choice needs of them."""
+    worker_rows: list[dict[str, Any]]
     running: list[Running]
+
+    @cached_property
+    def workers(self) -> list[Worker]:
+        """The live ones, with what the choice needs of them; a claim seldom looks at the others."""
+        return [_worker(row) for row in self.worker_rows]
 
     @property
     def now(self) -> datetime:
@@ -217,14 +222,14 @@ def _ask(statement: str, room: Room, now: datetime | None) -> tuple[Any, ...]:
 
 def _facts(room: Room, row: tuple[Any, ...]) -> Facts:
     moment, *texts = row
-    heads, fitting, owed, workers, running, used, quotas, last_starts = (json.loads(text or "[]") for text in texts)
+    heads, fitting, owed, workers, running, used, quotas, last_starts = (orjson.loads(text or "[]") for text in texts)
     fits = {job.group: job for job in map(Waiting._make, fitting)}
     runs = [_running(row) for row in running]
     return Facts(
         standing=_standing(moment, used, quotas, last_starts, runs),
         turns=[Turn(job, job if room.fits(job) else fits.get(job.group)) for job in map(Waiting._make, heads)],
         owed=[Waiting._make(row) for row in owed],
-        workers=[_worker(row) for row in workers],
+        worker_rows=workers,
         running=runs,
     )
 
@@ -263,10 +268,9 @@ def _standing(
 
 
 def _worker(row: dict[str, Any]) -> Worker:
-    until = row.pop("quarantined_until")
-    worker = Worker(**row, quarantined_until=datetime.fromisoformat(until) if until else None)
-    worker.id = UUID(row["id"])
-    return worker
+    until = row["quarantined_until"]
+    moment = datetime.fromisoformat(until) if until else None
+    return Worker(**(row | {"id": UUID(row["id"]), "quarantined_until": moment}))
 
 
 def _running(row: dict[str, Any]) -> Running:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -59,6 +60,7 @@ class JobRow:
     colour: str
     elapsed_seconds: float | None
     phase_label: str
+    starts_at: datetime | None = None
 
 
 def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
@@ -71,6 +73,7 @@ def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
         colour=showing.colour_of(job),
         elapsed_seconds=showing.elapsed_seconds(job),
         phase_label=showing.PHASE_LABELS.get(job.phase, ""),
+        starts_at=queue.starts_at(job) if queue else None,
     )
 
 

@@ -52,7 +52,7 @@ def fill(seed: int = 4) -> dict[str, str]:
             host="gpu-1", free_memory_bytes=memory, last_seen=Now() + timedelta(hours=12),
         )  # fmt: skip
     queued = []
-    for number in range(56):
+    for number in range(55):
         team, user = chance.choice(people)
         job = make_job(team, user, name=f"{chance.choice(NAMES)}-{number + 1}")
         Job.objects.filter(pk=job.pk).update(

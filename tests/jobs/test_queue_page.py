@@ -11,6 +11,7 @@ from pytest_django import DjangoAssertNumQueries
 
 from jobs import scheduling
 from jobs.models import Job, JobState, TeamQuota
+from jobs.showing import DASH
 from studio.accounts.models import Team, User
 from tests.jobs.making import make_job, make_running_job, make_worker
 
@@ -57,14 +58,14 @@ def test_neighbouring_jobs_of_other_teams_share_a_row(
         make_job(other_team, charlie, name=f"theirs {number}")
     Job.objects.update(priority=1)
     make_job(team, bob, name="ours")
-    assert "1–3 3 jobs of other teams 4 ours" in text_of(bob_client)
+    assert f"1{DASH}3 3 jobs of other teams 4 ours" in text_of(bob_client)
 
 
 def test_a_paused_job_stands_apart_and_says_so(bob_client: Client, team: Team, bob: User) -> None:
     job = make_job(team, bob, name="resting")
     Job.objects.filter(pk=job.pk).update(state=JobState.PAUSED)
     page = text_of(bob_client)
-    assert re.search(r"Paused .* – resting .* Paused: it keeps its checkpoint", page)
+    assert re.search(rf"Paused .* {DASH} resting .* Paused: it keeps its checkpoint", page)
 
 
 def test_the_page_says_the_limit_that_holds_a_team_back(bob_client: Client, team: Team, bob: User) -> None:
