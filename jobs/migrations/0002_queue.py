@@ -8,273 +8,362 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('accounts', '0001_initial'),
-        ('catalogue', '0002_what_a_verdict_needs'),
-        ('datasets', '0001_initial'),
-        ('jobs', '0001_initial'),
+        ("accounts", "0001_initial"),
+        ("catalogue", "0002_what_a_verdict_needs"),
+        ("datasets", "0001_initial"),
+        ("jobs", "0001_initial"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='JoinToken',
+            name="JoinToken",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('secret_sha256', models.CharField(max_length=64, unique=True)),
-                ('hint', models.CharField(help_text="The secret's first characters, to tell tokens apart.", max_length=12)),
-                ('created_at', models.DateTimeField(auto_now_add=True)),
-                ('expires_at', models.DateTimeField()),
-                ('used_at', models.DateTimeField(null=True)),
-                ('used_by', models.CharField(blank=True, help_text="The machine's own name and its address.", max_length=200)),
-                ('revoked_at', models.DateTimeField(null=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("secret_sha256", models.CharField(max_length=64, unique=True)),
+                (
+                    "hint",
+                    models.CharField(help_text="The secret's first characters, to tell tokens apart.", max_length=12),
+                ),
+                ("created_at", models.DateTimeField(auto_now_add=True)),
+                ("expires_at", models.DateTimeField()),
+                ("used_at", models.DateTimeField(null=True)),
+                (
+                    "used_by",
+                    models.CharField(blank=True, help_text="The machine's own name and its address.", max_length=200),
+                ),
+                ("revoked_at", models.DateTimeField(null=True)),
             ],
         ),
         migrations.CreateModel(
-            name='LastStart',
+            name="LastStart",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('priority', models.IntegerField()),
-                ('at', models.DateTimeField()),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("priority", models.IntegerField()),
+                ("at", models.DateTimeField()),
             ],
         ),
         migrations.CreateModel(
-            name='OutboxMessage',
+            name="OutboxMessage",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('topic', models.CharField(max_length=40)),
-                ('key', models.CharField(help_text='Messages of one topic and key that wait together go as one.', max_length=80)),
-                ('payload', models.JSONField(default=dict)),
-                ('created_at', models.DateTimeField(auto_now_add=True)),
-                ('attempts', models.PositiveIntegerField(default=0)),
-                ('next_try_at', models.DateTimeField()),
-                ('sent_at', models.DateTimeField(null=True)),
-                ('last_error', models.TextField(blank=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("topic", models.CharField(max_length=40)),
+                (
+                    "key",
+                    models.CharField(
+                        help_text="Messages of one topic and key that wait together go as one.", max_length=80
+                    ),
+                ),
+                ("payload", models.JSONField(default=dict)),
+                ("created_at", models.DateTimeField(auto_now_add=True)),
+                ("attempts", models.PositiveIntegerField(default=0)),
+                ("next_try_at", models.DateTimeField()),
+                ("sent_at", models.DateTimeField(null=True)),
+                ("last_error", models.TextField(blank=True)),
             ],
         ),
         migrations.CreateModel(
-            name='TeamQuota',
+            name="TeamQuota",
             fields=[
-                ('team', models.OneToOneField(on_delete=django.db.models.deletion.CASCADE, primary_key=True, related_name='quota', serialize=False, to='accounts.team')),
-                ('share', models.PositiveIntegerField(default=1, help_text='Weight among the teams: 2 gets twice what 1 gets.')),
-                ('max_running_jobs', models.PositiveIntegerField(blank=True, null=True)),
-                ('max_gpu_hours', models.FloatField(blank=True, help_text='Within the window.', null=True)),
-                ('window_days', models.PositiveSmallIntegerField(default=7)),
-                ('price_per_gpu_hour', models.DecimalField(blank=True, decimal_places=4, max_digits=10, null=True)),
+                (
+                    "team",
+                    models.OneToOneField(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        primary_key=True,
+                        related_name="quota",
+                        serialize=False,
+                        to="accounts.team",
+                    ),
+                ),
+                (
+                    "share",
+                    models.PositiveIntegerField(
+                        default=1, help_text="Weight among the teams: 2 gets twice what 1 gets."
+                    ),
+                ),
+                ("max_running_jobs", models.PositiveIntegerField(blank=True, null=True)),
+                ("max_gpu_hours", models.FloatField(blank=True, help_text="Within the window.", null=True)),
+                ("window_days", models.PositiveSmallIntegerField(default=7)),
+                ("price_per_gpu_hour", models.DecimalField(blank=True, decimal_places=4, max_digits=10, null=True)),
             ],
         ),
         migrations.CreateModel(
-            name='Usage',
+            name="Usage",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('device_seconds', models.FloatField()),
-                ('decayed_at', models.DateTimeField()),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("device_seconds", models.FloatField()),
+                ("decayed_at", models.DateTimeField()),
             ],
         ),
         migrations.CreateModel(
-            name='UsageHour',
+            name="UsageHour",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('hour', models.DateTimeField()),
-                ('device_seconds', models.FloatField()),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("hour", models.DateTimeField()),
+                ("device_seconds", models.FloatField()),
             ],
         ),
         migrations.AddField(
-            model_name='job',
-            name='checkpoint_step',
-            field=models.PositiveIntegerField(default=0, help_text='Of the newest checkpoint, from which the job goes on; 0 before the first.'),
+            model_name="job",
+            name="checkpoint_step",
+            field=models.PositiveIntegerField(
+                default=0, help_text="Of the newest checkpoint, from which the job goes on; 0 before the first."
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='expected_seconds',
-            field=models.FloatField(help_text='How long it should take, by jobs/durations.py.', null=True),
+            model_name="job",
+            name="expected_seconds",
+            field=models.FloatField(help_text="How long it should take, by jobs/durations.py.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='warm_base',
-            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='+', to='catalogue.basemodel'),
+            model_name="worker",
+            name="warm_base",
+            field=models.ForeignKey(
+                null=True, on_delete=django.db.models.deletion.SET_NULL, related_name="+", to="catalogue.basemodel"
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='warm_team',
-            field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='+', to='accounts.team'),
+            model_name="worker",
+            name="warm_team",
+            field=models.ForeignKey(
+                null=True, on_delete=django.db.models.deletion.SET_NULL, related_name="+", to="accounts.team"
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='micro_batch_size',
-            field=models.PositiveIntegerField(help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number.", null=True),
+            model_name="job",
+            name="micro_batch_size",
+            field=models.PositiveIntegerField(
+                help_text="Rows in memory at once, where an attempt ran out of memory with the recipe's own number.",
+                null=True,
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='owed_since',
-            field=models.DateTimeField(help_text='Since when it was first in turn for a device that was too small for it.', null=True),
+            model_name="job",
+            name="owed_since",
+            field=models.DateTimeField(
+                help_text="Since when it was first in turn for a device that was too small for it.", null=True
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='team_rank',
-            field=models.BigIntegerField(default=0, help_text="Order among the team's own jobs, the lower first; compared inside one team only."),
+            model_name="job",
+            name="team_rank",
+            field=models.BigIntegerField(
+                default=0, help_text="Order among the team's own jobs, the lower first; compared inside one team only."
+            ),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='accumulation',
-            field=models.PositiveIntegerField(default=0, help_text='Micro-batches whose gradients make a step.'),
+            model_name="jobattempt",
+            name="accumulation",
+            field=models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step."),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='exit_status',
-            field=models.PositiveIntegerField(help_text='With which its trainer ended by itself.', null=True),
+            model_name="jobattempt",
+            name="exit_status",
+            field=models.PositiveIntegerField(help_text="With which its trainer ended by itself.", null=True),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='micro_batch_size',
-            field=models.PositiveIntegerField(default=0, help_text='Rows in memory at once; 0 before it is known.'),
+            model_name="jobattempt",
+            name="micro_batch_size",
+            field=models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known."),
         ),
         migrations.AddField(
-            model_name='jobattempt',
-            name='signal',
-            field=models.PositiveIntegerField(help_text='Number of the signal that ended its trainer.', null=True),
+            model_name="jobattempt",
+            name="signal",
+            field=models.PositiveIntegerField(help_text="Number of the signal that ended its trainer.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='boot_id',
-            field=models.CharField(blank=True, help_text='Changes when the machine starts anew: no process outlives it.', max_length=64),
+            model_name="worker",
+            name="boot_id",
+            field=models.CharField(
+                blank=True, help_text="Changes when the machine starts anew: no process outlives it.", max_length=64
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='drain_mode',
-            field=models.CharField(blank=True, default='', help_text='now or after_job while a person drains it; empty otherwise.', max_length=10),
+            model_name="worker",
+            name="drain_mode",
+            field=models.CharField(
+                blank=True,
+                default="",
+                help_text="now or after_job while a person drains it; empty otherwise.",
+                max_length=10,
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='free_memory_bytes',
-            field=models.BigIntegerField(help_text='What a job could use: all of the device but what others hold; own trainers do not count.', null=True),
+            model_name="worker",
+            name="free_memory_bytes",
+            field=models.BigIntegerField(
+                help_text="What a job could use: all of the device but what others hold; own trainers do not count.",
+                null=True,
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='memory_users',
-            field=models.JSONField(default=list, help_text='Foreign processes on a GPU: [{"name", "process_id", "num_bytes"}], the largest first.'),
+            model_name="worker",
+            name="memory_users",
+            field=models.JSONField(
+                default=list,
+                help_text='Foreign processes on a GPU: [{"name", "process_id", "num_bytes"}], the largest first.',
+            ),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='num_gpus',
-            field=models.PositiveSmallIntegerField(default=1, help_text='GPUs that one job gets here; 1 for a CPU.'),
+            model_name="worker",
+            name="num_gpus",
+            field=models.PositiveSmallIntegerField(default=1, help_text="GPUs that one job gets here; 1 for a CPU."),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='quarantine_reason',
+            model_name="worker",
+            name="quarantine_reason",
             field=models.TextField(blank=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='quarantined_until',
-            field=models.DateTimeField(help_text='Gets no job before: its device has failed.', null=True),
+            model_name="worker",
+            name="quarantined_until",
+            field=models.DateTimeField(help_text="Gets no job before: its device has failed.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='reported_at',
+            model_name="worker",
+            name="reported_at",
             field=models.DateTimeField(null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='temperature_celsius',
+            model_name="worker",
+            name="temperature_celsius",
             field=models.FloatField(null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='used_by_others_bytes',
+            model_name="worker",
+            name="used_by_others_bytes",
             field=models.BigIntegerField(help_text="Held by processes that are not the studio's.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='used_by_own_bytes',
-            field=models.BigIntegerField(help_text='Held by this worker and its trainer.', null=True),
+            model_name="worker",
+            name="used_by_own_bytes",
+            field=models.BigIntegerField(help_text="Held by this worker and its trainer.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='utilisation_percent',
+            model_name="worker",
+            name="utilisation_percent",
             field=models.FloatField(help_text="0 to 100: of the GPU's time, or of all CPU cores.", null=True),
         ),
         migrations.AddField(
-            model_name='worker',
-            name='warm_precision',
+            model_name="worker",
+            name="warm_precision",
             field=models.CharField(blank=True, max_length=10),
         ),
         migrations.AlterField(
-            model_name='job',
-            name='priority',
-            field=models.IntegerField(default=0, help_text='Of the whole studio, set by admins: -1, 0 or 1.'),
+            model_name="job",
+            name="priority",
+            field=models.IntegerField(default=0, help_text="Of the whole studio, set by admins: -1, 0 or 1."),
         ),
         migrations.AddIndex(
-            model_name='job',
-            index=models.Index(condition=models.Q(('state__in', ['queued', 'retry_wait'])), fields=['team', 'created_by', 'priority', 'team_rank', 'not_before', 'created_at'], include=('memory_bytes', 'num_gpus', 'id'), name='job_turns'),
+            model_name="job",
+            index=models.Index(
+                condition=models.Q(("state__in", ["queued", "retry_wait"])),
+                fields=["team", "created_by", "priority", "team_rank", "not_before", "created_at"],
+                include=("memory_bytes", "num_gpus", "id"),
+                name="job_turns",
+            ),
         ),
         migrations.AddIndex(
-            model_name='job',
-            index=models.Index(condition=models.Q(('owed_since__isnull', False), ('state__in', ['queued', 'retry_wait'])), fields=['owed_since'], name='job_owed'),
+            model_name="job",
+            index=models.Index(
+                condition=models.Q(("owed_since__isnull", False), ("state__in", ["queued", "retry_wait"])),
+                fields=["owed_since"],
+                name="job_owed",
+            ),
         ),
         migrations.AddField(
-            model_name='jointoken',
-            name='created_by',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='join_tokens', to=settings.AUTH_USER_MODEL),
+            model_name="jointoken",
+            name="created_by",
+            field=models.ForeignKey(
+                on_delete=django.db.models.deletion.CASCADE, related_name="join_tokens", to=settings.AUTH_USER_MODEL
+            ),
         ),
         migrations.AddField(
-            model_name='jointoken',
-            name='team',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='join_tokens', to='accounts.team'),
+            model_name="jointoken",
+            name="team",
+            field=models.ForeignKey(
+                on_delete=django.db.models.deletion.CASCADE, related_name="join_tokens", to="accounts.team"
+            ),
         ),
         migrations.AddField(
-            model_name='laststart',
-            name='team',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='+', to='accounts.team'),
+            model_name="laststart",
+            name="team",
+            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name="+", to="accounts.team"),
         ),
         migrations.AddIndex(
-            model_name='outboxmessage',
-            index=models.Index(condition=models.Q(('sent_at__isnull', True)), fields=['next_try_at'], name='outbox_unsent'),
+            model_name="outboxmessage",
+            index=models.Index(
+                condition=models.Q(("sent_at__isnull", True)), fields=["next_try_at"], name="outbox_unsent"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='teamquota',
-            constraint=models.CheckConstraint(condition=models.Q(('share__gte', 1)), name='a_share_is_positive'),
+            model_name="teamquota",
+            constraint=models.CheckConstraint(condition=models.Q(("share__gte", 1)), name="a_share_is_positive"),
         ),
         migrations.AddConstraint(
-            model_name='teamquota',
-            constraint=models.CheckConstraint(condition=models.Q(('window_days__gte', 1)), name='a_window_has_a_day'),
+            model_name="teamquota",
+            constraint=models.CheckConstraint(condition=models.Q(("window_days__gte", 1)), name="a_window_has_a_day"),
         ),
         migrations.AddField(
-            model_name='usage',
-            name='team',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='usage', to='accounts.team'),
+            model_name="usage",
+            name="team",
+            field=models.ForeignKey(
+                on_delete=django.db.models.deletion.CASCADE, related_name="usage", to="accounts.team"
+            ),
         ),
         migrations.AddField(
-            model_name='usage',
-            name='user',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='+', to=settings.AUTH_USER_MODEL),
+            model_name="usage",
+            name="user",
+            field=models.ForeignKey(
+                on_delete=django.db.models.deletion.CASCADE, related_name="+", to=settings.AUTH_USER_MODEL
+            ),
         ),
         migrations.AddField(
-            model_name='usagehour',
-            name='team',
-            field=models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='usage_hours', to='accounts.team'),
+            model_name="usagehour",
+            name="team",
+            field=models.ForeignKey(
+                on_delete=django.db.models.deletion.CASCADE, related_name="usage_hours", to="accounts.team"
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='memory_bytes',
-            field=models.GeneratedField(db_persist=True, expression=django.db.models.functions.comparison.Coalesce(django.db.models.functions.comparison.Cast(django.db.models.fields.json.KeyTextTransform('memory_bytes', 'needs'), models.BigIntegerField()), 0), output_field=models.BigIntegerField()),
+            model_name="job",
+            name="memory_bytes",
+            field=models.GeneratedField(
+                db_persist=True,
+                expression=django.db.models.functions.comparison.Coalesce(
+                    django.db.models.functions.comparison.Cast(
+                        django.db.models.fields.json.KeyTextTransform("memory_bytes", "needs"), models.BigIntegerField()
+                    ),
+                    0,
+                ),
+                output_field=models.BigIntegerField(),
+            ),
         ),
         migrations.AddField(
-            model_name='job',
-            name='num_gpus',
-            field=models.GeneratedField(db_persist=True, expression=django.db.models.functions.comparison.Coalesce(django.db.models.functions.comparison.Cast(django.db.models.fields.json.KeyTextTransform('gpus', 'needs'), models.IntegerField()), 1), output_field=models.IntegerField()),
+            model_name="job",
+            name="num_gpus",
+            field=models.GeneratedField(
+                db_persist=True,
+                expression=django.db.models.functions.comparison.Coalesce(
+                    django.db.models.functions.comparison.Cast(
+                        django.db.models.fields.json.KeyTextTransform("gpus", "needs"), models.IntegerField()
+                    ),
+                    1,
+                ),
+                output_field=models.IntegerField(),
+            ),
         ),
         migrations.AddConstraint(
-            model_name='laststart',
-            constraint=models.UniqueConstraint(fields=('team', 'priority'), name='one_last_start'),
+            model_name="laststart",
+            constraint=models.UniqueConstraint(fields=("team", "priority"), name="one_last_start"),
         ),
         migrations.AddConstraint(
-            model_name='usage',
-            constraint=models.UniqueConstraint(fields=('team', 'user'), name='one_usage_per_person'),
+            model_name="usage",
+            constraint=models.UniqueConstraint(fields=("team", "user"), name="one_usage_per_person"),
         ),
         migrations.AddConstraint(
-            model_name='usagehour',
-            constraint=models.UniqueConstraint(fields=('team', 'hour'), name='one_row_per_team_and_hour'),
+            model_name="usagehour",
+            constraint=models.UniqueConstraint(fields=("team", "hour"), name="one_row_per_team_and_hour"),
         ),
     ]

@@ -12,6 +12,8 @@ from django.core.management.base import BaseCommand, CommandError
 
 from studio.joining import JoinError, ask_to_join, check_machine, check_reach, keep, run_workers
 
+FROM_STDIN = "-"
+
 
 class Command(BaseCommand):
     help = "Join a studio with a token of its page Workers and run a worker per GPU; without arguments, work again."
@@ -35,7 +37,8 @@ class Command(BaseCommand):
                 if not token:
                     raise JoinError("A join token is missing. Make one on the studio's page Workers.")
                 # A command line can be read by everybody on a machine, though a used token opens nothing.
-                secret = sys.stdin.readline().strip() if token == "-" else token
+                is_piped = token == FROM_STDIN
+                secret = sys.stdin.readline().strip() if is_piped else token
                 joined = ask_to_join(url, secret, trusts_network=trust_network)
                 check_reach(joined)
                 path = keep(joined, settings.DATA_DIR)
