@@ -32,7 +32,7 @@ from jobs.lifecycle import POISON_ATTEMPTS
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobAttempt, JobState, MetricPoint, Worker
 from jobs.progress import stream_key
 from jobs.queueing import queue_job
-from jobs.supervising import trainer_environment
+from jobs.trainers import trainer_environment
 from studio import storage
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.importing import register_base_model
