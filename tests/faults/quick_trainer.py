@@ -41,10 +41,12 @@ def command(job: Any, folder: Path) -> list[str]:
 
 def take_over() -> None:
     """Have this worker process start quick trainers, and tell them what the test's environment says to them."""
-    from jobs import running, supervising
+    from jobs import running, trainers
 
     running.trainer_command = command
-    supervising.PASSED_ON_PREFIXES += ("QUICK_TRAINER_",)
+    # A quick trainer cannot do a second job.
+    trainers.Seat.may_stay_after = lambda self, job: False  # type: ignore[method-assign]
+    trainers.PASSED_ON_PREFIXES += ("QUICK_TRAINER_",)
 
 
 class Trainer:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import select
 import sys
 import threading
 from datetime import timedelta
@@ -20,6 +19,7 @@ from jobs.models import Job, JobState
 from jobs.products import product_key
 from jobs.progress import Publisher, stream_key
 from jobs.supervising import Link, Outcome, _watch, boot_clock
+from jobs.trainers import Trainer
 from studio import storage
 from studio.accounts.models import Team, User
 from tests.factories import make_adapter_folder, make_result
@@ -87,19 +87,28 @@ def test_the_stream_takes_nothing_from_an_attempt_that_was_taken_back(job: Job) 
 
 
 def test_what_is_read_after_the_lease_has_run_out_is_neither_published_nor_stored(job: Job) -> None:
-    reading, writing = os.pipe()
-    os.write(writing, MessageEvent(text="said while the supervisor was paused").model_dump_json().encode() + b"\n")
+    says = MessageEvent(text="said while the supervisor was paused").model_dump_json()
+    script = (
+        "import os, sys, time\n"
+        f"os.write(int(sys.argv[sys.argv.index('--events') + 1]), {says!r}.encode() + b'\\n')\n"
+        "time.sleep(600)\n"
+    )
     link, publisher = Link(job.pk, job.attempt), Publisher(job.pk, job.attempt)
-    link.shared.renewed_at = boot_clock() - django_settings.LEASE_SECONDS
-    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    publisher.start()
-    heard: list[object] = []
-    outcome = _watch(trainer, reading, link, publisher, lambda: False, heard.append)
+    trainer = Trainer([sys.executable, "-c", script], storage.job_folder(job.pk) / "trainer.log")
+    try:
+        wait_for(lambda: select.select([trainer.lines.descriptor], [], [], 0)[0], what="the trainer's words")
+        link.shared.renewed_at = boot_clock() - django_settings.LEASE_SECONDS
+        publisher.start()
+        heard: list[object] = []
+        outcome = Outcome()
+        _watch(trainer, outcome, link, publisher, lambda: False, heard.append)
+    finally:
+        trainer.kill()
     publisher.finish()
-    assert (outcome.is_fenced, trainer.poll()) == (True, -9)
-    assert (heard, published(job), link.rows.empty()) == ([], [], True)
-    os.close(reading)
-    os.close(writing)
+    assert (outcome.is_fenced, trainer.process.returncode) == (True, -9)
+    # Its own first word is that it begins; of the trainer's there is none.
+    assert (heard, link.rows.empty()) == ([], True)
+    assert len(published(job)) <= 1
 
 
 def test_a_publisher_that_has_finished_sends_nothing_more(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
