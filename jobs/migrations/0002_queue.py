@@ -255,6 +255,34 @@ class Migration(migrations.Migration):
             name="priority",
             field=models.IntegerField(default=0, help_text="Of the whole studio, set by admins: -1, 0 or 1."),
         ),
+        migrations.AddField(
+            model_name="job",
+            name="memory_bytes",
+            field=models.GeneratedField(
+                db_persist=True,
+                expression=django.db.models.functions.comparison.Coalesce(
+                    django.db.models.functions.comparison.Cast(
+                        django.db.models.fields.json.KeyTextTransform("memory_bytes", "needs"), models.BigIntegerField()
+                    ),
+                    0,
+                ),
+                output_field=models.BigIntegerField(),
+            ),
+        ),
+        migrations.AddField(
+            model_name="job",
+            name="num_gpus",
+            field=models.GeneratedField(
+                db_persist=True,
+                expression=django.db.models.functions.comparison.Coalesce(
+                    django.db.models.functions.comparison.Cast(
+                        django.db.models.fields.json.KeyTextTransform("gpus", "needs"), models.IntegerField()
+                    ),
+                    1,
+                ),
+                output_field=models.IntegerField(),
+            ),
+        ),
         migrations.AddIndex(
             model_name="job",
             index=models.Index(
@@ -324,34 +352,6 @@ class Migration(migrations.Migration):
             name="team",
             field=models.ForeignKey(
                 on_delete=django.db.models.deletion.CASCADE, related_name="usage_hours", to="accounts.team"
-            ),
-        ),
-        migrations.AddField(
-            model_name="job",
-            name="memory_bytes",
-            field=models.GeneratedField(
-                db_persist=True,
-                expression=django.db.models.functions.comparison.Coalesce(
-                    django.db.models.functions.comparison.Cast(
-                        django.db.models.fields.json.KeyTextTransform("memory_bytes", "needs"), models.BigIntegerField()
-                    ),
-                    0,
-                ),
-                output_field=models.BigIntegerField(),
-            ),
-        ),
-        migrations.AddField(
-            model_name="job",
-            name="num_gpus",
-            field=models.GeneratedField(
-                db_persist=True,
-                expression=django.db.models.functions.comparison.Coalesce(
-                    django.db.models.functions.comparison.Cast(
-                        django.db.models.fields.json.KeyTextTransform("gpus", "needs"), models.IntegerField()
-                    ),
-                    1,
-                ),
-                output_field=models.IntegerField(),
             ),
         ),
         migrations.AddConstraint(
