@@ -15,6 +15,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 
 from jobs import showing
+from jobs.buttons import mark_ends
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState, Worker
 from jobs.standing import Running
 from jobs.waiting import QueueSnapshot, explain_wait, look_at_whole_queue
@@ -61,6 +62,7 @@ def queue(request: TeamRequest) -> HttpResponse:
     snapshot = look_at_whole_queue()
     active = request.team.jobs.exclude(state__in=FINAL_STATES)
     jobs = {str(job.pk): job for job in showing.listed_jobs(active).order_by("-priority", "team_rank", "created_at")}
+    mark_ends([jobs[one.id] for one in snapshot.line if one.id in jobs])
     rows = waiting_rows(snapshot, jobs)
     context = {
         "rows": rows,

@@ -49,6 +49,7 @@ class Slot(threading.Thread):
         self.worker: Worker | None = None
         self._reporter: Reporter | None = None
         self._seat = Seat(settings.WARM_SECONDS)
+        self.is_idle = False
 
     def run(self) -> None:
         # The kernel ends a trainer with the thread that started it: this one, which lives as long as the slot.
@@ -75,7 +76,9 @@ class Slot(threading.Thread):
                 connection.close()
             pause = min(settings.POLL_SECONDS, settings.LEASE_SECONDS / 4, self._seat.seconds_left())
             with contextlib.suppress(queue.Empty):
+                self.is_idle = True
                 self._looks.get(timeout=max(0.0, pause))
+            self.is_idle = False
 
     def _work(self) -> None:
         self.worker = self.worker or register_worker(self.index)
@@ -184,10 +187,13 @@ def start() -> None:
     _slot.start()
 
 
-def wake() -> None:
-    """Wake this process's slot, if it has one."""
-    if _slot is not None:
-        _slot.wake()
+def wake() -> bool:
+    """Wake this process's slot, if it has one; False when it is busy, so that another one may be free."""
+    if _slot is None:
+        return False
+    is_idle = _slot.is_idle
+    _slot.wake()
+    return is_idle
 
 
 def drain(*, announce: bool = False) -> None:

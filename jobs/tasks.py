@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from jobs import machines, slots, sweeping
+from jobs import machines, slots, sweeping, waking
 from workers.failpoints import failpoint
+
+# Workers that one message is offered to at most.
+MAX_HOPS = 32
 
 
 @shared_task
-def look_at_queue() -> None:
-    """Wake this worker's slot: there may be work."""
+def look_at_queue(hops: int = 0) -> None:
+    """Wake this worker's slot: there may be work. A busy one hands the message on, to whoever has waited longest."""
     failpoint("wake.received")
-    slots.wake()
+    if not slots.wake() and hops < MAX_HOPS:
+        waking.pass_on(hops + 1)
 
 
 @shared_task

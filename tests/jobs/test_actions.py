@@ -296,8 +296,8 @@ def test_moves_within_a_team(moves: list[tuple[int, str]], order: str, four: lis
     for index, where in moves:
         assert queueing.move_job(four[index], bob, where)
     waiting = list(Job.objects.all())
-    places = scheduling.look_at_queue(waiting).positions
-    assert [job.name for job in sorted(waiting, key=lambda job: places[job.pk])] == order.split()
+    queue = scheduling.look_at_queue(waiting)
+    assert [job.name for job in sorted(waiting, key=queue.position)] == order.split()
     assert names_in_order() == order.split()
 
 
@@ -346,7 +346,7 @@ def test_moves_stay_within_the_priority(four: list[Job], bob: User) -> None:
 def test_an_admins_priority_counts_in_the_whole_studio(
     four: list[Job], make_job: MakeJob, alice: User, other_team: Team, charlie: User
 ) -> None:
-    make_job("theirs", team=other_team, created_by=charlie, not_before=timezone.now() - timedelta(days=1))
+    make_job("theirs", team=other_team, created_by=charlie, not_before=timezone.now() - timedelta(hours=1))
     queueing.set_studio_priority(four[3], alice, "high")
     queueing.set_studio_priority(four[0], alice, "low")
     assert names_in_order() == ["four", "theirs", "two", "three", "one"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 
+from jobs import tasks, waking
 from jobs.estimating import choose_device, live_devices
 from jobs.slots import Slot
 from tests.jobs.making import make_worker
@@ -56,3 +57,18 @@ print("went on")
         timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout == "went on\n", done.stderr
+
+
+@pytest.mark.django_db
+def test_a_busy_worker_hands_a_wake_up_on_until_every_worker_had_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(waking.app, "send_task", lambda name, kwargs, **_: sent.append(kwargs["hops"]))
+    for index in range(3):
+        make_worker(index)
+    hops = 0
+    while True:
+        tasks.look_at_queue(hops)
+        if len(sent) == hops:
+            break
+        hops = sent[-1]
+    assert sent == [1, 2], "three workers get one message between them"
