@@ -95,7 +95,7 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
     queue = look_at_queue(active)
     if not (state or is_mine):
         in_team = [job for job in active if job.state in WAITING_STATES]
-        mark_ends(sorted(in_team, key=lambda job: (-job.priority, job.team_rank, job.not_before, job.created_at)))
+        mark_ends(sorted(in_team, key=queue.position))
     rows = [job_row(job, queue) for job in active]
     finished = [job_row(job, None) for job in ended]
     context = {
