@@ -38,11 +38,16 @@ test_environment.__test__ = False  # type: ignore[attr-defined]
 def celery_worker(
     queue: str, log_file: Path, *, slot: int = 0, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker that serves one queue; at the end it and everything it started is killed."""
+    """A worker that serves one queue; at the end it and everything it started is killed.
+
+    Its trainers end with their jobs, so that a test which looks for a trainer finds the one at work; a test of warm
+    ones sets STUDIO_WARM_SECONDS.
+    """
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *WORKER, "-Q", queue, "-n", f"{queue}{slot}-{os.getpid()}@test", "-l", "info"],
-            env=test_environment() | {"STUDIO_SLOT": str(slot)} | dict(environment or {}), cwd=settings.ROOT,
+            env=test_environment() | {"STUDIO_SLOT": str(slot), "STUDIO_WARM_SECONDS": "0"} | dict(environment or {}),
+            cwd=settings.ROOT,
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:

@@ -58,7 +58,7 @@ def for_another_team(job: Job, team: Team, user: User) -> Job:
 def test_a_teams_next_job_runs_in_the_same_process_and_another_teams_in_a_fresh_one(
     queue: Callable[..., Job], team: Team, other_team: Team, charlie: User, tmp_path: Path
 ) -> None:
-    with celery_worker("gpu", tmp_path / "worker.log") as worker:
+    with celery_worker("gpu", tmp_path / "worker.log", environment={"STUDIO_WARM_SECONDS": "600"}) as worker:
         job = queue("first", max_steps=6)
         first = finished(job)
         trainer = warm_trainer(worker, team)
