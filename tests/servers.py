@@ -10,13 +10,21 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+
+def _at_exit(action: Callable[[], None]) -> None:
+    """Do something when this process ends, and not when one ends that it was forked into."""
+    owner = os.getpid()
+    atexit.register(lambda: action() if os.getpid() == owner else None)
 
 
 def _start() -> None:
     folder = Path(tempfile.mkdtemp(prefix="peft-studio-tests-"))
     # The folder must go last: exit handlers run in reverse order.
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _at_exit(partial(shutil.rmtree, folder, ignore_errors=True))
     os.environ["STUDIO_DATA_DIR"] = str(folder)
     os.environ["STUDIO_SECRET_KEY"] = "tests-only-" + "0" * 50
     # A tenth of the product's times, so that a lost worker is found within a test's patience.
@@ -28,7 +36,7 @@ def _start() -> None:
 
     servers = EmbeddedServers(folder)
     urls = servers.start()
-    atexit.register(servers.stop)
+    _at_exit(servers.stop)
     os.environ["DATABASE_URL"] = urls.database
     os.environ["REDIS_URL"] = urls.redis
 
