@@ -51,19 +51,12 @@ class Bases:
             base.folder, precision, device, checked=True, cache=self._cache, revision=base.revision, say=say
         ).model
 
-    def let_go(self) -> None:
-        """Something happened after which this process is not to be used for another run."""
-
 
 class HeldBases(Bases):
-    """Keeps the last base that was loaded, untouched, and gives every run a model of its own on the same weights.
-
-    `is_sound` tells whether the process may go on: False once `let_go` was called.
-    """
+    """Keeps the last base that was loaded, untouched, and gives every run a model of its own on the same weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_sound = True
         self._seen: tuple[Path, Stamps, BaseFolder] | None = None
         self._held: tuple[str, Precision, torch.device] | None = None
         self._model: Any = None
@@ -86,9 +79,6 @@ class HeldBases(Bases):
         else:
             base_models.prepare_process()
         return share(self._model)
-
-    def let_go(self) -> None:
-        self.is_sound = False
 
     def is_untouched(self) -> bool:
         """Whether the held weights are bit for bit those that were loaded."""

@@ -84,7 +84,6 @@ def serve(arguments: list[str]) -> int:
         stays = (
             status in (0, EXIT_STOPPED)
             and job.control.wanted() != "now"
-            and bases.is_sound
             and bases.holds_a_model
             and bases.is_untouched()
         )

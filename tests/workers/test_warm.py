@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
-from workers import base_models, training
+from workers import base_models
 from workers.bases import HeldBases, share, weights_digest
 from workers.events import (
     EXIT_STOPPED,
@@ -27,7 +27,6 @@ from workers.events import (
     parse_event,
 )
 from workers.methods import get_method
-from workers.recipe import Recipe
 from workers.resident import ProcessState
 
 ROOT = Path(__file__).parents[2]
@@ -243,13 +242,15 @@ def test_a_stop_ends_its_job_and_only_a_clean_one_keeps_the_process(
 ) -> None:
     long = write_recipe(
         folder, f"long-{mode}", method="lora", precision="float32",
-        training={"max_steps": 5000, "epochs": 1000, "checkpoint_every_steps": 5000},
+        training={"max_steps": 5000, "epochs": 100, "checkpoint_every_steps": 5000},
     )  # fmt: skip
     resident.give(long, tmp_path / "long")
+    heard = []
     for event in resident.events():
+        heard.append(event)
         if isinstance(event, StepEvent) and event.step == 2:
             resident.write({"stop": mode})
-    assert event == EndedEvent(exit_status=EXIT_STOPPED, stays=stays)
+    assert event == EndedEvent(exit_status=EXIT_STOPPED, stays=stays), heard
     if not stays:
         assert resident.process.wait(timeout=60) == EXIT_STOPPED
         return
@@ -257,24 +258,6 @@ def test_a_stop_ends_its_job_and_only_a_clean_one_keeps_the_process(
     *_, ended = resident.run(folder / "lora-float32.json", tmp_path / "next")
     assert ended == EndedEvent(exit_status=0, stays=True)
     assert product(tmp_path / "next") == alone(folder / "lora-float32.json", tmp_path / "alone")
-
-
-def test_memory_that_ran_short_ends_the_process_after_the_job(tmp_path: Path, folder: Path) -> None:
-    held = HeldBases()
-    recipe = Recipe.from_file(folder / "lora-float32.json")
-    real = training._forward_backward
-
-    def short(run: Any, model: Any, objective: Any, rows: Any, micro_batch_size: int, position: Any) -> Any:
-        if micro_batch_size > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(run, model, objective, rows, micro_batch_size, position)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "_forward_backward", short)
-        folders = training.Folders(folder / "base", folder / "data.jsonl", tmp_path)
-        made = training.train(recipe, folders, report=lambda event: None, should_stop=lambda: None, bases=held)
-    assert made is not None
-    assert not held.is_sound
 
 
 def test_each_job_prints_into_its_own_log(folder: Path, resident: Resident, tmp_path: Path) -> None:
