@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from django.db import connection
 from django.db.models import Max
 
 from jobs import lifecycle, sweeping
+from jobs.actions import ActionError
 from jobs.models import Job, JobState, MetricPoint
 from jobs.queueing import cancel_job
 from studio import storage
@@ -230,7 +232,7 @@ def test_a_job_whose_trainer_dies_before_its_first_step_is_given_up_and_keeps_ev
     job = quick()
     workers.start("slot", environment={"QUICK_TRAINER_POISON": "1"})
     ended = wait_until_final(job)
-    assert (ended.state, ended.failure_code, ended.attempt) == (JobState.FAILED, "process_lost", 3), describe(job)
+    assert (ended.state, ended.failure_code, ended.attempt) == (JobState.FAILED, "poison", 3), describe(job)
     assert "Given up after 3 failed attempts" in ended.failure_message
     assert ended.failure_next_step
     assert list(job.attempts.values_list("signal", flat=True)) == [signal.SIGSEGV] * 3
@@ -246,7 +248,8 @@ def test_cancelling_while_the_adapter_is_being_registered_gives_one_end_and_not_
         job = quick(point)
         slot = workers.start("slot", number, failpoints=f"{point}=pause:1.5")
         wait_for(lambda point=point: workers.has_fired(point), what=point)
-        cancel_job(reload(job), bob, "now")
+        with contextlib.suppress(ActionError):  # It has just succeeded: the wish came too late, and says so.
+            cancel_job(reload(job), bob, "now")
         ended = wait_until_final(job)
         assert (ended.state, ended.adapter is not None) in {(JobState.CANCELLED, False), (JobState.SUCCEEDED, True)}
         slot.send(signal.SIGTERM)
@@ -261,7 +264,8 @@ def test_cancelling_in_other_moments_ends_in_cancelled(
     job = quick(max_steps=40, every=4)
     slot = workers.start("slot", failpoints=f"{point}=pause:2")
     wait_for(lambda: workers.has_fired(point), what=point)
-    cancel_job(reload(job), bob, "now")
+    with contextlib.suppress(ActionError):
+        cancel_job(reload(job), bob, "now")
     ended = wait_until_final(job)
     # A trainer that packages already may be quicker than the wish; then it is done, and there is one product.
     allowed = {JobState.CANCELLED, JobState.SUCCEEDED} if point == "training.before_package" else {JobState.CANCELLED}
