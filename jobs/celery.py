@@ -6,12 +6,9 @@ also looks at the queue on its own and every claim is one conditional UPDATE.
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-from typing import Any
 
-from celery import Celery, signals
+from celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
@@ -47,44 +44,6 @@ app.conf.update(
         },
     },
 )
-_was_asked_to_end = False
 app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue"])
-
-
-@signals.worker_ready.connect
-def start_slot(sender: Any, **_kwargs: Any) -> None:
-    """A worker that serves the GPU queue runs one slot beside its message loop."""
-    if GPU_QUEUE in {queue.name for queue in sender.task_consumer.queues}:
-        from jobs import slots
-
-        try:
-            slots.start()
-        except slots.SlotTakenError as error:
-            # A worker without its slot would only look alive: end, and let whoever started it try again.
-            logging.getLogger(__name__).critical("%s", error)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@signals.worker_shutting_down.connect
-def drain_slot(**_kwargs: Any) -> None:
-    """Warm shutdown: the running job saves a checkpoint and goes back to the queue. Runs in a signal handler.
-
-    Asked a second time, the worker ends at once: its trainer dies with it, and the job goes on from its last
-    checkpoint when its lease has ended.
-    """
-    from jobs import slots
-
-    global _was_asked_to_end
-    if _was_asked_to_end:
-        os._exit(1)
-    _was_asked_to_end = True
-    slots.drain()
-
-
-@signals.worker_shutdown.connect
-def wait_for_slot(**_kwargs: Any) -> None:
-    """Say that this worker goes, now that no signal is being handled any more, and wait for its slot."""
-    from jobs import slots
-
-    slots.drain(announce=True)
-    slots.wait()
+# What a worker process does beside its tasks.
+app.autodiscover_tasks(["jobs"], related_name="worker_process")

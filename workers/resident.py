@@ -29,7 +29,9 @@ import numpy as np
 import torch
 
 from workers import devices
-from workers.__main__ import (
+from workers.bases import HeldBases, free
+from workers.events import EXIT_STOPPED, EndedEvent, StopMode
+from workers.one_job import (
     EXIT_FAILED,
     Control,
     Reading,
@@ -40,8 +42,6 @@ from workers.__main__ import (
     parse,
     run,
 )
-from workers.bases import HeldBases, free
-from workers.events import EXIT_STOPPED, EndedEvent, StopMode
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ real_command = running.trainer_command
 # The whole command line of `python -m workers`, behind a patch of the loop's one function for a step's gradients.
 WRAPPER = """
 import errno, os, signal, sys, time
-from workers.__main__ import main, quiet_environment
+from workers.__main__ import main
+from workers.one_job import quiet_environment
 quiet_environment()
 import torch
 from workers import checkpoints, training

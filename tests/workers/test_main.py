@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
-from workers.__main__ import Control, Terminal, main
+from workers.__main__ import main
 from workers.events import (
     EXIT_STOPPED,
     CheckpointEvent,
@@ -26,6 +26,7 @@ from workers.events import (
     StoppedEvent,
     parse_event,
 )
+from workers.one_job import Control, Terminal
 
 ROOT = Path(__file__).parents[2]
 
