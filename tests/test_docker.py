@@ -97,6 +97,8 @@ NOT_PASSED = {
     "STUDIO_SERVERS_HOST": "where `up` lets its embedded servers listen; compose has servers of its own",
     "STUDIO_SERVERS_POSTGRES_PORT": "as STUDIO_SERVERS_HOST",
     "STUDIO_SERVERS_REDIS_PORT": "as STUDIO_SERVERS_HOST",
+    "STUDIO_FAILPOINTS": "for tests only",
+    "STUDIO_FAILPOINTS_ONCE": "for tests only",
 }
 
 
