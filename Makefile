@@ -21,8 +21,10 @@ run: $(VENV)/.run-installed ## Start everything and print one URL; Ctrl-C stops 
 
 test: check browser test-fast ## make check and every fast test; what CI runs
 
+# Each file of faults has servers of its own: what one does to them is no other's affair.
 test-fast: $(VENV)/.dev-installed
-	$(TESTING) -m "not slow" --durations=15
+	$(TESTING) -m "not slow" --durations=15 --ignore=tests/faults
+	@for file in tests/faults/test_*.py; do echo "$$file"; $(TESTING) -q -m "not slow" "$$file" || exit 1; done
 
 test-slow: $(VENV)/.dev-installed browser ## The tests that take minutes
 	$(TESTING) -m slow --durations=0
