@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +19,11 @@ from studio import storage
 from studio.catalogue.base_files import local_folder
 from studio.storage import DamagedObjectError, StorageError, fetching
 from studio.storage.backends import backend
+from workers.checkpoint_names import MANIFEST, NUM_KEPT, place_of
 from workers.digests import file_sha256
 from workers.events import CheckpointEvent
 
 logger = logging.getLogger(__name__)
-
-NUM_STORED = 2
-"""Checkpoints of a job that stay in the storage, as many as the trainer itself keeps."""
-
-_NAME = re.compile(r"(\d+)-(\d+)")
-# The trainer's own list of files: a checkpoint without it is not whole.
-MANIFEST = "MANIFEST.json"
 
 
 def base_model_folder(job: Job) -> Path:
@@ -138,12 +131,12 @@ class CheckpointStore(threading.Thread):
             logger.warning("Job %s: checkpoint %s is not stored: %s", self.job_id, folder.name, error)
 
     def _remove_old(self) -> None:
-        kept = sorted(_stored_checkpoints(self.job_id), key=_place)[-NUM_STORED:]
+        kept = sorted(_stored_checkpoints(self.job_id), key=_place)[-NUM_KEPT:]
         prefix = _key(self.job_id, "")
         names = {key.removeprefix(prefix).partition("/")[0] for key in backend().keys(prefix)}
         oldest = _place(kept[0])
         fetching.remove_folders(
-            _key(self.job_id, name) for name in sorted(names) if _NAME.fullmatch(name) and _place(name) < oldest
+            _key(self.job_id, name) for name in sorted(names) if place_of(name) and _place(name) < oldest
         )
 
 
@@ -167,10 +160,9 @@ def _key(job_id: UUID, name: str) -> str:
 
 def _stored_checkpoints(job_id: UUID) -> list[str]:
     names = [key.rpartition("/")[2] for key in fetching.stored_folders(_key(job_id, ""))]
-    return [name for name in names if _NAME.fullmatch(name)]
+    return [name for name in names if place_of(name)]
 
 
 def _place(name: str) -> tuple[int, int]:
-    """(step, attempt) of a checkpoint's name; before all others for what is none."""
-    found = _NAME.fullmatch(name)
-    return (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
+    """`place_of` a name; before all others for what is no checkpoint's."""
+    return place_of(name) or (-1, -1)

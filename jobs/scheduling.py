@@ -167,5 +167,6 @@ class _Choice:
         if (self.worker.used_by_others_bytes or 0) + head.memory_bytes > (self.room.whole_bytes or 0):
             return None
         beside = Worker.objects.filter(host=self.worker.host).exclude(pk=self.worker.pk).values_list("pk", flat=True)
-        ends = [job.seconds_left for job in self.facts.running if job.worker_id in set(beside)]
+        neighbours = set(beside)
+        ends = [job.seconds_left for job in self.facts.running if job.worker_id in neighbours]
         return max(ends) if ends else None

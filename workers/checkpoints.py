@@ -24,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from workers.checkpoint_names import MANIFEST, NUM_KEPT, place_of
 from workers.digests import file_sha256
 from workers.errors import CheckpointError, ExplainedError, StorageError
 from workers.failpoints import failpoint
 from workers.stopping import Watch
 
-MANIFEST = "MANIFEST.json"
 BAD = "DAMAGED"
 """Name of the empty file that marks a checkpoint which did not verify."""
 SET_ASIDE = ".bad-"
@@ -38,8 +38,6 @@ BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENO
 """What the system reports when a disk, or the way to it, is broken."""
 BEST = "best.safetensors"
 REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json")
-NUM_KEPT = 2
-_NAME = re.compile(r"(\d+)-(\d+)")
 
 
 class DiskFullError(ExplainedError):
@@ -151,9 +149,9 @@ def find(
     """
     candidates = sorted(
         (
-            (int(found.group(1)), int(found.group(2)), path)
+            (*place, path)
             for path in (root.iterdir() if root.is_dir() else ())
-            if (found := _NAME.fullmatch(path.name))
+            if (place := place_of(path.name)) is not None
         ),
         reverse=True,
     )
@@ -177,8 +175,8 @@ def find(
 
 def newest_step(root: Path) -> int | None:
     """The step of the newest checkpoint that is not known to be bad; None without any. Nothing is verified."""
-    names = (_NAME.fullmatch(path.name) for path in root.glob("*") if (path / MANIFEST).is_file())
-    return max((int(found.group(1)) for found in names if found), default=None)
+    places = (place_of(path.name) for path in root.glob("*") if (path / MANIFEST).is_file())
+    return max((place[0] for place in places if place is not None), default=None)
 
 
 def restore(checkpoint: Checkpoint, *, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -332,15 +330,18 @@ def _remove_old(root: Path, *, keep: Path) -> None:
     whole, it would have begun there. Such a checkpoint must not take the place of an earlier one that is. What belongs
     to a later attempt is left alone: it has taken over, and this one does not know it yet.
     """
-    step, attempt = _numbers(keep.name)
+    kept = place_of(keep.name)
+    assert kept is not None, f"{keep.name} is no checkpoint's name"
+    step, attempt = kept
     earlier = []
     for path in list(root.iterdir()):
         name = path.name.removeprefix(".tmp-")
-        if path == keep or not _NAME.fullmatch(name) or _numbers(name)[1] > attempt:
+        place = place_of(name)
+        if path == keep or place is None or place[1] > attempt:
             continue
         is_whole = (path / MANIFEST).is_file() and not (path / BAD).exists()
-        if path.name == name and is_whole and _numbers(name)[0] < step:
-            earlier.append((_numbers(name), path))
+        if path.name == name and is_whole and place[0] < step:
+            earlier.append((place, path))
         else:
             _remove(path)
     for _, path in sorted(earlier, reverse=True)[NUM_KEPT - 1 :]:
@@ -354,13 +355,6 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _numbers(name: str) -> tuple[int, int]:
-    """Step and attempt of a checkpoint by its name."""
-    found = _NAME.fullmatch(name)
-    assert found is not None, f"{name} is no checkpoint's name"
-    return int(found.group(1)), int(found.group(2))
 
 
 def _mark_bad(folder: Path) -> None:

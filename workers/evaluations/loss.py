@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
+from workers.evaluations._losses import mean_loss
 
 
 class Loss(MeanEvaluation):
@@ -16,7 +17,7 @@ class Loss(MeanEvaluation):
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """The row's mean loss, weighted by its tokens: the score is the mean over all tokens."""
-        return RowValue(row.loss_sum / row.num_tokens, row.num_tokens) if row.num_tokens else RowValue(0.0, 0.0)
+        return mean_loss(row.loss_sum, row.num_tokens)
 
 
 PLUGIN = Loss()
