@@ -12,7 +12,7 @@ from django.db.models.functions import Cast, Coalesce
 from django.urls import reverse
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, BaseModel
+from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Suite
 from studio.datasets.models import DatasetVersion
 
 
@@ -37,6 +37,7 @@ class JobKind(models.TextChoices):
     """What a job makes."""
 
     TRAIN = "train", "Training"
+    EVALUATE = "evaluate", "Evaluation"
 
 
 class Worker(models.Model):
@@ -118,6 +119,10 @@ class Job(models.Model):
     base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="jobs")
     dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="jobs")
     adapter = models.OneToOneField(Adapter, on_delete=models.PROTECT, null=True, related_name="job")
+    # Of a job that evaluates: what is scored (a base alone when there is no adapter) on what, and the product.
+    scored_adapter = models.ForeignKey(Adapter, on_delete=models.PROTECT, null=True, related_name="evaluation_jobs")
+    suite = models.ForeignKey(Suite, on_delete=models.PROTECT, null=True, related_name="jobs")
+    evaluation_run = models.OneToOneField(EvaluationRun, on_delete=models.PROTECT, null=True, related_name="job")
     parent = models.ForeignKey("self", on_delete=models.SET_NULL, null=True, related_name="children")
 
     state = models.CharField(max_length=12, choices=JobState.choices, default=JobState.QUEUED)
@@ -178,8 +183,14 @@ class Job(models.Model):
                 name="leased_exactly_while_running",
             ),
             models.CheckConstraint(
-                condition=models.Q(state=JobState.SUCCEEDED, adapter__isnull=False)
-                | (~models.Q(state=JobState.SUCCEEDED) & models.Q(adapter__isnull=True)),
+                condition=(
+                    models.Q(state=JobState.SUCCEEDED)
+                    & (
+                        models.Q(kind=JobKind.TRAIN, adapter__isnull=False, evaluation_run__isnull=True)
+                        | models.Q(kind=JobKind.EVALUATE, adapter__isnull=True, evaluation_run__isnull=False)
+                    )
+                )
+                | (~models.Q(state=JobState.SUCCEEDED) & models.Q(adapter__isnull=True, evaluation_run__isnull=True)),
                 name="a_product_exactly_when_succeeded",
             ),
         ]

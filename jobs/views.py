@@ -356,7 +356,7 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
         "attempts": attempts,
         "attempt_line": showing.attempt_line(job, attempts),
         "failure_actions": [action for action in actions_for(job) if action.name != "as_it_is"],
-        "scores": list(job.adapter.scores.order_by("evaluation")) if job.adapter else [],
+        "scores": job.adapter.held_out_scores() if job.adapter else [],
         "recipe_sections": recipe_sections(job.recipe, job.asked_recipe),
         "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
         "may_train": request.membership.may(Role.TRAINER),

@@ -86,7 +86,9 @@ INSTALLED_APPS = [
     "studio.apps.StudioConfig",
     "studio.accounts",
     "studio.datasets",
+    "studio.webhooks",
     "studio.catalogue",
+    "studio.reviews",
     "jobs",
 ]
 

@@ -8,6 +8,8 @@ urlpatterns = [
     path("", include("studio.accounts.urls")),
     path("datasets/", include("studio.datasets.urls")),
     path("", include("studio.catalogue.urls")),
+    path("reviews/", include("studio.reviews.urls")),
+    path("webhooks/", include("studio.webhooks.urls")),
     path("jobs/", include("jobs.urls")),
     path("workers/", include("jobs.machine_urls")),
     path("api/v1/", include("studio.api.urls")),

@@ -71,6 +71,28 @@ class HeldOutRecord(_Part):
     adapter_loss_sum: float
 
 
+class OverlapRecord(_Part):
+    """Held-out rows that the model was trained on, or nearly so. Lines count from 1 in the dataset file."""
+
+    num_held_out_rows: int
+    num_exact: int = Field(description="Held-out rows whose text is that of a training row, spaces and case aside.")
+    num_near: int = Field(description="Further ones that are nearly a training row.")
+    pairs: tuple[tuple[int, int, float], ...] = Field(
+        (), description="(line of the held-out row, line of the training row, similarity), the most alike first."
+    )
+
+
+class SuspiciousRecord(_Part):
+    """A training row that may be wrong, with the reason in a sentence. Losses in nats per token."""
+
+    line: int
+    reason: str
+    score: float = Field(description="The higher, the more suspicious.")
+    loss: float
+    base_loss: float | None = None
+    other_lines: tuple[int, ...] = Field((), description="Rows that it contradicts.")
+
+
 class Provenance(_Part):
     """Where, with what and at what cost an adapter was made. Times in seconds, memory in bytes, losses in nats."""
 
@@ -114,6 +136,13 @@ class Result(_Part):
     result_version: Literal[1] = 1
     scores: tuple[ScoreRecord, ...] = ()
     samples: tuple[SampleRecord, ...] = ()
+    num_rows_to_score: int = Field(0, description="Held-out rows that were to be scored; fewer scores are incomplete.")
+    num_rows_scored: int = 0
+    test_set_sha256: str = ""
+    settings_sha256: str = ""
+    general: tuple[ScoreRecord, ...] = Field((), description="Scores on the general set: what was forgotten.")
+    overlap: OverlapRecord | None = None
+    suspicious: tuple[SuspiciousRecord, ...] = ()
     held_out: tuple[HeldOutRecord, ...] = Field((), exclude=True, description="Kept in eval/held_out.jsonl.")
     provenance: Provenance = Provenance()
     num_trainable: int = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib.auth.models import AbstractUser
 from django.db import models
+from django.dispatch import Signal
 from django.utils import timezone
 from django.utils.crypto import salted_hmac
 
@@ -197,6 +198,10 @@ def audit_events_of(team: Team) -> QuerySet[AuditEvent]:
     return team.audit_events.select_related("user", "token").order_by("-at")
 
 
+audit_event_recorded = Signal()
+"""Sent with `event`, an AuditEvent, in the transaction that recorded it."""
+
+
 def record(
     action: str,
     *,
@@ -206,8 +211,11 @@ def record(
     target: models.Model | None = None,
     **details: Any,
 ) -> AuditEvent:
-    """Add an audit event. Never put secrets or row contents into `details`."""
-    return AuditEvent.objects.create(
+    """Add an audit event. Never put secrets or row contents into `details`.
+
+    Whoever listens to `audit_event_recorded` hears of it within the caller's transaction.
+    """
+    event = AuditEvent.objects.create(
         team=team,
         user=user,
         token=token,
@@ -217,3 +225,5 @@ def record(
         object_id=str(target.pk) if target is not None else "",
         object_name=str(target)[:200] if target is not None else "",
     )
+    audit_event_recorded.send(sender=AuditEvent, event=event)
+    return event

@@ -9,7 +9,7 @@ from django.db.models import F, FloatField, OuterRef, Prefetch, QuerySet, Subque
 from django.http import QueryDict
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, Score
+from studio.catalogue.models import Adapter, Score, TestSet
 from studio.query_values import whole_number
 from workers.evaluations import evaluations
 from workers.methods import ADAPTER, Product, methods
@@ -76,7 +76,9 @@ def list_adapters(team: Team, filters: Filters) -> AdapterPage:
     """One page of a team's adapters; three queries whatever their number."""
     found = sorted_adapters(team.adapters.all(), filters).select_related("base_model", "dataset_version__dataset")
     found = found.prefetch_related(
-        Prefetch("scores", Score.objects.filter(evaluation=filters.metric), to_attr="shown_scores")
+        Prefetch(
+            "scores", Score.objects.filter(evaluation=filters.metric, test_set=TestSet.HELD_OUT), to_attr="shown_scores"
+        )
     ).defer("recipe", "files", "provenance")
     start = (filters.page - 1) * PAGE_SIZE
     rows = list(found[start : start + PAGE_SIZE + 1])
@@ -105,7 +107,7 @@ def sorted_adapters(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[A
     if filters.sort in OTHER_SORTS:
         order = {"updated": "-created_at", "name": "name", "size": "num_bytes"}[filters.sort]
         return adapters.order_by(order, "-pk")
-    scores = Score.objects.filter(adapter=OuterRef("pk"), evaluation=filters.sort)
+    scores = Score.objects.filter(adapter=OuterRef("pk"), evaluation=filters.sort, test_set=TestSet.HELD_OUT)
     difference = F("sorted_difference")
     best_first = (
         difference.desc(nulls_last=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from django.conf import settings
+from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.urls import reverse
 
@@ -40,11 +41,34 @@ class BaseModel(models.Model):
         return ModelShape.model_validate(self.shape)
 
 
+class AdapterState(models.TextChoices):
+    """How far a version of an adapter has come towards use. Reviews move it, and an archive is only out of sight."""
+
+    DRAFT = "draft", "Draft"
+    IN_REVIEW = "in_review", "In review"
+    APPROVED = "approved", "Approved"
+    REJECTED = "rejected", "Rejected"
+    ARCHIVED = "archived", "Archived"
+
+
 class Adapter(models.Model):
-    """A trained adapter. Born in one place, `registering.register_adapter`, with the success of its job."""
+    """A trained adapter: one version of the team's adapters of its name.
+
+    Born in one place, `registering.register_adapter`, with the success of its job.
+    """
 
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="adapters")
     name = models.CharField(max_length=120)
+    version = models.PositiveIntegerField(default=1, help_text="Counts from 1 within the team's adapters of this name.")
+    state = models.CharField(max_length=12, choices=AdapterState.choices, default=AdapterState.DRAFT)
+    tags = ArrayField(models.CharField(max_length=40), default=list, blank=True)
+    card = models.TextField(blank=True, help_text="The model card's text as a person edited it; empty: as generated.")
+    overlap = models.JSONField(
+        default=dict, help_text="workers.results.OverlapRecord; empty when it was not looked for."
+    )
+    suspicious = models.JSONField(
+        default=list, help_text="workers.results.SuspiciousRecord, the most suspicious first."
+    )
     base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="adapters")
     dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="adapters")
     method = models.CharField(max_length=40)
@@ -59,6 +83,9 @@ class Adapter(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["team", "name", "version"], name="one_adapter_per_version")
+        ]
         indexes: ClassVar = [models.Index(fields=["team", "-created_at"], name="adapter_list")]
 
     def __str__(self) -> str:
@@ -67,15 +94,143 @@ class Adapter(models.Model):
     def get_absolute_url(self) -> str:
         return reverse("catalogue:adapter", args=[self.pk])
 
+    def held_out_scores(self) -> list[Score]:
+        """Its scores on the held-out rows of its training, by name of the evaluation; uses what was prefetched."""
+        found = [score for score in self.scores.all() if score.test_set == TestSet.HELD_OUT]
+        return sorted(found, key=lambda score: score.evaluation)
+
+
+class Alias(models.Model):
+    """A name such as "champion" that points at one version of the adapters of one name, and can move."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="aliases")
+    adapter_name = models.CharField(max_length=120)
+    name = models.SlugField(max_length=40)
+    adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, related_name="aliases")
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["team", "adapter_name", "name"], name="one_adapter_per_alias")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.adapter_name}@{self.name}"
+
+
+class AliasMove(models.Model):
+    """One move of an alias: what it can be rolled back to. Rows are only ever added."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="+")
+    adapter_name = models.CharField(max_length=120)
+    name = models.SlugField(max_length=40)
+    moved_from = models.ForeignKey(Adapter, on_delete=models.SET_NULL, null=True, related_name="+")
+    moved_to = models.ForeignKey(Adapter, on_delete=models.SET_NULL, null=True, related_name="+")
+    moved_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    reason = models.CharField(max_length=200, blank=True)
+    at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        indexes: ClassVar = [models.Index(fields=["team", "adapter_name", "name", "-at"], name="alias_history")]
+
+    def __str__(self) -> str:
+        return f"{self.adapter_name}@{self.name} to {self.moved_to_id}"
+
+
+class Suite(models.Model):
+    """A version of a team's benchmark: the rows of a dataset and what is measured on them. Never changed once made."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="suites")
+    name = models.CharField(max_length=120)
+    version = models.PositiveIntegerField(default=1)
+    description = models.TextField(blank=True)
+    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="suites")
+    evaluation = models.JSONField(help_text="workers.recipe.EvaluationSettings: metrics, answers, their length.")
+    max_rows = models.PositiveIntegerField(null=True, help_text="Rows from the beginning; null: all of them.")
+    is_guardrail = models.BooleanField(
+        default=False, help_text="Run on every new adapter; a loss on it counts as forgetting."
+    )
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+    archived_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["team", "name", "version"], name="one_suite_per_version")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} v{self.version}"
+
+
+class TestSet(models.TextChoices):
+    """What rows a model was scored on."""
+
+    HELD_OUT = "held_out", "Held-out rows"  # of the dataset that the adapter was trained on
+    GENERAL = "general", "General set"  # the studio's own, the same for everybody: shows what was forgotten
+    SUITE = "suite", "Suite"  # a team's benchmark
+
+    __test__ = False  # no test case, whatever pytest makes of its name
+
+
+class EvaluationRun(models.Model):
+    """One scoring of an adapter beside its base, or of a base alone, on one test set.
+
+    Two runs can be compared exactly when `test_set_sha256` and `settings_sha256` are equal: same rows, same settings.
+    Rows that could not be scored are counted, and figures of an incomplete run are never averaged with others.
+    """
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="evaluation_runs")
+    adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, null=True, related_name="runs")
+    base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="runs")
+    test_set = models.CharField(max_length=10, choices=TestSet.choices)
+    suite = models.ForeignKey(Suite, on_delete=models.PROTECT, null=True, related_name="runs")
+    test_set_sha256 = models.CharField(max_length=64, blank=True, help_text="Of the scored rows' lines and contents.")
+    settings_sha256 = models.CharField(max_length=64, blank=True, help_text="Of what decides an answer and a loss.")
+    num_rows = models.PositiveIntegerField(help_text="Rows that were to be scored.")
+    num_scored = models.PositiveIntegerField(help_text="Rows that were.")
+    folder = models.TextField(blank=True, help_text="Storage key of its rows and results; empty: the adapter's folder.")
+    base_figures = models.JSONField(
+        default=dict, help_text="Of a base alone: {evaluation: {value, low, high, num_rows}}."
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        indexes: ClassVar = [models.Index(fields=["team", "-created_at"], name="evaluation_run_list")]
+
+    def __str__(self) -> str:
+        return f"{self.get_test_set_display()} of {self.adapter or self.base_model}"
+
+    def is_complete(self) -> bool:
+        return self.num_scored == self.num_rows
+
+
+class RowCounts(models.Model):
+    """What each row of a run adds to each figure's sums (workers.evaluations.Evaluation.row_counts).
+
+    With these, two adapters that were scored on the same rows are compared row by row, without a GPU.
+    """
+
+    run = models.OneToOneField(EvaluationRun, on_delete=models.CASCADE, primary_key=True, related_name="row_counts")
+    lines = models.JSONField(help_text="The rows' lines in the dataset file, in order.")
+    adapter_counts = models.JSONField(help_text="{evaluation: [[number, ...] or null, one per line]}")
+    base_counts = models.JSONField(help_text="The same of the untouched base.")
+
+    def __str__(self) -> str:
+        return f"rows of {self.run}"
+
 
 class Score(models.Model):
-    """One evaluation of an adapter beside the untouched base, on the same held-out rows.
+    """One evaluation of an adapter beside the untouched base, on the same rows of one test set.
 
     `low` and `high` bound the 95 % interval of `value`; `difference*` is adapter minus base, paired by row.
     """
 
     adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, related_name="scores")
-    evaluation = models.CharField(max_length=40)
+    run = models.ForeignKey(EvaluationRun, on_delete=models.CASCADE, related_name="scores")
+    test_set = models.CharField(
+        max_length=10, choices=TestSet.choices, help_text="Of its run, so that lists need not look."
+    )
+    evaluation = models.CharField(max_length=80)
     label = models.CharField(max_length=80)
     unit = models.CharField(max_length=20, blank=True)
     higher_is_better = models.BooleanField()
@@ -96,9 +251,8 @@ class Score(models.Model):
     rows_recommended = models.PositiveIntegerField(null=True, help_text="As many rows would surely do.")
 
     class Meta:
-        constraints: ClassVar = [
-            models.UniqueConstraint(fields=["adapter", "evaluation"], name="one_score_per_evaluation")
-        ]
+        constraints: ClassVar = [models.UniqueConstraint(fields=["run", "evaluation"], name="one_score_per_evaluation")]
+        indexes: ClassVar = [models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup")]
 
     def __str__(self) -> str:
         return f"{self.label} of {self.adapter}"

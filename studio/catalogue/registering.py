@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from django.db import connection
+from django.db.models import Max
+
 from studio.accounts.models import Team, User
-from studio.catalogue.models import Adapter, BaseModel, Sample, Score
+from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Sample, Score, TestSet
 from studio.datasets.models import DatasetVersion
 from studio.storage import adapter_folder, file_digests
 from workers.errors import ExplainedError
 from workers.recipe import Recipe
-from workers.results import Result
+from workers.results import Result, ScoreRecord
 
 CHECKSUM_FILE = "SHA256SUMS"
 
@@ -41,6 +45,9 @@ def register_adapter(
     adapter = Adapter.objects.create(
         team=team,
         name=name,
+        version=_next_version(team, name),
+        overlap=result.overlap.model_dump(mode="json") if result.overlap else {},
+        suspicious=[one.model_dump(mode="json") for one in result.suspicious],
         base_model=base_model,
         dataset_version=dataset_version,
         method=recipe.method,
@@ -53,7 +60,9 @@ def register_adapter(
         provenance=result.provenance.model_dump(mode="json"),
         created_by=user,
     )
-    Score.objects.bulk_create(Score(adapter=adapter, **score.model_dump()) for score in result.scores)
+    for test_set, scores in ((TestSet.HELD_OUT, result.scores), (TestSet.GENERAL, result.general)):
+        if scores:
+            _add_run(adapter, test_set, scores, result)
     Sample.objects.bulk_create(
         # PostgreSQL stores no zero character, and a model can produce one.
         Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
@@ -61,6 +70,30 @@ def register_adapter(
         for sample in result.samples
     )  # fmt: skip
     return adapter
+
+
+def _next_version(team: Team, name: str) -> int:
+    """The number of the team's next adapter of a name. Others that ask at the same time wait for this transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, %s))", [name, team.pk])
+    newest = team.adapters.filter(name=name).aggregate(newest=Max("version"))["newest"]
+    return (newest or 0) + 1
+
+
+def _add_run(adapter: Adapter, test_set: TestSet, scores: Sequence[ScoreRecord], result: Result) -> None:
+    num_rows = max(score.num_rows for score in scores)
+    is_held_out = test_set == TestSet.HELD_OUT
+    run = EvaluationRun.objects.create(
+        team=adapter.team, adapter=adapter, base_model=adapter.base_model, test_set=test_set,
+        test_set_sha256=result.test_set_sha256 if is_held_out else "",
+        settings_sha256=result.settings_sha256 if is_held_out else "",
+        # Results of older versions do not say how many rows there were to score.
+        num_rows=(result.num_rows_to_score if is_held_out else 0) or num_rows,
+        num_scored=(result.num_rows_scored if is_held_out else 0) or num_rows,
+    )  # fmt: skip
+    Score.objects.bulk_create(
+        Score(adapter=adapter, run=run, test_set=test_set, **score.model_dump()) for score in scores
+    )
 
 
 def checked_files(folder_key: str) -> list[dict[str, str | int]]:

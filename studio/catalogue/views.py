@@ -68,7 +68,7 @@ def which_method(request: TeamRequest) -> HttpResponse:
 def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
     """What one adapter is worth, where it comes from and how to use it."""
     found = _get_adapter(request, adapter_id)
-    scores = sorted(found.scores.all(), key=lambda score: (score.evaluation != listing.DEFAULT_SORT, score.label))
+    scores = sorted(found.held_out_scores(), key=lambda score: (score.evaluation != listing.DEFAULT_SORT, score.label))
     job = getattr(found, "job", None)
     samples = list(found.samples.all()[: MAX_SAMPLES + 1])
     return render(

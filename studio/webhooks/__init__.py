@@ -1,0 +1,1 @@
+"""Webhooks and e-mail: telling others what happened in a team."""
