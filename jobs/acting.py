@@ -15,7 +15,7 @@ from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.http import require_POST
 
 from jobs import queueing
-from jobs.draining import drain_worker, end_draining
+from jobs.draining import drain_worker, end_draining, end_quarantine
 from jobs.mending import run_again_with
 from jobs.models import Job, JobState, Worker
 from jobs.ranking import team_priority
@@ -155,6 +155,18 @@ def undrain(request: TeamRequest, worker_id: UUID) -> HttpResponse:
         messages.success(request, f"{worker} takes jobs again.")
     except ExplainedError as error:
         _complain(request, error)
+    return redirect(_next(request) or reverse("jobs:list"))
+
+
+@require_POST
+@team_page(Role.ADMIN)
+def unquarantine(request: TeamRequest, worker_id: UUID) -> HttpResponse:
+    """Give a worker jobs again before its quarantine has run out."""
+    worker = get_object_or_404(Worker, pk=worker_id)
+    if end_quarantine(worker, team=request.team, user=request.user):
+        messages.success(request, f"{worker} takes jobs again.")
+    else:
+        messages.info(request, f"{worker} is in no quarantine; nothing has changed.")
     return redirect(_next(request) or reverse("jobs:list"))
 
 

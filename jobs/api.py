@@ -15,7 +15,7 @@ from pydantic import Field
 
 from jobs import series
 from jobs.actions import ActionError
-from jobs.draining import DrainError, drain_worker, end_draining
+from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
 from jobs.estimating import estimate_values, plan_for
 from jobs.mending import actions_for, run_again_with
 from jobs.models import Job, JobState, Worker
@@ -210,6 +210,7 @@ class WorkerDrainOut(Out):
     id: UUID
     is_draining: bool
     drain_mode: str = Field(description='"now" or "after_job"; empty when it takes jobs or its process stops.')
+    quarantined_until: datetime | None = Field(description="It gets no job before; null when it is in no quarantine.")
 
 
 class MethodOut(Out):
@@ -516,6 +517,20 @@ def undrain(request: ApiRequest, worker_id: UUID) -> Worker:
         end_draining(worker, team=request.team, user=request.user, token=request.token)
     except DrainError as error:
         raise ApiError(409, error.code, error.message, field="state", help=error.next_step) from error
+    worker.refresh_from_db()
+    return worker
+
+
+@router.post(
+    "workers/{uuid:worker_id}/end-quarantine/",
+    response={200: WorkerDrainOut, **ERRORS},
+    auth=may_drain,
+    summary="Give a worker jobs again before its quarantine has run out",
+)
+def unquarantine(request: ApiRequest, worker_id: UUID) -> Worker:
+    """Have a worker whose device has failed take jobs again."""
+    worker = get_object_or_404(Worker, pk=worker_id)
+    end_quarantine(worker, team=request.team, user=request.user, token=request.token)
     worker.refresh_from_db()
     return worker
 

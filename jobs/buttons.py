@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from django.urls import reverse
 
 from jobs.actions import KEEP, NOW, PAUSE, refusal
+from jobs.draining import is_quarantined
 from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState, Worker
 from jobs.queueing import may_order
 from jobs.ranking import PRIORITIES, studio_priority, team_priority
@@ -189,4 +190,10 @@ def worker_buttons_of(worker: Worker, membership: Membership | None) -> list[But
         "drain-after-job", "Drain after its job", "clock", drain, values={"mode": "after_job"},
         says="Finishes what it runs and takes no more jobs.",
     )  # fmt: skip
+    if is_quarantined(worker):
+        end = Button(
+            "end-quarantine", "End quarantine", "play", reverse("jobs:end_quarantine", args=[worker.pk]), look="main",
+            says="Takes jobs again, although its device has failed.",
+        )  # fmt: skip
+        return [end, after, now]
     return [after, now]

@@ -1,4 +1,4 @@
-"""Taking a worker out of service for maintenance, and putting it back.
+"""Taking a worker out of service for maintenance, and putting it back; also before its quarantine has run out.
 
 A draining worker takes no new jobs. What it runs goes back to the queue at a checkpoint ("now") or is finished first
 ("after_job"). Its slot reads this at each look at the queue, its supervisor in each answer to a heartbeat. The row of
@@ -8,6 +8,7 @@ a worker that a person drains outlives its process: whoever serves the same devi
 from __future__ import annotations
 
 from django.db import transaction
+from django.utils import timezone
 
 from jobs import lifecycle
 from jobs.models import LEASED_STATES, Job, Worker
@@ -74,6 +75,26 @@ def end_draining(worker: Worker, *, team: Team, user: User, token: ApiToken | No
         record("worker.undrained", team=team, user=user, token=token, target=locked)
         wake_workers()
     return True
+
+
+def end_quarantine(worker: Worker, *, team: Team, user: User, token: ApiToken | None = None) -> bool:
+    """Give a worker jobs again before its quarantine has run out. False when it is in none."""
+    with transaction.atomic():
+        locked = Worker.objects.select_for_update().get(pk=worker.pk)
+        if not is_quarantined(locked):
+            return False
+        Worker.objects.filter(pk=worker.pk).update(quarantined_until=None, quarantine_reason="")
+        record(
+            "worker.quarantine_ended", team=team, user=user, token=token, target=locked,
+            reason=locked.quarantine_reason,
+        )  # fmt: skip
+        wake_workers()
+    return True
+
+
+def is_quarantined(worker: Worker) -> bool:
+    """Whether a worker gets no job at present because its device has failed."""
+    return worker.quarantined_until is not None and worker.quarantined_until > timezone.now()
 
 
 def is_drained_by_a_person(worker: Worker) -> bool:

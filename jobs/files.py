@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from studio import storage
 from studio.catalogue.base_files import local_folder
 from studio.storage import DamagedObjectError, StorageError, fetching
 from studio.storage.backends import backend
-from workers.checkpoint_names import MANIFEST, NUM_KEPT, place_of
+from workers.checkpoint_names import DAMAGED, MANIFEST, NUM_KEPT, place_of
 from workers.digests import file_sha256
 from workers.events import CheckpointEvent
 
@@ -48,12 +49,15 @@ def fetch_checkpoint(job: Job) -> Path | None:
     if not storage.is_remote():
         return None
     root = storage.job_folder(job.pk) / "checkpoints"
-    here = [path.name for path in (root.iterdir() if root.is_dir() else ()) if (path / MANIFEST).is_file()]
+    folders = list(root.iterdir()) if root.is_dir() else []
+    here = [path.name for path in folders if (path / MANIFEST).is_file() and not (path / DAMAGED).exists()]
     newest_here = max(map(_place, here), default=(-1, -1))
     for name in sorted(_stored_checkpoints(job.pk), key=_place, reverse=True):
         if _place(name) <= newest_here:
             return None
         try:
+            if (root / name / DAMAGED).exists():
+                shutil.rmtree(root / name)  # what was stored of it was whole, or is found out below
             return fetching.fetch_folder(_key(job.pk, name), root / name)
         except (DamagedObjectError, storage.NotStoredError) as error:
             logger.warning("Job %s: checkpoint %s in the storage is passed over: %s", job.pk, name, error)

@@ -15,6 +15,7 @@ from django.db.models import Prefetch, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
+from jobs.draining import is_quarantined
 from jobs.hardware import CpuMeter, GpuMeter, meter_for, own_processes
 from jobs.models import LEASED_STATES, Job, Worker
 from studio.accounts.models import Team
@@ -198,7 +199,7 @@ def _status(worker: Worker, job: Job | None, limit: datetime) -> str:
         return "draining"
     if job is not None:
         return "running"
-    if worker.quarantined_until is not None and worker.quarantined_until > timezone.now():
+    if is_quarantined(worker):
         return "quarantined"
     return "idle"
 

@@ -25,4 +25,5 @@ urlpatterns = [
     path("<uuid:job_id>/retry/", acting.retry, name="retry"),
     path("workers/<uuid:worker_id>/drain/", acting.drain, name="drain_worker"),
     path("workers/<uuid:worker_id>/end-draining/", acting.undrain, name="end_draining"),
+    path("workers/<uuid:worker_id>/end-quarantine/", acting.unquarantine, name="end_quarantine"),
 ]

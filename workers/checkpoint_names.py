@@ -6,6 +6,8 @@ import re
 
 MANIFEST = "MANIFEST.json"
 """The list of a checkpoint's files, written last: a folder without it is not whole."""
+DAMAGED = "DAMAGED"
+"""A file of this name marks a checkpoint whose bytes were found to be others than its list says."""
 NUM_KEPT = 2
 """Newest checkpoints of a job that are kept."""
 _NAME = re.compile(r"(\d+)-(\d+)")

@@ -24,14 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from workers.checkpoint_names import MANIFEST, NUM_KEPT, place_of
+from workers.checkpoint_names import DAMAGED, MANIFEST, NUM_KEPT, place_of
 from workers.digests import file_sha256
 from workers.errors import CheckpointError, ExplainedError, StorageError
 from workers.failpoints import failpoint
 from workers.stopping import Watch
 
-BAD = "DAMAGED"
-"""Name of the empty file that marks a checkpoint which did not verify."""
 SET_ASIDE = ".bad-"
 """Begin of the name of what the disk failed on while it was written."""
 BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO})
@@ -280,7 +278,7 @@ def _signed(manifest: dict[str, Any]) -> str:
 
 def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Checkpoint:
     """The checkpoint in a folder; raises CheckpointError that says what is wrong with it."""
-    if (folder / BAD).exists():
+    if (folder / DAMAGED).exists():
         raise CheckpointError("it was found to be damaged before")
     try:
         text = (folder / MANIFEST).read_text("utf-8")
@@ -339,7 +337,7 @@ def _remove_old(root: Path, *, keep: Path) -> None:
         place = place_of(name)
         if path == keep or place is None or place[1] > attempt:
             continue
-        is_whole = (path / MANIFEST).is_file() and not (path / BAD).exists()
+        is_whole = (path / MANIFEST).is_file() and not (path / DAMAGED).exists()
         if path.name == name and is_whole and place[0] < step:
             earlier.append((place, path))
         else:
@@ -360,7 +358,7 @@ def _remove(folder: Path) -> None:
 def _mark_bad(folder: Path) -> None:
     """Leaves a mark in a damaged checkpoint; where the disk takes none, it is found to be damaged again next time."""
     with contextlib.suppress(OSError):
-        (folder / BAD).touch()
+        (folder / DAMAGED).touch()
 
 
 def _set_aside_as_bad(root: Path, folder: Path) -> None:

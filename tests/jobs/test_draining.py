@@ -11,12 +11,14 @@ from django.core.management import CommandError, call_command
 from django.template import engines
 from django.test import Client, RequestFactory
 from django.urls import reverse
+from django.utils import timezone
 
 from jobs import draining, lifecycle
 from jobs.draining import DrainError
 from jobs.lifecycle import HeartbeatAnswer
 from jobs.models import Job, Worker
 from jobs.slots import Slot, register_worker
+from jobs.standing import takes_jobs
 from jobs.supervising import _wanted_stop
 from studio.accounts.models import AuditEvent, Membership, Role, Team, User
 from tests.conftest import make_member, signed_in
@@ -135,11 +137,34 @@ def test_only_admins_drain_by_page_and_api(worker: Worker, team: Team, bob: User
     worker.refresh_from_db()
     assert worker.drain_mode == "now"
     answer = post(caller(team, alice, "write"), f"workers/{worker.pk}/end-draining/", {})
-    assert answer.json() == {"id": str(worker.pk), "is_draining": False, "drain_mode": ""}
+    assert answer.json() == {"id": str(worker.pk), "is_draining": False, "drain_mode": "", "quarantined_until": None}
     answer = post(caller(team, alice, "write"), f"workers/{worker.pk}/drain/", {"mode": "after_job"})
-    assert answer.json() == {"id": str(worker.pk), "is_draining": True, "drain_mode": "after_job"}
+    assert answer.json() == {
+        "id": str(worker.pk),
+        "is_draining": True,
+        "drain_mode": "after_job",
+        "quarantined_until": None,
+    }
     assert signed_in(alice).post(urls["end_draining"], {"next": "/jobs/?mine=1"})["Location"] == "/jobs/?mine=1"
     assert AuditEvent.objects.filter(user=alice).count() == 4
+
+
+def test_an_admin_ends_a_quarantine_and_nobody_else(worker: Worker, team: Team, bob: User, alice: User) -> None:
+    lifecycle.quarantine(worker, "The GPU has fallen off the bus.")
+    worker.refresh_from_db()
+    assert not takes_jobs(worker, timezone.now())
+    url = reverse("jobs:end_quarantine", args=[worker.pk])
+    assert signed_in(bob).post(url).status_code == 403
+    assert post(caller(team, bob, "write"), f"workers/{worker.pk}/end-quarantine/", {}).status_code == 403
+    page = signed_in(alice).post(url, follow=True)
+    assert f"{worker} takes jobs again." in page.text
+    worker.refresh_from_db()
+    assert takes_jobs(worker, timezone.now())
+    event = AuditEvent.objects.get(action="worker.quarantine_ended")
+    assert (event.user, event.details) == (alice, {"reason": "The GPU has fallen off the bus."})
+    answer = post(caller(team, alice, "write"), f"workers/{worker.pk}/end-quarantine/", {})
+    assert answer.json()["quarantined_until"] is None
+    assert AuditEvent.objects.count() == 1, "a second time changes nothing"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from studio.storage import NotStoredError, StorageError, fetching
 from studio.storage.backends import backend
 from tests.factories import make_adapter, make_base_model
 from tests.s3_server import S3Server, s3_server
+from workers.checkpoint_names import DAMAGED
 from workers.digests import file_sha256
 from workers.events import CheckpointEvent, PhaseEvent
 
@@ -115,6 +116,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found = fetch_checkpoint(job)
     assert found is not None
     assert found.name == "5-1"
+
+
+def test_a_checkpoint_that_was_damaged_here_is_fetched_again(shared: None, job: Any) -> None:
+    folder = make_checkpoint(job, "10-1")
+    store_checkpoints(job, folder)
+    whole = (folder / "adapter.safetensors").read_bytes()
+    (folder / "adapter.safetensors").write_bytes(b"other bytes")
+    assert fetch_checkpoint(job) is None, "nobody has noticed yet"
+    (folder / DAMAGED).touch()
+    assert fetch_checkpoint(job) == folder
+    assert (folder / "adapter.safetensors").read_bytes() == whole
+    assert not (folder / DAMAGED).exists()
 
 
 def test_a_checkpoint_that_the_trainer_removed_meanwhile_harms_nothing(shared: None, job: Any) -> None:
