@@ -13,6 +13,7 @@ import pytest
 from django.conf import settings
 
 from jobs import lifecycle, sweeping
+from jobs.lifecycle import POISON_ATTEMPTS
 from jobs.models import Job, JobState, OutboxMessage
 from studio import storage
 from studio.accounts.models import Team, User
@@ -49,6 +50,9 @@ IN_A_STOP = ["stop.before_commit", "stop.after_commit"]
 IN_A_RELAY = ["outbox.before_send", "outbox.after_send"]
 IN_AN_UPLOAD = ["upload.before_keep", "upload.files_kept", "upload.after_commit"]
 IN_THE_TRAINER = [name for name in POINTS if name.startswith(("training.", "checkpoint."))]
+# As many windows of one job as may pass without a step gained: with one more it would be poison, and rightly so.
+FEW = POISON_ATTEMPTS - 1
+FEW_WINDOWS = [IN_THE_TRAINER[start : start + FEW] for start in range(0, len(IN_THE_TRAINER), FEW)]
 ALONE = ["wake.received", "fail.before_commit", "cancelled.before_commit"]
 
 
@@ -300,7 +304,8 @@ def test_a_trainer_killed_in_windows_of_its_own_makes_the_adapter_of_an_undistur
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("points", FEW_WINDOWS, ids=",".join)
 def test_a_trainer_killed_in_each_of_its_windows_makes_the_adapter_of_an_undisturbed_one(
-    queue: Callable[..., Job], workers: SlotWorkers
+    points: list[str], queue: Callable[..., Job], workers: SlotWorkers
 ) -> None:
-    kill_trainer_in_windows(IN_THE_TRAINER, queue, workers)
+    kill_trainer_in_windows(points, queue, workers)
