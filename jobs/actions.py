@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobKind, JobState
 from workers.errors import ExplainedError
 
 PAUSE, RESUME, KEEP, NOW = "pause", "resume", "keep", "now"
@@ -42,6 +42,8 @@ def refusal(job: Job, action: str) -> str:
     if action == RESUME and not is_asked_already(job, PAUSE):
         return f"It is not paused: it is {job.get_state_display().lower()}."
     if action == KEEP:
+        if job.kind != JobKind.TRAIN:
+            return "Half a test set is no score, so there is nothing to keep."
         if job.state == JobState.CANCELLING and job.stop_mode == NOW:
             return "It is being discarded, and what is discarded cannot be kept any more."
         if job.state not in LEASED_STATES and not job.checkpoint_step:

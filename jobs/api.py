@@ -17,6 +17,7 @@ from jobs import series
 from jobs.actions import ActionError
 from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
 from jobs.estimating import estimate_values, plan_for
+from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
 from jobs.models import Job, JobState, Worker
 from jobs.queueing import (
@@ -81,6 +82,8 @@ class JobOut(Out):
     base_model_id: int
     dataset_version_id: int
     adapter_id: int | None
+    kind: str = Field(description="train makes an adapter, evaluate an evaluation run.")
+    evaluation_run_id: int | None
     parent_id: UUID | None
     failure_code: str
     failure_message: str
@@ -533,6 +536,40 @@ def unquarantine(request: ApiRequest, worker_id: UUID) -> Worker:
     end_quarantine(worker, team=request.team, user=request.user, token=request.token)
     worker.refresh_from_db()
     return worker
+
+
+class EvaluateIn(Body):
+    """What to score: an adapter beside its base, or a base alone."""
+
+    adapter_id: int | None = None
+    base_model_id: int | None = None
+
+
+@router.post(
+    "suites/{int:suite_id}/runs/",
+    response={201: JobDetailOut, **ERRORS},
+    auth=may_write,
+    summary="Score an adapter or a base on a suite",
+)
+def evaluate(
+    request: ApiRequest, suite_id: int, body: EvaluateIn, idempotency_key: str = Header("", alias="Idempotency-Key")
+) -> Status[dict[str, Any]]:
+    """Queue an evaluation; its job's product is a run."""
+    _check_key(idempotency_key)
+    suite = get_object_or_404(request.team.suites.select_related("dataset_version__dataset"), pk=suite_id)
+    if (body.adapter_id is None) == (body.base_model_id is None):
+        raise ApiError(422, "recipe", "Give either adapter_id or base_model_id.", field="adapter_id")
+    adapters = request.team.adapters.select_related("base_model")
+    adapter = get_object_or_404(adapters, pk=body.adapter_id) if body.adapter_id is not None else None
+    base_model = get_object_or_404(BaseModel, pk=body.base_model_id) if body.base_model_id is not None else None
+    try:
+        job = queue_evaluation(
+            team=request.team, user=request.user, token=request.token, suite=suite, adapter=adapter,
+            base_model=base_model, idempotency_key=idempotency_key or secrets.token_urlsafe(16),
+        )  # fmt: skip
+    except RecipeError as error:
+        raise ApiError(422, error.code, error.message, field=error.field, help=error.next_step) from error
+    return Status(201, _detail(job))
 
 
 def _act(request: ApiRequest, job_id: UUID, act: Callable[[Job], object]) -> dict[str, Any] | HttpResponse:

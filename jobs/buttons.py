@@ -9,7 +9,7 @@ from django.urls import reverse
 
 from jobs.actions import KEEP, NOW, PAUSE, refusal
 from jobs.draining import is_quarantined
-from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState, Worker
+from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobKind, JobState, Worker
 from jobs.queueing import may_order
 from jobs.ranking import PRIORITIES, studio_priority, team_priority
 from jobs.scheduling import WAITING_STATES
@@ -60,7 +60,7 @@ def buttons_of(job: Job, membership: Membership | None) -> list[Button]:
     wishes_pause = job.state == JobState.RUNNING and job.stop_mode == PAUSE
     first = _resume(job) if job.state == JobState.PAUSED or wishes_pause else _pause(job)
     found = [first]
-    if job.state == JobState.RUNNING or (job.attempt and job.stop_mode != KEEP):
+    if job.kind == JobKind.TRAIN and (job.state == JobState.RUNNING or (job.attempt and job.stop_mode != KEEP)):
         found.append(_keep(job))
     return [*found, _discard(job)]
 

@@ -20,7 +20,7 @@ from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Extract
 from django.utils import timezone
 
-from jobs.models import Job, JobAttempt, JobState
+from jobs.models import Job, JobAttempt, JobKind, JobState
 from studio.accounts.models import Team
 
 MAX_LEARNED_FROM = 300
@@ -111,7 +111,7 @@ def finished_jobs(jobs: QuerySet[Job]) -> list[Finished]:
         .annotate(seconds=Sum(Extract(F("ended_at") - F("started_at"), "epoch"), output_field=FloatField()))
     )
     rows = (
-        jobs.filter(state=JobState.SUCCEEDED)
+        jobs.filter(kind=JobKind.TRAIN, state=JobState.SUCCEEDED)
         .annotate(
             held_seconds=Subquery(held.values("seconds"), output_field=FloatField()),
             ran_on=Subquery(attempts.order_by("-number").values("worker__device")[:1]),

@@ -45,7 +45,7 @@ def home(request: TeamRequest) -> HttpResponse:
     team = Team.objects.annotate(
         has_dataset=Exists(Dataset.objects.filter(team=OuterRef("pk"), versions__state=VersionState.READY)),
         has_job=Exists(Job.objects.filter(team=OuterRef("pk"))),
-        has_adapter=Exists(Job.objects.filter(team=OuterRef("pk"), state=JobState.SUCCEEDED)),
+        has_adapter=Exists(Job.objects.filter(team=OuterRef("pk"), adapter__isnull=False)),
     ).get(pk=request.team.pk)
     steps = [
         Step(

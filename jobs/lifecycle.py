@@ -26,7 +26,7 @@ from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, Metr
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
 from studio.accounts.models import User
-from studio.catalogue.models import Adapter
+from studio.catalogue.models import Adapter, EvaluationRun
 from workers.failpoints import failpoint
 
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
@@ -153,17 +153,19 @@ def _upsert_points(points: Iterable[MetricPoint]) -> None:
         cursor.executemany(statement, [[getattr(point, name) for name in columns] for point in points])
 
 
-def succeed(job_id: UUID, attempt: int, adapter: Adapter) -> None:
-    """The job has its product. Call it in the transaction that registers the adapter; raises FencedError."""
+def succeed(job_id: UUID, attempt: int, product: Adapter | EvaluationRun) -> None:
+    """The job has its product. Call it in the transaction that registers the product; raises FencedError."""
+    is_adapter = isinstance(product, Adapter)
     allowed = Q(state=JobState.RUNNING) | Q(state=JobState.CANCELLING, stop_mode="keep")
     ended = Job.objects.filter(allowed, pk=job_id, attempt=attempt).update(
-        state=JobState.SUCCEEDED, phase="", adapter=adapter, lease_until=None, finished_at=Now(), seconds_left=None,
-        stop_mode=WITHOUT_PAUSE,
+        state=JobState.SUCCEEDED, phase="", lease_until=None, finished_at=Now(), seconds_left=None,
+        stop_mode=WITHOUT_PAUSE, **{"adapter" if is_adapter else "evaluation_run": product},
     )  # fmt: skip
     if ended != 1:
         raise FencedError
     _end_attempt(job_id, attempt, "succeeded")
-    add_event(job_id, attempt, "Done: the adapter is in the catalogue.")
+    what = "the adapter is" if is_adapter else "the scores are"
+    add_event(job_id, attempt, f"Done: {what} in the catalogue.")
 
 
 def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str) -> None:

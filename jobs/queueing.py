@@ -13,13 +13,13 @@ from django.db.models.functions import Now
 from jobs import lifecycle
 from jobs.actions import KEEP, STOP_MODES, ActionError
 from jobs.durations import expected_seconds
-from jobs.models import FINAL_STATES, Job, JobState
+from jobs.models import FINAL_STATES, Job, JobKind, JobState
 from jobs.ranking import PRIORITIES, TEAM_PRIORITIES, moved_ranks, team_priority, top_rank
 from jobs.retrying import tried_again
 from jobs.scheduling import WAITING_STATES, look_at_queue
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
-from studio.catalogue.models import BaseModel
+from studio.catalogue.models import Adapter, BaseModel, Suite
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
@@ -48,6 +48,9 @@ def queue_job(
     parent: Job | None = None,
     token: ApiToken | None = None,
     queued_as: str = "Queued",
+    kind: JobKind = JobKind.TRAIN,
+    scored_adapter: Adapter | None = None,
+    suite: Suite | None = None,
 ) -> Job:
     """Add a job to the queue. The same key in the same team gives the job that the first call made.
 
@@ -57,6 +60,7 @@ def queue_job(
         token: the API token that asked, for the audit log.
         parent: the job that this one repeats or began as a copy of.
         queued_as: how the job's first event begins: "Queued", "Run again".
+        scored_adapter, suite: of a job that evaluates.
 
     Raises:
         RecipeError: the dataset is not ready or not the team's.
@@ -78,7 +82,7 @@ def queue_job(
         with transaction.atomic():
             job = Job.objects.create(
                 team=team, created_by=user, name=recipe.name, recipe=recipe.to_dict(),
-                asked_recipe=asked, base_model=base_model,
+                asked_recipe=asked, base_model=base_model, kind=kind, scored_adapter=scored_adapter, suite=suite,
                 dataset_version=dataset_version, idempotency_key=idempotency_key, not_before=Now(), parent=parent,
                 needs={"gpus": 1, "memory_bytes": (estimate or {}).get("total_bytes", 0)}, estimate=estimate or {},
                 expected_seconds=expected_seconds(
@@ -195,7 +199,8 @@ def retry_job(job: Job, user: User, *, idempotency_key: str, token: ApiToken | N
     return queue_job(
         team=job.team, user=user, recipe=Recipe.from_dict(job.recipe), asked_recipe=Recipe.from_dict(job.asked_recipe),
         base_model=job.base_model, dataset_version=job.dataset_version, idempotency_key=idempotency_key, parent=job,
-        estimate=job.estimate, token=token, queued_as=RUN_AGAIN,
+        estimate=job.estimate, token=token, queued_as=RUN_AGAIN, kind=JobKind(job.kind),
+        scored_adapter=job.scored_adapter, suite=job.suite,
     )  # fmt: skip
 
 

@@ -14,15 +14,17 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
 
 from jobs import failures, files, lifecycle
+from jobs.evaluating import queue_guardrails
 from jobs.failures import UNCOUNTED, Ending
 from jobs.gpu_health import GpuWatch
 from jobs.lifecycle import FencedError
-from jobs.models import Job
+from jobs.models import Job, JobKind
 from jobs.products import product_key, remove_unregistered, remove_unregistered_before
 from jobs.supervising import Link, Outcome, boot_clock, follow, supervise
 from jobs.trainers import Seat, Trainer
 from studio import storage
-from studio.catalogue.registering import checked_files, register_adapter
+from studio.catalogue.models import Adapter, EvaluationRun
+from studio.catalogue.registering import checked_files, register_adapter, register_run
 from workers.failpoints import failpoint
 from workers.recipe import Recipe
 from workers.results import Result
@@ -164,7 +166,18 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
         "--attempt", str(job.attempt),
         *(["--micro-batch-size", str(job.micro_batch_size)] if job.micro_batch_size else []),
         "--quantised-cache", str(storage.quantised_folder()),
+        "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+        *(_evaluation_options(job) if job.kind == JobKind.EVALUATE else []),
     ]  # fmt: skip
+
+
+def _evaluation_options(job: Job) -> list[str]:
+    options = ["--evaluate"]
+    if job.scored_adapter is not None:
+        options += ["--adapter-folder", str(storage.fetch_adapter(job.scored_adapter.folder))]
+    if job.suite is not None and job.suite.max_rows is not None:
+        options += ["--max-rows", str(job.suite.max_rows)]
+    return options
 
 
 def finish(job: Job, outcome: Outcome, gpu_fault: str = "") -> None:
@@ -237,7 +250,7 @@ def until_answered(action: Callable[[], None], *, num_leases: float = 0.5) -> No
 
 
 def register(job: Job, product: Path) -> None:
-    """Put the finished adapter in its place and, in one transaction, into the catalogue with the job's success."""
+    """Put what was made in its place and, in one transaction, into the catalogue with the job's success."""
     # The attempt is part of the key, so a worker presumed dead cannot touch its successor's product.
     key = product_key(job, job.attempt)
     lifecycle.heartbeat(job.pk, job.attempt)
@@ -249,12 +262,10 @@ def register(job: Job, product: Path) -> None:
     result = Result.from_folder(storage.adapter_folder(key))
     try:
         with transaction.atomic():
-            adapter = register_adapter(
-                team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
-                dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=listed,
-                result=result,
-            )  # fmt: skip
-            lifecycle.succeed(job.pk, job.attempt, adapter)
+            made = _register(job, key, listed, result)
+            lifecycle.succeed(job.pk, job.attempt, made)
+            if isinstance(made, Adapter):
+                queue_guardrails(made, job)
             failpoint("register.before_commit")
     except FencedError:
         remove_unregistered(job, job.attempt)
@@ -262,6 +273,19 @@ def register(job: Job, product: Path) -> None:
     failpoint("register.after_commit")
     # Once more: a worker that was paused may have put its files there after this attempt had begun.
     remove_unregistered_before(job)
+
+
+def _register(job: Job, key: str, files: list[dict[str, str | int]], result: Result) -> Adapter | EvaluationRun:
+    if job.kind == JobKind.EVALUATE:
+        return register_run(
+            team=job.team, base_model=job.base_model, adapter=job.scored_adapter, suite=job.suite, folder_key=key,
+            result=result,
+        )  # fmt: skip
+    return register_adapter(
+        team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
+        dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
+        result=result,
+    )  # fmt: skip
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:

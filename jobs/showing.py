@@ -14,7 +14,7 @@ from django.db.models.functions import JSONObject
 from django.utils import timezone
 
 from jobs import series
-from jobs.models import LEASED_STATES, Job, JobAttempt, JobState, MetricPoint
+from jobs.models import LEASED_STATES, Job, JobAttempt, JobKind, JobState, MetricPoint
 from studio.templatetags.components import duration, short_number, significant
 from workers.events import PHASES, PhaseEvent, StepEvent, ValidationEvent
 
@@ -87,7 +87,17 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
         json=JSONObject(step=F("step"), loss=F("validation_loss"))
     )
     return jobs.select_related(
-        "team", "dataset_version__dataset", "base_model", "created_by", "worker", "adapter", "parent", "stop_asked_by"
+        "team",
+        "dataset_version__dataset",
+        "base_model",
+        "created_by",
+        "worker",
+        "adapter",
+        "parent",
+        "stop_asked_by",
+        "scored_adapter",
+        "suite",
+        "evaluation_run",
     ).annotate(
         newest_point=Subquery(newest[:1]),
         newest_validation=Subquery(validation[:1]),
@@ -146,18 +156,27 @@ def title_of(job: Job, percent: int) -> str:
 def phase_marks(job: Job, phase: str) -> list[PhaseMark]:
     """The phase line: validated, queued, the trainer's phases, done."""
     waits = "Paused" if job.state == JobState.PAUSED else "Queued"
-    labels = ["Validated", waits, *(PHASE_LABELS[name] for name in PHASES), "Done"]
+    phases = phases_of(job)
+    labels = ["Validated", waits, *(PHASE_LABELS[name] for name in phases), "Done"]
     if job.state == JobState.SUCCEEDED:
         return [PhaseMark(label, "done") for label in labels]
-    current = 2 + PHASES.index(phase) if job.state in LEASED_STATES and phase in PHASES else 1
+    current = 2 + phases.index(phase) if job.state in LEASED_STATES and phase in phases else 1
     ended = job.is_final()
     if ended:
         # A job that ended without a product got as far as its last step says.
-        current = 2 + PHASES.index("training") if job.step else 2 if job.attempt else 1
+        current = 2 + phases.index("training") if job.step else 2 if job.attempt else 1
     return [
         PhaseMark(label, "done" if i < current else ("stopped" if ended else "current") if i == current else "to come")
         for i, label in enumerate(labels)
     ]
+
+
+def phases_of(job: Job) -> list[str]:
+    """The phases that a trainer goes through for a job of this kind."""
+    left_out = set() if job.kind == JobKind.TRAIN else {"training"}
+    if job.kind == JobKind.EVALUATE and job.scored_adapter_id is None:
+        left_out.add("evaluating")
+    return [name for name in PHASES if name not in left_out]
 
 
 def attempt_line(job: Job, attempts: Sequence[JobAttempt]) -> str:

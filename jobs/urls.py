@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from jobs import acting, queue_page, quotas, streams, views
+from jobs import acting, evaluation_pages, queue_page, quotas, streams, views
 
 app_name = "jobs"
 urlpatterns = [
@@ -11,6 +11,7 @@ urlpatterns = [
     path("limits/", quotas.limits, name="limits"),
     path("new/", views.new_job, name="new"),
     path("estimate/", views.estimate, name="estimate"),
+    path("evaluate/", evaluation_pages.evaluate, name="evaluate"),
     path("<uuid:job_id>/", views.job_detail, name="detail"),
     path("<uuid:job_id>/header/", views.job_header, name="header"),
     path("<uuid:job_id>/points.json", views.points, name="points"),

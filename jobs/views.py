@@ -30,6 +30,7 @@ from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.accounts.signed_out import take_kept_form
+from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
 from studio.templatetags.components import significant
@@ -356,7 +357,7 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
         "attempts": attempts,
         "attempt_line": showing.attempt_line(job, attempts),
         "failure_actions": [action for action in actions_for(job) if action.name != "as_it_is"],
-        "scores": job.adapter.held_out_scores() if job.adapter else [],
+        "scores": _scores(job),
         "recipe_sections": recipe_sections(job.recipe, job.asked_recipe),
         "recipe_json": json.dumps(job.recipe, indent=2, ensure_ascii=False),
         "may_train": request.membership.may(Role.TRAINER),
@@ -364,6 +365,12 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
         "retry_key": secrets.token_urlsafe(16),
         "is_live": not job.is_final(),
     }
+
+
+def _scores(job: Job) -> list[Score]:
+    if job.adapter is not None:
+        return job.adapter.held_out_scores()
+    return list(job.evaluation_run.scores.order_by("evaluation")) if job.evaluation_run is not None else []
 
 
 @require_GET

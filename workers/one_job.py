@@ -118,6 +118,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--supervised", action="store_true", help='read {"stop": mode} from standard input and end with it'
     )
     parser.add_argument(
+        "--evaluate", action="store_true", help="train nothing: score the base, and --adapter-folder, on every row"
+    )
+    parser.add_argument("--adapter-folder", type=Path, metavar="DIR", help="with --evaluate: the adapter to score")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="with --evaluate: the first N usable rows only")
+    parser.add_argument(
+        "--base-scores", type=Path, metavar="DIR", help="keep what base models were measured at here, for later runs"
+    )
+    parser.add_argument(
         "--quantised-cache", type=Path, metavar="DIR", help="keep quantised base models here, for the next run"
     )
     return parser.parse_args(arguments)
@@ -142,6 +150,7 @@ def _run(
         read = begin_reading(base_model)
     # Only now, with the environment set and the cheap mistakes found: this takes seconds.
     from workers import devices
+    from workers.base_scores import BaseScores
     from workers.bases import Bases
     from workers.quantised import QuantisedCache
     from workers.training import Folders, train
@@ -151,6 +160,14 @@ def _run(
     cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
     bases.prepare(read=read or read_with_stamps, cache=cache)
     folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve())
+    scores = BaseScores(options.base_scores) if options.base_scores is not None else None
+    if options.evaluate:
+        from workers.evaluating import evaluate
+
+        return evaluate(
+            recipe, folders, adapter=options.adapter_folder, report=report, should_stop=control.wanted,
+            max_rows=options.max_rows, attempt=options.attempt, bases=bases, base_scores=scores,
+        )  # fmt: skip
     return train(
         recipe,
         folders,
@@ -159,6 +176,7 @@ def _run(
         attempt=options.attempt,
         micro_batch_size=options.micro_batch_size,
         bases=bases,
+        base_scores=scores,
     )
 
 

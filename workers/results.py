@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from workers.errors import ExplainedError
 
 RESULT_FILE = "result.json"
+ROW_COUNTS_FILE = "eval/row_counts.json"
 
 
 class ResultError(ExplainedError):
@@ -93,6 +94,17 @@ class SuspiciousRecord(_Part):
     other_lines: tuple[int, ...] = Field((), description="Rows that it contradicts.")
 
 
+class RowCountsRecord(_Part):
+    """What each scored row adds to each figure's sums (`Evaluation.row_counts`), for the base and for the adapter.
+
+    A row that a figure cannot use has None there. With these two adapters are compared row by row, without a GPU.
+    """
+
+    lines: tuple[int, ...] = ()
+    base: dict[str, tuple[tuple[float, ...] | None, ...]] = {}
+    adapter: dict[str, tuple[tuple[float, ...] | None, ...]] = {}
+
+
 class Provenance(_Part):
     """Where, with what and at what cost an adapter was made. Times in seconds, memory in bytes, losses in nats."""
 
@@ -144,6 +156,7 @@ class Result(_Part):
     overlap: OverlapRecord | None = None
     suspicious: tuple[SuspiciousRecord, ...] = ()
     held_out: tuple[HeldOutRecord, ...] = Field((), exclude=True, description="Kept in eval/held_out.jsonl.")
+    counts: RowCountsRecord = Field(RowCountsRecord(), exclude=True, description="Kept in eval/row_counts.json.")
     provenance: Provenance = Provenance()
     num_trainable: int = 0
     stopped_at_step: int | None = None
@@ -152,12 +165,19 @@ class Result(_Part):
     def from_folder(cls, folder: Path) -> Result:
         """The result in an adapter's folder; raises ResultError."""
         try:
-            return cls.model_validate_json((folder / RESULT_FILE).read_bytes())
+            found = cls.model_validate_json((folder / RESULT_FILE).read_bytes())
+            counts = folder / ROW_COUNTS_FILE
+            if not counts.exists():
+                return found  # made by an older version, or without anything scored
+            return found.model_copy(update={"counts": RowCountsRecord.model_validate_json(counts.read_bytes())})
         except (OSError, ValidationError) as error:
             raise ResultError(f"{RESULT_FILE} of the adapter cannot be read: {error}.") from error
 
     def write(self, folder: Path) -> Path:
-        """Writes `result.json` into `folder` and gives its path."""
+        """Writes `result.json`, and what is kept beside it, into `folder` and gives its path."""
+        if self.counts.lines:
+            (folder / ROW_COUNTS_FILE).parent.mkdir(exist_ok=True)
+            (folder / ROW_COUNTS_FILE).write_text(self.counts.model_dump_json() + "\n", "utf-8")
         path = folder / RESULT_FILE
         path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
         return path

@@ -13,7 +13,7 @@ from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
-from workers.results import HeldOutRecord, SampleRecord, ScoreRecord
+from workers.results import HeldOutRecord, RowCountsRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
 from workers.verdicts import rows_needed, rows_recommended
 
@@ -211,6 +211,24 @@ def compare_rows(
             )
         )
     return records
+
+
+def row_counts(
+    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str]
+) -> RowCountsRecord:
+    """What every row that both models were scored on adds to each metric's sums, in the order of the file."""
+    base_by_line = {row.line: row for row in base_rows}
+    pairs = [(base_by_line[row.line], row) for row in adapter_rows if row.line in base_by_line]
+    pairs.sort(key=lambda pair: pair[1].line)
+    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name in metrics:
+        evaluation = get_evaluation(name)
+        for which in (0, 1):
+            found[which][name] = tuple(
+                tuple(evaluation.row_counts(pair[which])) if _is_usable(pair[which], evaluation.needs) else None
+                for pair in pairs
+            )
+    return RowCountsRecord(lines=tuple(pair[1].line for pair in pairs), base=found[0], adapter=found[1])
 
 
 def samples(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) -> list[SampleRecord]:

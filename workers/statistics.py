@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from workers.evaluations import RowValue
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Z_OF_FOUR_IN_FIVE = 0.841621
 """Standard normal quantile of a bound that holds in four cases of five."""
+_NORMAL = NormalDist()
 NUM_RESAMPLES = 4000
 CONFIDENCE = 0.95
 SEED = 17
@@ -248,20 +250,19 @@ def _resampled_sums(counts_2NK: Array, num_resamples: int, seed: int) -> Array:
 def _bca(point: float, resampled_R: Array, left_out_N: Array) -> Interval:
     """The bias-corrected and accelerated interval of a figure, from its resamples and its jackknife."""
     import numpy as np
-    from scipy.stats import norm
 
     # Ties count half, else a figure with few distinct values looks biased; sums in another order tie as well.
     rounding = 1e-12 * max(1.0, abs(point))
     share = float(np.mean(resampled_R < point - rounding) + np.mean(resampled_R <= point + rounding)) / 2
     below = float(np.clip(share, 0.5 / len(resampled_R), 1 - 0.5 / len(resampled_R)))
-    bias = float(norm.ppf(below))
+    bias = float(_NORMAL.inv_cdf(below))
     centred_N = left_out_N.mean() - left_out_N
     spread = float((centred_N**2).sum()) ** 1.5
     acceleration = float((centred_N**3).sum()) / (6 * spread) if spread > 0 else 0.0
     shares = []
     for tail in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2):
-        z = bias + float(norm.ppf(tail))
-        shares.append(float(norm.cdf(bias + z / (1 - acceleration * z))))
+        z = bias + float(_NORMAL.inv_cdf(tail))
+        shares.append(float(_NORMAL.cdf(bias + z / (1 - acceleration * z))))
     low, high = (float(value) for value in np.quantile(resampled_R, shares))
     return Interval(point, min(low, point), max(high, point))
 

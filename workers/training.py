@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 
 from workers import adapters, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder
+from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
 from workers.batching import Batch, Plan, TokenRows, batches
 from workers.checkpoints import Checkpoint, Position
@@ -55,6 +55,7 @@ from workers.results import Provenance, Result
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
+from workers.test_sets import rows_sha256, settings_sha256
 from workers.validating import Validator, validation_event
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft-studio")
@@ -105,6 +106,7 @@ class Run:
     device_facts: DeviceFacts
     report: Report
     should_stop: ShouldStop
+    base_scores: BaseScores
     max_micro_batch_size: int | None = None
     step: int | None = None
     micro_batch_size: int = 1
@@ -138,12 +140,14 @@ def train(
     attempt: int = 1,
     micro_batch_size: int | None = None,
     bases: Bases | None = None,
+    base_scores: BaseScores | None = None,
 ) -> Path | None:
     """Trains an adapter and gives the folder of the finished product; None when it was stopped without one.
 
     A run that was interrupted goes on from its newest checkpoint in `folders.out`, whichever attempt made it. With
     `micro_batch_size` it has at most that many rows in memory at once, whatever the recipe says; the batch stays.
-    `bases` gives it the base model; without, the folder is read and loaded anew.
+    `bases` gives it the base model; without, the folder is read and loaded anew. `base_scores` keeps what the base
+    was measured at for later runs; without, only a later attempt of this one finds it.
 
     Raises:
         ExplainedError: what a person can mend: the recipe, the dataset, the base model, memory, disk space.
@@ -156,6 +160,7 @@ def train(
             recipe, folders, report=report, should_stop=should_stop, attempt=attempt, device=device, bases=bases,
         )  # fmt: skip
         run.max_micro_batch_size = micro_batch_size
+        run.base_scores = base_scores or run.base_scores
         model = load_base(run)
         base_rows = score_base(run, model)
         model = attach(run, model)
@@ -212,23 +217,33 @@ def prepare(
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
     # Held-out rows too: facts are of the whole dataset, as in the form, and are split where they are used.
-    lengths = [data.tokens.length(row) for row in range(len(data.tokens))]
+    facts = dataset_facts([data.tokens.length(row) for row in range(len(data.tokens))])
+    device_facts = facts_of_device(device)
+    resolved = resolve(recipe, base.shape, facts, device_facts)
+    return Run(
+        resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop,
+        BaseScores(folders.out / "base_scores"), bases=bases,
+    )  # fmt: skip
+
+
+def dataset_facts(lengths: Sequence[int]) -> DatasetFacts:
+    """The rows' lengths in tokens as an estimate needs them."""
     histogram: dict[int, int] = {}
     for length in lengths:
         upper = 2 ** math.ceil(math.log2(max(length, 16)))
         histogram[upper] = histogram.get(upper, 0) + 1
-    facts = DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram)
-    device_facts = DeviceFacts(
+    return DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram)
+
+
+def facts_of_device(device: torch.device) -> DeviceFacts:
+    """The device as an estimate needs it."""
+    return DeviceFacts(
         kind="cuda" if device.type == "cuda" else "cpu",
         name=devices.device_name(device),
         memory_bytes=devices.memory_bytes(device),
         num_threads=torch.get_num_threads(),
         has_fast_bfloat16=devices.supports_bfloat16(device),
     )
-    resolved = resolve(recipe, base.shape, facts, device_facts)
-    return Run(
-        resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop, bases=bases,
-    )  # fmt: skip
 
 
 def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
@@ -287,22 +302,32 @@ def load_base(run: Run) -> Any:
 
 
 def score_base(run: Run, model: Any) -> list[ScoredRow]:
-    """The untouched base on the held-out rows; a later attempt of the same run reuses what was measured."""
-    kept = run.folders.out / "base_scores.json"
-    key = run.recipe.sha256()
-    try:
-        found = json.loads(kept.read_text("utf-8"))
-        if found["recipe_sha256"] == key:
-            return [ScoredRow(**row) for row in found["rows"]]
-    except FileNotFoundError:
-        pass  # the first attempt
-    except (ValueError, KeyError, TypeError):
-        run.say("The base model's scores of an earlier attempt cannot be read; they are measured again.")
+    """The untouched base on the held-out rows, measured once for all runs that score it on the same rows."""
+    examples = run.data.held_out
+    key = scores_key(base_facts(run.base.revision, run.recipe, run.renderer, examples, run.device))
+    if (kept := run.base_scores.get(key)) is not None:
+        return kept
     rows = _score(run, model, "scoring_base", step=0)
-    aside = kept.with_suffix(".new")
-    aside.write_text(json.dumps({"recipe_sha256": key, "rows": [asdict(row) for row in rows]}), "utf-8")
-    aside.replace(kept)
+    try:
+        run.base_scores.put(key, rows)
+    except OSError as error:
+        run.say(f"The base model's scores could not be kept for later runs: {error.strerror}.", is_warning=True)
     return rows
+
+
+def base_facts(
+    revision: str, recipe: Recipe, renderer: Renderer, examples: Sequence[Example], device: torch.device
+) -> dict[str, Any]:
+    """What decides the rows of an untouched base, for `scores_key`."""
+    return {
+        "revision": revision,
+        "precision": recipe.precision,
+        "device": devices.device_name(device),
+        "versions": {name: version for name, version in versions().items() if name in ("torch", "transformers")},
+        "rows": rows_sha256(examples),
+        "lines": [example.line for example in examples],
+        "settings": settings_sha256(recipe.evaluation, renderer),
+    }
 
 
 def attach(run: Run, model: Any) -> Any:
@@ -650,6 +675,11 @@ def package(
         scores=tuple(scoring.compare_rows(base_rows, adapter_rows, run.recipe.evaluation.metrics)),
         samples=tuple(scoring.samples(base_rows, adapter_rows)),
         held_out=tuple(scoring.held_out(base_rows, adapter_rows)),
+        counts=scoring.row_counts(base_rows, adapter_rows, run.recipe.evaluation.metrics),
+        num_rows_to_score=len(run.data.held_out),
+        num_rows_scored=len(adapter_rows),
+        test_set_sha256=rows_sha256(run.data.held_out),
+        settings_sha256=settings_sha256(run.recipe.evaluation, run.renderer),
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),

@@ -27,13 +27,26 @@ class Verdict(StrEnum):
 class Compared(Protocol):
     """A figure's difference between two models over the same rows: a ScoreRecord, or the row of a table."""
 
-    num_rows: int
-    higher_is_better: bool
-    difference: float
-    difference_low: float
-    difference_high: float
-    p_value: float | None
-    rows_needed: int | None
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    @property
+    def difference(self) -> float: ...
+
+    @property
+    def difference_low(self) -> float: ...
+
+    @property
+    def difference_high(self) -> float: ...
+
+    @property
+    def p_value(self) -> float | None: ...
+
+    @property
+    def rows_needed(self) -> int | None: ...
 
 
 def verdict(compared: Compared, *, p_value: float | None = None) -> Verdict:

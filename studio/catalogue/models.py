@@ -11,6 +11,7 @@ from django.urls import reverse
 
 from studio.accounts.models import Team
 from studio.datasets.models import DatasetVersion
+from workers.evaluations import evaluations
 from workers.shapes import ModelShape
 from workers.verdicts import Verdict, verdict
 
@@ -161,6 +162,14 @@ class Suite(models.Model):
     def __str__(self) -> str:
         return f"{self.name} v{self.version}"
 
+    def get_absolute_url(self) -> str:
+        return reverse("catalogue:suite", args=[self.pk])
+
+    def metric_labels(self) -> list[str]:
+        """What it measures, as people call it; by name where a plug-in is not installed any more."""
+        known = evaluations()
+        return [known[name].label if name in known else name for name in self.evaluation["metrics"]]
+
 
 class TestSet(models.TextChoices):
     """What rows a model was scored on."""
@@ -189,9 +198,7 @@ class EvaluationRun(models.Model):
     num_rows = models.PositiveIntegerField(help_text="Rows that were to be scored.")
     num_scored = models.PositiveIntegerField(help_text="Rows that were.")
     folder = models.TextField(blank=True, help_text="Storage key of its rows and results; empty: the adapter's folder.")
-    base_figures = models.JSONField(
-        default=dict, help_text="Of a base alone: {evaluation: {value, low, high, num_rows}}."
-    )
+    base_figures = models.JSONField(default=dict, help_text="Of the base: {evaluation: {value, low, high, num_rows}}.")
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -217,6 +224,36 @@ class RowCounts(models.Model):
 
     def __str__(self) -> str:
         return f"rows of {self.run}"
+
+
+class RunComparison(models.Model):
+    """How one adapter stands beside another on the same rows, kept because it is computed from thousands of resamples.
+
+    `difference*` is that of `run` minus that of `other`, paired by row.
+    """
+
+    run = models.ForeignKey(EvaluationRun, on_delete=models.CASCADE, related_name="comparisons")
+    other = models.ForeignKey(EvaluationRun, on_delete=models.CASCADE, related_name="+")
+    evaluation = models.CharField(max_length=80)
+    higher_is_better = models.BooleanField()
+    num_rows = models.PositiveIntegerField()
+    value = models.FloatField()
+    other_value = models.FloatField()
+    difference = models.FloatField()
+    difference_low = models.FloatField()
+    difference_high = models.FloatField()
+    interval_method = models.CharField(max_length=200)
+    p_value = models.FloatField()
+    rows_needed = models.PositiveIntegerField()
+    rows_recommended = models.PositiveIntegerField()
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["run", "other", "evaluation"], name="one_comparison_per_pair")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.evaluation} of {self.run} beside {self.other}"
 
 
 class Score(models.Model):

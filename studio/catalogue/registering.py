@@ -9,7 +9,16 @@ from django.db import connection
 from django.db.models import Max
 
 from studio.accounts.models import Team, User
-from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Sample, Score, TestSet
+from studio.catalogue.models import (
+    Adapter,
+    BaseModel,
+    EvaluationRun,
+    RowCounts,
+    Sample,
+    Score,
+    Suite,
+    TestSet,
+)
 from studio.datasets.models import DatasetVersion
 from studio.storage import adapter_folder, file_digests
 from workers.errors import ExplainedError
@@ -60,9 +69,10 @@ def register_adapter(
         provenance=result.provenance.model_dump(mode="json"),
         created_by=user,
     )
-    for test_set, scores in ((TestSet.HELD_OUT, result.scores), (TestSet.GENERAL, result.general)):
-        if scores:
-            _add_run(adapter, test_set, scores, result)
+    if result.scores:
+        _add_run(team, base_model, adapter, TestSet.HELD_OUT, result.scores, result)
+    if result.general:
+        _add_run(team, base_model, adapter, TestSet.GENERAL, result.general, result)
     Sample.objects.bulk_create(
         # PostgreSQL stores no zero character, and a model can produce one.
         Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
@@ -80,20 +90,54 @@ def _next_version(team: Team, name: str) -> int:
     return (newest or 0) + 1
 
 
-def _add_run(adapter: Adapter, test_set: TestSet, scores: Sequence[ScoreRecord], result: Result) -> None:
-    num_rows = max(score.num_rows for score in scores)
-    is_held_out = test_set == TestSet.HELD_OUT
+def register_run(
+    *, team: Team, base_model: BaseModel, adapter: Adapter | None, suite: Suite | None, folder_key: str, result: Result
+) -> EvaluationRun:
+    """What an evaluation measured, in the catalogue: of an adapter beside its base, or of a base alone.
+
+    Opens no transaction: the caller's makes it one fact with the success of the job.
+    """
+    return _add_run(team, base_model, adapter, TestSet.SUITE, result.scores, result, suite=suite, folder_key=folder_key)
+
+
+def _add_run(
+    team: Team,
+    base_model: BaseModel,
+    adapter: Adapter | None,
+    test_set: TestSet,
+    scores: Sequence[ScoreRecord],
+    result: Result,
+    *,
+    suite: Suite | None = None,
+    folder_key: str = "",
+) -> EvaluationRun:
+    # Results of older versions say of no set how many rows there were to score, and nobody says it of the general one.
+    num_rows = max((score.num_rows for score in scores), default=0)
+    is_general = test_set == TestSet.GENERAL
     run = EvaluationRun.objects.create(
-        team=adapter.team, adapter=adapter, base_model=adapter.base_model, test_set=test_set,
-        test_set_sha256=result.test_set_sha256 if is_held_out else "",
-        settings_sha256=result.settings_sha256 if is_held_out else "",
-        # Results of older versions do not say how many rows there were to score.
-        num_rows=(result.num_rows_to_score if is_held_out else 0) or num_rows,
-        num_scored=(result.num_rows_scored if is_held_out else 0) or num_rows,
+        team=team, adapter=adapter, base_model=base_model, test_set=test_set, suite=suite, folder=folder_key,
+        test_set_sha256="" if is_general else result.test_set_sha256,
+        settings_sha256="" if is_general else result.settings_sha256,
+        num_rows=num_rows if is_general else result.num_rows_to_score or num_rows,
+        num_scored=num_rows if is_general else result.num_rows_scored or num_rows,
+        base_figures={
+            score.evaluation: {
+                "label": score.label, "unit": score.unit, "higher_is_better": score.higher_is_better,
+                "value": score.base_value, "low": score.base_low, "high": score.base_high, "num_rows": score.num_rows,
+            }
+            for score in scores
+        },
     )  # fmt: skip
-    Score.objects.bulk_create(
-        Score(adapter=adapter, run=run, test_set=test_set, **score.model_dump()) for score in scores
-    )
+    if adapter is not None:
+        Score.objects.bulk_create(
+            Score(adapter=adapter, run=run, test_set=test_set, **score.model_dump()) for score in scores
+        )
+    if result.counts.lines and not is_general:
+        counts = result.counts.model_dump(mode="json")
+        RowCounts.objects.create(
+            run=run, lines=counts["lines"], adapter_counts=counts["adapter"], base_counts=counts["base"]
+        )
+    return run
 
 
 def checked_files(folder_key: str) -> list[dict[str, str | int]]:

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.catalogue import views
+from studio.catalogue import suite_pages, views
 
 app_name = "catalogue"
 urlpatterns = [
@@ -8,6 +8,10 @@ urlpatterns = [
     path("models/<int:adapter_id>/", views.adapter, name="adapter"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
     path("methods/", views.which_method, name="methods"),
+    path("suites/", suite_pages.suites, name="suites"),
+    path("suites/new/", suite_pages.new_suite, name="new_suite"),
+    path("suites/<int:suite_id>/", suite_pages.suite, name="suite"),
+    path("suites/<int:suite_id>/change/", suite_pages.change_suite, name="change_suite"),
     path("base-models/", views.base_models, name="base_models"),
     path("base-models/register/", views.register_base_model_page, name="register_base_model"),
     path("base-models/<int:base_model_id>/", views.base_model, name="base_model"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.db import connection, transaction
 
 from studio.datasets.models import DatasetVersion
-from studio.storage import remove_blob
+from studio.storage import remove_base_scores, remove_blob
 
 
 def lock_blob(sha256: str) -> None:
@@ -23,3 +23,4 @@ def remove_unused_blob(sha256: str) -> None:
         lock_blob(sha256)
         if not DatasetVersion.objects.filter(sha256=sha256).exists():
             remove_blob(sha256)
+            remove_base_scores(sha256)

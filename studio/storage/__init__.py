@@ -196,6 +196,17 @@ def quantised_folder() -> Path:
     return settings.DATA_DIR / "quantised"
 
 
+def base_scores_folder(sha256: str) -> Path:
+    """Where workers keep what base models were measured at on a dataset's rows (workers/base_scores.py)."""
+    assert len(sha256) == 64, "a dataset is named by its digest"
+    return settings.DATA_DIR / "base_scores" / sha256
+
+
+def remove_base_scores(sha256: str) -> None:
+    """Forget what base models were measured at on a dataset's rows: their questions and answers stand in it."""
+    shutil.rmtree(base_scores_folder(sha256), ignore_errors=True)
+
+
 def adapter_folder(key: str) -> Path:
     """The folder of a finished adapter by its storage key ("<team id>/<job id>")."""
     folder = (settings.DATA_DIR / "adapters" / key).resolve()
@@ -220,6 +231,14 @@ def keep_adapter(source: Path, key: str) -> Path:
     if is_remote():
         fetching.store_folder(target, f"adapters/{key}")
     return target
+
+
+def fetch_adapter(key: str) -> Path:
+    """The folder of a finished adapter on this machine; raises StorageError, and NotStoredError where there is none."""
+    folder = adapter_folder(key)
+    if folder.is_dir() or not is_remote():
+        return folder
+    return fetching.fetch_folder(f"adapters/{key}", folder)
 
 
 def discard_adapter(key: str) -> None:

@@ -25,10 +25,10 @@ from django.conf import settings
 from django.db import connection
 
 from jobs.lifecycle import database_now
-from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobAttempt, JobEvent, JobState, Worker
+from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobAttempt, JobEvent, JobKind, JobState, Worker
 from jobs.progress import stream_key
 from studio import storage
-from studio.catalogue.models import Adapter
+from studio.catalogue.models import Adapter, EvaluationRun
 from workers.digests import file_sha256
 
 # Seconds for which a lease may have run out before somebody takes the job back, and for which an outbox may hold
@@ -84,21 +84,22 @@ def _scaled(seconds: float) -> timedelta:
 
 def products_of_succeeded_jobs() -> Iterator[str]:
     """I1: a job has a product, row and files, exactly when it succeeded, and never two."""
-    registered: dict[UUID, list[Adapter]] = defaultdict(list)
-    for adapter in Adapter.objects.all():
-        if found := _KEY_OF_A_JOB.fullmatch(adapter.folder):
-            registered[UUID(found["job"])].append(adapter)
-    jobs = {job.pk: job for job in Job.objects.select_related("adapter")}
+    registered: dict[UUID, list[Adapter | EvaluationRun]] = defaultdict(list)
+    for made in (*Adapter.objects.all(), *EvaluationRun.objects.all()):
+        if found := _KEY_OF_A_JOB.fullmatch(made.folder):
+            registered[UUID(found["job"])].append(made)
+    jobs = {job.pk: job for job in Job.objects.select_related("adapter", "evaluation_run")}
     for job in jobs.values():
-        if job.state == JobState.SUCCEEDED and job.adapter is None:
+        product = job.adapter if job.kind == JobKind.TRAIN else job.evaluation_run
+        if job.state == JobState.SUCCEEDED and product is None:
             yield f"I1: {_name(job)} succeeded without a product."
-        if job.state != JobState.SUCCEEDED and job.adapter is not None:
+        if job.state != JobState.SUCCEEDED and product is not None:
             yield f"I1: {_name(job)} is {job.state} and has a product."
-        if job.adapter is not None and not any(storage.adapter_folder(job.adapter.folder).glob("*")):
-            yield f"I1: the product of {_name(job)} has no files at {job.adapter.folder}."
-        strangers = [adapter.pk for adapter in registered[job.pk] if adapter.pk != job.adapter_id]
+        if product is not None and not any(storage.adapter_folder(product.folder).glob("*")):
+            yield f"I1: the product of {_name(job)} has no files at {product.folder}."
+        strangers = [str(made) for made in registered[job.pk] if made != product]
         if strangers:
-            yield f"I1: {_name(job)} is {job.state}, and the adapters {strangers} were registered beside its product."
+            yield f"I1: {_name(job)} is {job.state}, and {strangers} were registered beside its product."
     succeeded = JobAttempt.objects.filter(outcome="succeeded").values_list("job_id", flat=True)
     for job_id, times in Counter(succeeded).items():
         if times > 1:
@@ -108,8 +109,8 @@ def products_of_succeeded_jobs() -> Iterator[str]:
 
 
 def stray_products() -> Iterator[tuple[str, UUID]]:
-    """(storage key, job) of product folders of ended jobs that no adapter refers to."""
-    kept = set(Adapter.objects.values_list("folder", flat=True))
+    """(storage key, job) of product folders of ended jobs that no adapter or run refers to."""
+    kept = {key for made in (Adapter, EvaluationRun) for key in made.objects.values_list("folder", flat=True)}
     ended = set(Job.objects.filter(state__in=FINAL_STATES).values_list("pk", flat=True))
     root = Path(settings.DATA_DIR) / "adapters"
     for folder in sorted(root.glob("*/*")):

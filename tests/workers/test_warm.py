@@ -130,7 +130,8 @@ def product(out: Path) -> dict[str, bytes]:
     adapter = out / "attempts" / "1" / "adapter"
     names = ("adapter_model.safetensors", "adapter_config.json", "eval/scores.json", "eval/samples.jsonl")
     found = {name: (adapter / name).read_bytes() for name in (*names, "eval/held_out.jsonl")}
-    found["base_scores.json"] = (out / "base_scores.json").read_bytes()
+    (scores,) = (out / "base_scores").rglob("*.json")
+    found["base_scores"] = scores.read_bytes()
     for name in ("adapter.safetensors", "optimizer.safetensors", "random.safetensors"):
         found[f"checkpoint {name}"] = next((out / "checkpoints").glob(f"4-*/{name}")).read_bytes()
     return found

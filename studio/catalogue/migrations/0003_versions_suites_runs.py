@@ -45,7 +45,7 @@ class Migration(migrations.Migration):
                 (
                     "base_figures",
                     models.JSONField(
-                        default=dict, help_text="Of a base alone: {evaluation: {value, low, high, num_rows}}."
+                        default=dict, help_text="Of the base: {evaluation: {value, low, high, num_rows}}."
                     ),
                 ),
                 ("created_at", models.DateTimeField(auto_now_add=True)),

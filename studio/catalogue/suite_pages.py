@@ -1,0 +1,164 @@
+"""Pages of a team's benchmark suites."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from django import forms
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from studio.accounts.access import TeamRequest, team_page
+from studio.accounts.models import Role, Team
+from studio.catalogue.models import BaseModel, Suite
+from studio.catalogue.suites import archive_suite, make_suite, run_rows, set_guardrail
+from studio.datasets.models import DatasetVersion, VersionState
+from studio.query_values import whole_number
+from workers.errors import ExplainedError
+from workers.evaluations import evaluations
+from workers.recipe import EvaluationSettings
+
+DEFAULTS = EvaluationSettings()
+MAX_CHOICES = 200
+
+
+class VersionField(forms.ModelChoiceField):
+    """A dataset version by its name and number of rows."""
+
+    def label_from_instance(self, obj: Any) -> str:
+        """The version and how many rows it has."""
+        return f"{obj} ({obj.num_usable:,} rows)"
+
+
+class SuiteForm(forms.Form):
+    """What a suite measures on which rows."""
+
+    name = forms.CharField(max_length=120, help_text="A name that exists makes its next version.")
+    dataset_version = VersionField(
+        queryset=DatasetVersion.objects.none(),
+        label="Rows",
+        help_text="Every usable row of it is scored.",
+    )
+    metrics = forms.MultipleChoiceField(widget=forms.CheckboxSelectMultiple, initial=list(DEFAULTS.metrics))
+    max_rows = forms.IntegerField(
+        min_value=1,
+        required=False,
+        label="Rows at most",
+        help_text="The first ones; empty for all of them.",
+    )
+    num_generated = forms.IntegerField(
+        min_value=0, max_value=10_000, initial=100, label="Answers to generate",
+        help_text="Rows that the model answers; metrics of answers use these.",
+    )  # fmt: skip
+    max_new_tokens = forms.IntegerField(
+        min_value=1, max_value=8192, initial=DEFAULTS.max_new_tokens, label="Answer length",
+        help_text="Tokens after which an answer is cut off.",
+    )  # fmt: skip
+    is_guardrail = forms.BooleanField(
+        required=False, label="Guardrail", help_text="Every new adapter of the team is scored on it by itself."
+    )
+    description = forms.CharField(required=False, max_length=2000, widget=forms.Textarea(attrs={"rows": 2}))
+
+    def __init__(self, *args: Any, team: Team, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ready = DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
+        self.fields["dataset_version"].queryset = (  # type: ignore[attr-defined]
+            ready.select_related("dataset").order_by("dataset__name", "-number")
+        )
+        self.fields["metrics"].choices = [(name, one.label) for name, one in evaluations().items()]  # type: ignore[attr-defined]
+
+
+@require_GET
+@team_page()
+def suites(request: TeamRequest) -> HttpResponse:
+    """The team's suites, the newest version of each first."""
+    found = request.team.suites.select_related("dataset_version__dataset", "created_by").order_by("name", "-version")
+    is_all = "all" in request.GET
+    shown = list((found if is_all else found.filter(archived_at=None))[:MAX_CHOICES])
+    return render(
+        request, "catalogue/suites.html",
+        {"suites": shown, "is_all": is_all, "may_train": request.membership.may(Role.TRAINER)},
+    )  # fmt: skip
+
+
+@require_http_methods(["GET", "POST"])
+@team_page(Role.TRAINER)
+def new_suite(request: TeamRequest) -> HttpResponse:
+    """Make a suite, or the next version of one."""
+    before = request.team.suites.filter(pk=whole_number(request.GET.get("from", "")) or 0).first()
+    form = SuiteForm(request.POST or None, team=request.team, initial=_initial(before))
+    if request.method == "POST" and form.is_valid():
+        values = form.cleaned_data
+        try:
+            suite = make_suite(
+                team=request.team, user=request.user, name=values["name"], dataset_version=values["dataset_version"],
+                description=values["description"], max_rows=values["max_rows"], is_guardrail=values["is_guardrail"],
+                evaluation={name: values[name] for name in ("metrics", "num_generated", "max_new_tokens")},
+            )  # fmt: skip
+        except ExplainedError as error:
+            field = (error.field or "").removeprefix("evaluation.")
+            form.add_error(field if field in form.fields else None, str(error))
+        else:
+            messages.success(request, f"{suite} is made. Run it on an adapter or a base model.")
+            return redirect("catalogue:suite", suite.pk)
+    status = 422 if request.method == "POST" else 200
+    return render(request, "catalogue/new_suite.html", {"form": form, "before": before}, status=status)
+
+
+@require_GET
+@team_page()
+def suite(request: TeamRequest, suite_id: int) -> HttpResponse:
+    """A suite with everything that ran on it."""
+    found = _get(request, suite_id)
+    adapters = request.team.adapters.only("pk", "name", "version").order_by("-created_at")[:MAX_CHOICES]
+    return render(
+        request, "catalogue/suite.html",
+        {
+            "suite": found, "rows": run_rows(found), "metrics": found.metric_labels(),
+            "adapters": list(adapters), "bases": list(BaseModel.objects.only("pk", "name").order_by("name")),
+            "may_train": request.membership.may(Role.TRAINER), "key": secrets.token_urlsafe(16),
+        },
+    )  # fmt: skip
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def change_suite(request: TeamRequest, suite_id: int) -> HttpResponse:
+    """Archive a suite or bring it back, make it a guardrail or not: `do` says which."""
+    found = _get(request, suite_id)
+    acts = {
+        "archive": (lambda: archive_suite(found, request.user), f"{found} is archived; its runs stay."),
+        "bring_back": (lambda: archive_suite(found, request.user, is_archived=False), f"{found} is back."),
+        "guard": (
+            lambda: set_guardrail(found, request.user, is_guardrail=True),
+            f"Every new adapter will be scored on {found}.",
+        ),
+        "unguard": (
+            lambda: set_guardrail(found, request.user, is_guardrail=False),
+            f"New adapters are not scored on {found} any more.",
+        ),
+    }
+    act = acts.get(request.POST.get("do", ""))
+    if act is None:
+        messages.error(request, "Nothing was done: the form did not say what to do.")
+    elif act[0]():
+        messages.success(request, act[1])
+    return redirect("catalogue:suite", found.pk)
+
+
+def _get(request: TeamRequest, suite_id: int) -> Suite:
+    rows = request.team.suites.select_related("dataset_version__dataset", "created_by", "team")
+    return get_object_or_404(rows, pk=suite_id)
+
+
+def _initial(before: Suite | None) -> dict[str, Any]:
+    if before is None:
+        return {}
+    return {
+        "name": before.name, "dataset_version": before.dataset_version_id, "description": before.description,
+        "max_rows": before.max_rows, "is_guardrail": before.is_guardrail,
+        **{name: before.evaluation[name] for name in ("metrics", "num_generated", "max_new_tokens")},
+    }  # fmt: skip
