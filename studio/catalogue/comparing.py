@@ -25,11 +25,11 @@ def compare_runs(run: EvaluationRun, other: EvaluationRun, evaluation: str) -> R
         NotComparableError: other rows, other settings, or an incomplete run: the sentence says which.
         UnknownPluginError: the evaluation is not installed any more.
     """
+    if (why := why_not_comparable(run, other)) is not None:
+        raise NotComparableError(why)
     known = RunComparison.objects.filter(run=run, other=other, evaluation=evaluation).first()
     if known is not None:
         return known
-    if (why := why_not_comparable(run, other)) is not None:
-        raise NotComparableError(why)
     metric = get_evaluation(evaluation.partition("@")[0])
     pairs = _pairs(run, other, evaluation)
     found = compare_counts(

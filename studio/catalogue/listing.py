@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from django.db.models import F, FloatField, OuterRef, Prefetch, QuerySet, Subquery
+from django.contrib.postgres.expressions import ArraySubquery
+from django.contrib.postgres.search import SearchQuery
+from django.db.models import Exists, FloatField, OuterRef, Q, QuerySet, Subquery
 from django.http import QueryDict
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, Score, TestSet
+from studio.catalogue.models import Adapter, AdapterState, Alias, Score, TestSet
+from studio.keyset import Key, read_page
 from studio.query_values import whole_number
 from workers.evaluations import evaluations
 from workers.methods import ADAPTER, Product, methods
 
 PAGE_SIZE = 50
+MAX_WORDS = 8
 DEFAULT_SORT = "loss"
 OTHER_SORTS = {"updated": "Newest first", "name": "Name", "size": "Size"}
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,35 @@ class Choice:
 class Filters:
     """What the URL asked for. Unknown values ask for nothing."""
 
+    text: str
+    state: str
     base: str
     method: str
     dataset: str
+    alias: str
+    tag: str
+    is_every_version: bool
     sort: str
-    page: int
 
     @classmethod
     def from_query(cls, query: QueryDict, choices: dict[str, list[Choice]]) -> Filters:
         """The filters that a URL names, of what is installed or `filter_choices` offers."""
-        sort, page, method = query.get("sort", DEFAULT_SORT), query.get("page", "1"), query.get("method", "")
+        sort, method = query.get("sort", DEFAULT_SORT), query.get("method", "")
+
+        def offered(name: str) -> str:
+            value = query.get(name, "")
+            return value if any(value == one.value for one in choices[name]) else ""
+
         return cls(
+            text=" ".join(query.get("q", "").replace("\0", " ").split())[:200],
+            state=query.get("state", "") if query.get("state", "") in AdapterState.values else "",
             base=_number(query.get("base", "")),
-            method=method if method in methods() or any(method == one.value for one in choices["method"]) else "",
+            method=method if method in methods() else offered("method"),
             dataset=_number(query.get("dataset", "")),
+            alias=offered("alias"),
+            tag=query.get("tag", "").replace("\0", "")[:40],
+            is_every_version="every" in query,
             sort=sort if sort in evaluations() or sort in OTHER_SORTS else DEFAULT_SORT,
-            page=max(1, min(whole_number(page) or 1, 100_000)),
         )
 
     @property
@@ -55,7 +74,7 @@ class Filters:
         return self.sort if self.sort in evaluations() else DEFAULT_SORT
 
     def are_set(self) -> bool:
-        return bool(self.base or self.method or self.dataset)
+        return bool(self.text or self.state or self.base or self.method or self.dataset or self.alias or self.tag)
 
 
 def _number(text: str) -> str:
@@ -64,75 +83,107 @@ def _number(text: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterPage:
-    """Adapters with `shown_score` set to their score on the chosen metric, or None."""
+    """Adapters with `shown_score` set to their score on the chosen metric, or None, and `alias_names`."""
 
     adapters: list[Adapter]
-    has_more: bool
+    before: str
+    after: str
     extent: float
     """Largest absolute difference on the page: the axis that its intervals share."""
 
 
-def list_adapters(team: Team, filters: Filters) -> AdapterPage:
+def list_adapters(team: Team, filters: Filters, query: QueryDict) -> AdapterPage:
     """One page of a team's adapters; three queries whatever their number."""
-    found = sorted_adapters(team.adapters.all(), filters).select_related("base_model", "dataset_version__dataset")
-    found = found.prefetch_related(
-        Prefetch(
-            "scores", Score.objects.filter(evaluation=filters.metric, test_set=TestSet.HELD_OUT), to_attr="shown_scores"
-        )
-    ).defer("recipe", "files", "provenance")
-    start = (filters.page - 1) * PAGE_SIZE
-    rows = list(found[start : start + PAGE_SIZE + 1])
-    for adapter in rows:
-        scores = adapter.shown_scores
+    page = read_page(with_columns(team.adapters.all(), filters), order_of(filters), query, size=PAGE_SIZE)
+    scores = {
+        score.adapter_id: score
+        for score in Score.objects.filter(adapter__in=page.rows, evaluation=filters.metric, test_set=TestSet.HELD_OUT)
+    }
+    for adapter in page.rows:
         adapter.method_label = method_label(adapter.method)  # type: ignore[attr-defined]
-        adapter.shown_score = scores[0] if scores else None  # type: ignore[attr-defined]
-    shown = rows[:PAGE_SIZE]
-    ends = [
-        abs(end)
-        for adapter in shown
-        if (score := adapter.shown_score) is not None  # type: ignore[attr-defined]
-        for end in (score.difference_low, score.difference_high)
-    ]
-    return AdapterPage(list[Adapter](shown), len(rows) > PAGE_SIZE, max(ends, default=0) or 1.0)
+        adapter.shown_score = scores.get(adapter.pk)  # type: ignore[attr-defined]
+    ends = [abs(end) for score in scores.values() for end in (score.difference_low, score.difference_high)]
+    return AdapterPage(page.rows, page.before, page.after, max(ends, default=0) or 1.0)
 
 
-def sorted_adapters(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]:
-    """The filtered adapters in the asked order; those that were not scored come last."""
+def with_columns(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]:
+    """The filtered adapters with what a list shows and sorts by, heavy columns left out."""
+    found = filtered(adapters, filters).select_related("base_model", "dataset_version__dataset", "created_by").defer(
+        "recipe", "files", "provenance", "card", "overlap", "suspicious", "search",
+        "base_model__files", "base_model__shape", "dataset_version__statistics",
+    )  # fmt: skip
+    aliases = Alias.objects.filter(adapter=OuterRef("pk")).order_by("name")
+    found = found.annotate(alias_names=ArraySubquery(aliases.values("name")))
+    if filters.sort in OTHER_SORTS:
+        return found
+    scores = Score.objects.filter(adapter=OuterRef("pk"), evaluation=filters.sort, test_set=TestSet.HELD_OUT)
+    return found.annotate(sorted_difference=Subquery(scores.values("difference")[:1], output_field=FloatField()))
+
+
+def order_of(filters: Filters) -> list[Key]:
+    """The order that was asked for; those that were not scored come last."""
+    last = [Key("created_at", is_descending=True), Key("pk", is_descending=True)]
+    if filters.sort == "updated":
+        return last
+    if filters.sort in OTHER_SORTS:
+        return [Key({"name": "name", "size": "num_bytes"}[filters.sort]), Key("pk", is_descending=True)]
+    is_descending = evaluations()[filters.sort].higher_is_better
+    return [Key("sorted_difference", is_descending=is_descending, is_nullable=True), *last]
+
+
+def filtered(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]:
+    """The adapters that the filters leave; the archived ones only when they are asked for."""
+    is_in_state = Q(state=filters.state) if filters.state else ~Q(state=AdapterState.ARCHIVED)
+    adapters = adapters.filter(is_in_state)
     if filters.base:
         adapters = adapters.filter(base_model__pk=int(filters.base))
     if filters.dataset:
         adapters = adapters.filter(dataset_version__dataset__pk=int(filters.dataset))
     if filters.method:
         adapters = adapters.filter(method=filters.method)
-    if filters.sort in OTHER_SORTS:
-        order = {"updated": "-created_at", "name": "name", "size": "num_bytes"}[filters.sort]
-        return adapters.order_by(order, "-pk")
-    scores = Score.objects.filter(adapter=OuterRef("pk"), evaluation=filters.sort, test_set=TestSet.HELD_OUT)
-    difference = F("sorted_difference")
-    best_first = (
-        difference.desc(nulls_last=True)
-        if evaluations()[filters.sort].higher_is_better
-        else difference.asc(nulls_last=True)
+    if filters.alias:
+        adapters = adapters.filter(aliases__name=filters.alias)
+    if filters.tag:
+        adapters = adapters.filter(tags__contains=[filters.tag])
+    if (search := search_query(filters.text)) is not None:
+        adapters = adapters.filter(search=search)
+    if not (filters.is_every_version or filters.alias):
+        newer = Adapter.objects.filter(
+            team_id=OuterRef("team_id"), name=OuterRef("name"), version__gt=OuterRef("version")
+        )
+        adapters = adapters.filter(~Exists(newer))
+    return adapters
+
+
+def search_query(text: str) -> SearchQuery | None:
+    """Every word of a text as the beginning of a word; None for a text without any, which asks for nothing."""
+    words = _WORD.findall(text)[:MAX_WORDS]
+    # Words alone, each in quotes: nothing of what a person types is syntax.
+    return (
+        SearchQuery(" & ".join(f"'{word}':*" for word in words), config="simple", search_type="raw") if words else None
     )
-    return adapters.annotate(
-        sorted_difference=Subquery(scores.values("difference")[:1], output_field=FloatField())
-    ).order_by(best_first, "-created_at", "-pk")
 
 
 def filter_choices(team: Team) -> dict[str, list[Choice]]:
     """What a team's adapters can be filtered by: only what occurs."""
+    aliases = Alias.objects.filter(team=team).order_by("name").distinct()
     rows = (
         team.adapters.order_by()
         .values_list("base_model_id", "base_model__name", "dataset_version__dataset_id",
-                     "dataset_version__dataset__name", "method")
+                     "dataset_version__dataset__name", "method", ArraySubquery(aliases.values("name")))
         .distinct()
     )  # fmt: skip
     bases: dict[str, str] = {}
     datasets: dict[str, str] = {}
     used: dict[str, str] = {}
-    for base_id, base, dataset_id, dataset, method in rows:
+    named: dict[str, str] = {}
+    for base_id, base, dataset_id, dataset, method, alias_names in rows:
+        named |= {name: f"@{name}" for name in alias_names}
         bases[str(base_id)], datasets[str(dataset_id)], used[method] = base, dataset, method_label(method)
-    return {"base": _choices(bases), "method": _choices(used), "dataset": _choices(datasets)}
+    return {
+        "base": _choices(bases), "method": _choices(used), "dataset": _choices(datasets), "alias": _choices(named),
+        "state": [Choice(value, label) for value, label in AdapterState.choices],
+    }  # fmt: skip
 
 
 def method_label(name: str) -> str:
@@ -157,8 +208,12 @@ def sort_choices() -> list[Choice]:
     return measured + [Choice(value, label) for value, label in OTHER_SORTS.items()]
 
 
-def page_url(query: QueryDict, page: int) -> str:
-    """The same list at another page."""
+def page_url(query: QueryDict, **cursor: str) -> str:
+    """The same list at another page: `after` or `before` a cursor; empty for an empty cursor."""
+    if not any(cursor.values()):
+        return ""
     changed: Any = query.copy()
-    changed["page"] = str(page)
+    for name in ("after", "before"):
+        changed.pop(name, None)
+    changed.update(cursor)
     return f"?{changed.urlencode()}"

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
+from django.contrib.postgres.indexes import GinIndex
+from django.contrib.postgres.search import SearchVector, SearchVectorField
 from django.db import models
 from django.urls import reverse
 
@@ -83,11 +85,19 @@ class Adapter(models.Model):
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
+    search = models.GeneratedField(
+        expression=SearchVector("name", "card", config="simple"), output_field=SearchVectorField(), db_persist=True
+    )
+
     class Meta:
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["team", "name", "version"], name="one_adapter_per_version")
         ]
-        indexes: ClassVar = [models.Index(fields=["team", "-created_at"], name="adapter_list")]
+        indexes: ClassVar = [
+            models.Index(fields=["team", "-created_at"], name="adapter_list"),
+            GinIndex(fields=["search"], name="adapter_search"),
+            GinIndex(fields=["tags"], name="adapter_tags"),
+        ]
 
     def __str__(self) -> str:
         return self.name
@@ -99,6 +109,24 @@ class Adapter(models.Model):
         """Its scores on the held-out rows of its training, by name of the evaluation; uses what was prefetched."""
         found = [score for score in self.scores.all() if score.test_set == TestSet.HELD_OUT]
         return sorted(found, key=lambda score: score.evaluation)
+
+
+class SavedView(models.Model):
+    """Filters of the list of adapters under a name: a person's own, or shared with the team."""
+
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="saved_views")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    name = models.CharField(max_length=60)
+    query = models.CharField(max_length=1000, help_text="The query string of the list.")
+    is_shared = models.BooleanField(default=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "user", "name"], name="one_view_per_name")]
+        ordering: ClassVar = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Alias(models.Model):
@@ -254,6 +282,10 @@ class RunComparison(models.Model):
 
     def __str__(self) -> str:
         return f"{self.evaluation} of {self.run} beside {self.other}"
+
+    def verdict(self) -> Verdict:
+        """How `run` stands beside `other`, when no other comparison is read beside this one."""
+        return verdict(self)
 
 
 class Score(models.Model):

@@ -1,10 +1,14 @@
 from django.urls import path
 
-from studio.catalogue import suite_pages, views
+from studio.catalogue import compare_pages, list_pages, suite_pages, views
 
 app_name = "catalogue"
 urlpatterns = [
-    path("models/", views.adapters, name="adapters"),
+    path("models/", list_pages.adapters, name="adapters"),
+    path("models/compare/", compare_pages.compare, name="compare"),
+    path("models/export.<str:kind>", list_pages.export, name="export"),
+    path("models/views/", list_pages.save_view, name="save_view"),
+    path("models/views/<int:view_id>/delete/", list_pages.delete_view, name="delete_view"),
     path("models/<int:adapter_id>/", views.adapter, name="adapter"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
     path("methods/", views.which_method, name="methods"),

@@ -22,34 +22,11 @@ from studio.catalogue.recipe_table import recipe_sections
 from studio.catalogue.registering import DamagedAdapterError
 from studio.catalogue.usage import usages
 from workers.errors import ExplainedError
-from workers.evaluations import evaluations
 from workers.measured import measured_methods
 from workers.methods import methods
 
 # Samples on the adapter's page; the whole list is in the zip (eval/samples.jsonl) and the API.
 MAX_SAMPLES = 20
-
-
-@require_GET
-@team_page()
-def adapters(request: TeamRequest) -> HttpResponse:
-    """The team's adapters, the best first."""
-    choices = listing.filter_choices(request.team)
-    filters = listing.Filters.from_query(request.GET, choices)
-    page = listing.list_adapters(request.team, filters)
-    return render(
-        request,
-        "catalogue/adapters.html",
-        {
-            "page": page,
-            "filters": filters,
-            "metric": evaluations()[filters.metric],
-            "choices": choices,
-            "sorts": listing.sort_choices(),
-            "previous_url": listing.page_url(request.GET, filters.page - 1) if filters.page > 1 else "",
-            "next_url": listing.page_url(request.GET, filters.page + 1) if page.has_more else "",
-        },
-    )
 
 
 @require_GET

@@ -1,0 +1,190 @@
+"""The list of adapters: filters, search, saved views, exports, and what is compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from django.contrib import messages
+from django.db.models import Prefetch, Q
+from django.http import HttpResponse, HttpResponseBase, QueryDict, StreamingHttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
+from django.views.decorators.http import require_GET, require_POST
+
+from studio.accounts.access import TeamRequest, team_page
+from studio.accounts.models import record
+from studio.catalogue import listing
+from studio.catalogue.models import Adapter, SavedView, Score, TestSet
+from studio.query_values import whole_number
+from workers.evaluations import evaluations
+
+EXPORTED_AT_ONCE = 500
+COLUMNS = (
+    "name", "version", "state", "aliases", "tags", "base_model", "method", "dataset", "evaluation", "num_rows", "value",
+    "low", "high", "base_value", "difference", "difference_low", "difference_high", "p_value", "verdict",
+    "num_trainable", "num_bytes", "created_by", "created_at", "url",
+)  # fmt: skip
+
+
+@require_GET
+@team_page()
+def adapters(request: TeamRequest) -> HttpResponse:
+    """The team's adapters, the best first."""
+    choices = listing.filter_choices(request.team)
+    filters = listing.Filters.from_query(request.GET, choices)
+    page = listing.list_adapters(request.team, filters, request.GET)
+    views = request.team.saved_views.filter(Q(user=request.user) | Q(is_shared=True))
+    shown = request.GET.copy()
+    for name in ("after", "before"):
+        shown.pop(name, None)
+    return render(
+        request,
+        "catalogue/adapters.html",
+        {
+            "page": page,
+            "filters": filters,
+            "metric": evaluations()[filters.metric],
+            "choices": choices,
+            "sorts": listing.sort_choices(),
+            "views": list(views),
+            "shown_query": shown.urlencode(),
+            "previous_url": listing.page_url(request.GET, before=page.before),
+            "next_url": listing.page_url(request.GET, after=page.after),
+        },
+    )
+
+
+@require_GET
+@team_page()
+def export(request: TeamRequest, kind: str) -> HttpResponseBase:
+    """The list as it is filtered, all pages of it, as CSV or as JSON lines."""
+    filters = listing.Filters.from_query(request.GET, listing.filter_choices(request.team))
+    rows = listing.filtered(request.team.adapters.all(), filters)
+    root = request.build_absolute_uri("/").rstrip("/")
+    record("catalogue.exported", team=request.team, user=request.user, kind=kind)
+    lines = (
+        _csv_lines(_exported(rows, filters.metric, root))
+        if kind == "csv"
+        else _json_lines(_exported(rows, filters.metric, root))
+    )
+    content_type = "text/csv; charset=utf-8" if kind == "csv" else "application/x-ndjson"
+    name = "adapters.csv" if kind == "csv" else "adapters.jsonl"
+    return StreamingHttpResponse(
+        lines, content_type=content_type, headers={"Content-Disposition": f'attachment; filename="{name}"'}
+    )
+
+
+@require_POST
+@team_page()
+def save_view(request: TeamRequest) -> HttpResponse:
+    """Keep the filters of the list under a name; a name that the person has used keeps the new ones."""
+    name = request.POST.get("name", "").replace("\0", "").strip()[:60]
+    query = QueryDict(request.POST.get("query", "")[:1000]).copy()
+    for left_out in ("after", "before"):
+        query.pop(left_out, None)
+    if not name:
+        messages.error(request, "The view was not saved: it needs a name.")
+    else:
+        request.team.saved_views.update_or_create(
+            user=request.user, name=name, defaults={"query": query.urlencode(), "is_shared": "shared" in request.POST}
+        )
+        messages.success(request, f"The view “{name}” is saved.")
+    return redirect(f"{reverse('catalogue:adapters')}?{query.urlencode()}")
+
+
+@require_POST
+@team_page()
+def delete_view(request: TeamRequest, view_id: int) -> HttpResponse:
+    """Forget one of the person's own views."""
+    found = get_object_or_404(SavedView, pk=view_id, team=request.team, user=request.user)
+    found.delete()
+    messages.success(request, f"The view “{found.name}” is gone.")
+    return redirect("catalogue:adapters")
+
+
+def chosen_ids(query: QueryDict) -> list[int]:
+    """The numbers that `run` parameters, or one `runs` with commas, name; each once, in their order."""
+    texts = [*query.getlist("run"), *query.get("runs", "").split(",")]
+    numbers = (whole_number(text.strip()) for text in texts)
+    return list(dict.fromkeys(number for number in numbers if number is not None))
+
+
+def _exported(rows: Any, metric: str, root: str) -> Iterator[dict[str, Any]]:
+    scores = Score.objects.filter(evaluation=metric, test_set=TestSet.HELD_OUT)
+    found = (
+        rows.select_related("base_model", "dataset_version__dataset", "created_by")
+        .defer("recipe", "files", "provenance", "card", "overlap", "suspicious", "search")
+        .prefetch_related("aliases", Prefetch("scores", scores, to_attr="exported_scores"))
+        .order_by("pk")
+    )
+    for adapter in found.iterator(chunk_size=EXPORTED_AT_ONCE):
+        yield {
+            **{name: getattr(adapter, name) for name in ("name", "version", "state", "num_trainable", "num_bytes")},
+            "tags": list(adapter.tags),
+            "aliases": [one.name for one in adapter.aliases.all()],
+            "base_model": adapter.base_model.name,
+            "method": adapter.method,
+            "dataset": str(adapter.dataset_version),
+            "evaluation": metric,
+            **_figures(next(iter(adapter.exported_scores), None)),
+            "created_by": adapter.created_by.display_name(),
+            "created_at": adapter.created_at.isoformat(),
+            "url": root + adapter.get_absolute_url(),
+        }
+
+
+def _figures(score: Score | None) -> dict[str, Any]:
+    names = (
+        "num_rows",
+        "value",
+        "low",
+        "high",
+        "base_value",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p_value",
+    )
+    if score is None:
+        return {**dict.fromkeys(names), "verdict": None}
+    return {**{name: getattr(score, name) for name in names}, "verdict": str(score.verdict())}
+
+
+def _csv_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    yield csv_line(COLUMNS)
+    for row in rows:
+        yield csv_line([row[name] for name in COLUMNS])
+
+
+def csv_line(values: Any) -> str:
+    """A line of CSV in which no cell is a formula to a spreadsheet."""
+    out = io.StringIO()
+    csv.writer(out).writerow([_cell(value) for value in values])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    # What begins like a formula is text to a spreadsheet when an apostrophe stands before it (OWASP, "CSV injection").
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"
+    return "" if value is None else value
+
+
+def _json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def adapters_by_id(request: TeamRequest, ids: list[int]) -> list[Adapter]:
+    """The team's adapters of these numbers, in their order; others are left out."""
+    rows = request.team.adapters.select_related("base_model", "dataset_version__dataset", "created_by").defer(
+        "files", "card", "suspicious", "search", "base_model__files", "base_model__shape", "dataset_version__statistics"
+    )
+    found = {one.pk: one for one in rows.filter(pk__in=ids)}
+    return [found[pk] for pk in ids if pk in found]

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+
+from studio.accounts.models import Team, User
+from studio.catalogue import listing
+from studio.catalogue.models import Adapter, AdapterState, Alias, SavedView
+from tests.conftest import signed_in
+from tests.factories import make_adapter, make_base_model, make_dataset_version, make_result, make_score
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("data_dir")]
+
+
+@pytest.fixture
+def make(team: Team, alice: User) -> Any:
+    base, version = make_base_model(), make_dataset_version(team, alice)
+
+    def make(name: str, difference: float | None = -0.1, **changes: Any) -> Adapter:
+        scores = [] if difference is None else [make_score(difference)]
+        adapter = make_adapter(
+            team, alice, name=name, base_model=base, dataset_version=version, result=make_result(scores=scores)
+        )
+        if changes:
+            Adapter.objects.filter(pk=adapter.pk).update(**changes)
+        return adapter
+
+    return make
+
+
+def names(client: Client, query: str = "") -> list[str]:
+    page = client.get(f"/models/{query}")
+    assert page.status_code == 200
+    return re.findall(r'link-primary font-medium" href="/models/\d+/">([^<]+)</a>', page.text)
+
+
+def test_every_word_of_a_search_begins_a_word_of_the_name_or_the_card(make: Any, alice_client: Client) -> None:
+    make("support-r16")
+    make("legal_contracts", card="Answers about leases.")
+    assert names(alice_client, "?q=supp") == ["support-r16"]
+    assert names(alice_client, "?q=r16+support") == ["support-r16"]
+    assert names(alice_client, "?q=leas") == ["legal_contracts"]
+    assert names(alice_client, "?q=support+leases") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["'", "a & | !", "(((", ":*", "'; DROP TABLE x; --", "\\", "\x00", "<->", "é'*", "%", "!!!"]
+)
+def test_no_search_is_syntax(text: str, make: Any, alice_client: Client) -> None:
+    make("support")
+    assert alice_client.get("/models/", {"q": text}).status_code == 200
+
+
+def test_only_the_newest_version_of_a_name_is_listed_unless_every_one_is_asked_for(
+    make: Any, alice_client: Client
+) -> None:
+    for _ in range(3):
+        make("support")
+    page = alice_client.get("/models/").text
+    assert names(alice_client) == ["support"]
+    assert ">v3</span>" in page
+    assert names(alice_client, "?every=on") == ["support"] * 3
+
+
+def test_archived_ones_are_out_of_sight_until_they_are_asked_for(make: Any, alice_client: Client) -> None:
+    make("old", state=AdapterState.ARCHIVED)
+    make("good", state=AdapterState.APPROVED)
+    make("new")
+    assert sorted(names(alice_client)) == ["good", "new"]
+    assert names(alice_client, "?state=archived") == ["old"]
+    assert names(alice_client, "?state=approved") == ["good"]
+
+
+def test_aliases_and_tags_are_shown_and_filter(make: Any, team: Team, alice_client: Client) -> None:
+    first = make("support", tags=["faq", "de"])
+    make("support")
+    make("other")
+    Alias.objects.create(team=team, adapter_name="support", name="champion", adapter=first)
+    assert names(alice_client, "?alias=champion") == ["support"], "an older version too"
+    assert "@champion" in alice_client.get("/models/?every=on").text
+    assert names(alice_client, "?tag=de&every=on") == ["support"]
+    assert sorted(names(alice_client, "?alias=nobody")) == ["other", "support"], "what nothing offers asks for nothing"
+
+
+@pytest.mark.parametrize("sort", ["loss", "updated", "name", "size"])
+def test_pages_show_every_adapter_once_and_lead_back(
+    sort: str, make: Any, alice_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE_SIZE", 3)
+    for number in range(8):
+        # Equal differences and missing ones are where cursors go wrong.
+        make(f"adapter-{number}", None if number > 5 else -0.1 * (number // 2))
+    query, seen, pages = f"?sort={sort}", [], []
+    while query:
+        page = alice_client.get(f"/models/{query}").text
+        seen += names(alice_client, query)
+        pages.append(query)
+        found = re.search(r'rel="next" href="(\?[^"]+)"', page)
+        query = found.group(1).replace("&amp;", "&") if found else ""
+    assert sorted(seen) == [f"adapter-{number}" for number in range(8)]
+    assert len(pages) == 3
+    back = re.search(r'rel="prev" href="(\?[^"]+)"', alice_client.get(f"/models/{pages[2]}").text)
+    assert back is not None
+    assert names(alice_client, back.group(1).replace("&amp;", "&")) == seen[3:6]
+
+
+def test_a_page_stays_where_it_is_when_others_are_added(
+    make: Any, alice_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE_SIZE", 2)
+    for number in range(4):
+        make(f"adapter-{number}")
+    page = alice_client.get("/models/?sort=name").text
+    found = re.search(r'rel="next" href="(\?[^"]+)"', page)
+    assert found is not None
+    make("a-new-one")
+    assert names(alice_client, found.group(1).replace("&amp;", "&")) == ["adapter-2", "adapter-3"]
+
+
+@pytest.mark.parametrize("cursor", ["x", "W10", "bnVsbA", "WyJhIiwgMV0", "W05hTiwgIjIwMjAiLCAxXQ", "A" * 500])
+def test_a_cursor_that_is_none_shows_the_first_page(cursor: str, make: Any, alice_client: Client) -> None:
+    make("support")
+    for name in ("after", "before"):
+        assert names(alice_client, f"?{name}={cursor}") == ["support"]
+
+
+def test_the_export_has_every_row_and_no_formula(make: Any, alice_client: Client) -> None:
+    make("=HYPERLINK(1)", -0.1, tags=["+x"])
+    make("plain", None)
+    answer = alice_client.get("/models/export.csv?sort=loss")
+    rows = list(csv.DictReader(io.StringIO(b"".join(answer.streaming_content).decode())))
+    assert {row["name"] for row in rows} == {"'=HYPERLINK(1)", "plain"}
+    row = next(row for row in rows if row["name"] != "plain")
+    assert (row["tags"], row["difference"], row["verdict"]) == ("'+x", "-0.1", "no difference")
+    lines = b"".join(alice_client.get("/models/export.jsonl").streaming_content).decode().splitlines()
+    assert {json.loads(line)["name"] for line in lines} == {"=HYPERLINK(1)", "plain"}
+    assert json.loads(lines[0])["url"].startswith("http://testserver/models/")
+
+
+def test_views_are_a_persons_own_unless_they_are_shared(
+    make: Any, alice_client: Client, bob: User, charlie: User
+) -> None:
+    make("support")
+    query = "state=approved&after=abc"
+    alice_client.post(reverse("catalogue:save_view"), {"name": "Mine", "query": query})
+    page = alice_client.post(
+        reverse("catalogue:save_view"), {"name": "Ours", "query": query, "shared": "on"}, follow=True
+    )
+    assert "The view “Ours” is saved." in page.text
+    assert SavedView.objects.get(name="Mine").query == "state=approved", "a place in a list is no filter"
+    seen = signed_in(bob).get("/models/").text
+    assert ("Ours" in seen, "Mine" in seen) == (True, False)
+    assert "Ours" not in signed_in(charlie).get("/models/").text
+    view = SavedView.objects.get(name="Ours")
+    url = reverse("catalogue:delete_view", args=[view.pk])
+    assert signed_in(bob).post(url).status_code == 404, "only who saved it forgets it"
+    alice_client.post(url)
+    assert not SavedView.objects.filter(pk=view.pk).exists()
+
+
+def test_the_comparison_shows_what_differs_and_says_what_cannot_be_compared(
+    make: Any, team: Team, alice_client: Client
+) -> None:
+    one, other = make("one"), make("other")
+    recipe = one.recipe | {"settings": {"rank": 64}}
+    Adapter.objects.filter(pk=one.pk).update(recipe=recipe)
+    page = alice_client.get(f"/models/compare/?run={one.pk}&run={other.pk}").text
+    assert "settings.rank" in page
+    assert "precision" not in page.split("<tbody>")[1].split("</tbody>")[0], "equal settings are left out"
+    assert "training.seed" in alice_client.get(f"/models/compare/?runs={one.pk},{other.pk}&all").text
+    assert "Not comparable with other v1" in page, "their rows were not recorded"
+    answer = alice_client.get(f"/models/compare/?runs={one.pk},{other.pk}&as=csv")
+    assert "settings.rank,64,16" in answer.text
+
+
+def test_at_most_ten_are_compared_and_only_the_teams(
+    make: Any, alice_client: Client, other_team: Team, charlie: User
+) -> None:
+    mine = [make(f"adapter-{number}") for number in range(11)]
+    theirs = make_adapter(other_team, charlie, name="secret")
+    ids = ",".join(str(one.pk) for one in (theirs, *mine))
+    page = alice_client.get(f"/models/compare/?runs={ids}").text
+    assert "secret" not in page
+    assert "3 of those chosen are not shown" in page
+    assert alice_client.get("/models/compare/?runs=x,,9999999999").status_code == 200
+
+
+def test_list_and_comparison_keep_to_eight_queries(make: Any, alice_client: Client) -> None:
+    ids = ",".join(str(make(f"adapter-{number}").pk) for number in range(10))
+    for url in ("/models/?q=adapter&tag=x", "/models/", f"/models/compare/?runs={ids}"):
+        alice_client.get(url)
+        with CaptureQueriesContext(
+            connection,
+        ) as queries:
+            alice_client.get(url)
+        assert len(queries) <= 8, url
