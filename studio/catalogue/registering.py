@@ -10,6 +10,7 @@ from django.db.models import Max
 
 from studio.accounts.models import Team, User
 from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Sample, Score, TestSet
+from studio.catalogue.sample_figures import figure_of, measure
 from studio.datasets.models import DatasetVersion
 from studio.storage import adapter_folder, file_digests
 from workers.errors import ExplainedError
@@ -63,12 +64,13 @@ def register_adapter(
     for test_set, scores in ((TestSet.HELD_OUT, result.scores), (TestSet.GENERAL, result.general)):
         if scores:
             _add_run(adapter, test_set, scores, result)
-    Sample.objects.bulk_create(
+    samples = (
         # PostgreSQL stores no zero character, and a model can produce one.
         Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
                                    for k, v in sample.model_dump().items()})
         for sample in result.samples
     )  # fmt: skip
+    Sample.objects.bulk_create(measure(samples, figure_of(adapter.recipe)))
     return adapter
 
 
