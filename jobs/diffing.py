@@ -141,7 +141,8 @@ def diff(request: TeamRequest) -> HttpResponse:
             "num_rows": len(rows),
             "weights": weights_comparison(a, b),
         }
-    recent = request.team.jobs.filter(kind=JobKind.TRAIN).order_by("-created_at").only("pk", "name", "created_at")
+    trained = request.team.jobs.filter(kind=JobKind.TRAIN).select_related("adapter")
+    recent = trained.order_by("-created_at").only("pk", "name", "created_at", "adapter__version")
     context["choices"] = list(recent[:MAX_CHOICES])
     return render(request, "jobs/diff.html", context)
 

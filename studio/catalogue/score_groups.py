@@ -72,9 +72,11 @@ def _regressions_first(scores: Iterable[Score]) -> list[Score]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the scores say, in sentences. `word` is the colour's: better, worse or neither."""
+    """What the scores say, in sentences. `is_better` is None where nothing is better and nothing worse."""
 
     headline: str
+    warnings: list[str]
+    """What is worse or was not scored, on any test set."""
     others: list[str]
     is_better: bool | None
     evidence: list[Score]
@@ -84,51 +86,63 @@ class Summary:
 def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
     """The scores in words; None when nothing was measured. Runs that are not complete have no say."""
     complete = [group for group in groups if group.run.is_complete()]
-    others = [
-        f"{group.title}: {group.run.num_scored:,} of {group.run.num_rows:,} rows were scored, so nothing follows."
+    incomplete = [
+        f"{group.title}: incomplete, {group.run.num_scored:,} of {group.run.num_rows:,} rows were scored: it has no say."
         for group in groups
         if not group.run.is_complete()
     ]
     if not groups:
         return None
     if not complete:
-        return Summary("It cannot be told whether it is any good: no evaluation is complete.", others, None, [])
+        headline = "It cannot be told whether it is any good: no evaluation is complete."
+        return Summary(headline, incomplete, [], None, [])
     first, *rest = complete
-    others = [_others_sentence(group) for group in rest] + others
+    worse = [group for group in rest if group.count(Verdict.WORSE)]
+    warnings = [f"{group.title}: {_counts(group)}." for group in worse] + incomplete
+    others = [f"{group.title}: {_counts(group)}." for group in rest if group not in worse]
     num_better, num_worse = first.count(Verdict.BETTER), first.count(Verdict.WORSE)
-    is_worse_anywhere = any(group.count(Verdict.WORSE) for group in complete)
-    is_better = False if is_worse_anywhere else True if num_better else None
+    is_better = False if num_worse or worse else True if num_better else None
     if first.run.test_set != TestSet.HELD_OUT:
-        return Summary(f"On {first.title}: {_counts(first)}.", others, is_better, first.measures)
-    total = len(first.measures)
-    measures = "the one measure" if total == 1 else f"{num_better} of {total} measures"
+        return Summary(f"On {first.title}: {_counts(first)}.", warnings, others, is_better, first.measures)
+    headline = _headline(first, num_better, num_worse)
+    if worse:
+        headline = f"{headline[:-1]}. But worse on {_listed([_mentioned(group) for group in worse])}."
+    return Summary(headline, warnings, others, is_better, first.measures)
+
+
+def _headline(group: ScoreGroup, num_better: int, num_worse: int) -> str:
+    total = len(group.measures)
     if num_better:
-        headline = f"Better than its base on {measures}; {_worse(num_worse)}."
-    elif num_worse:
+        measures = "the one measure" if total == 1 else f"{num_better} of {total} measures"
+        return f"Better than its base on {measures}; worse on {num_worse or 'none'}."
+    if num_worse:
         measures = "the one measure" if total == 1 else f"{num_worse} of {total} measures"
-        headline = f"Worse than its base on {measures}; better on none."
-    elif first.count(Verdict.TOO_FEW_ROWS):
-        headline = "Too few rows to tell whether it is better than its base."
-    else:
-        everywhere = "the one measure" if total == 1 else f"any of {total} measures"
-        headline = f"No better than its base: no difference on {everywhere}."
-    return Summary(headline, others, is_better, first.measures)
+        return f"Worse than its base on {measures}; better on none."
+    if group.count(Verdict.TOO_FEW_ROWS):
+        return "Too few rows to tell whether it is better than its base."
+    everywhere = "the one measure" if total == 1 else f"any of {total} measures"
+    return f"No better than its base: no difference on {everywhere}."
 
 
-def _worse(count: int) -> str:
-    return f"worse on {count}" if count else "worse on none"
+def _mentioned(group: ScoreGroup) -> str:
+    return "the general set" if group.run.test_set == TestSet.GENERAL else group.title
 
 
-def _others_sentence(group: ScoreGroup) -> str:
-    return f"{group.title}: {_counts(group)}."
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _counts(group: ScoreGroup) -> str:
-    found = [
-        (group.count(Verdict.WORSE), "worse on"),
-        (group.count(Verdict.BETTER), "better on"),
-        (group.count(Verdict.TOO_FEW_ROWS), "too few rows to tell on"),
-    ]
+    """How a test set went, with the measures by name."""
     total = len(group.measures)
-    parts = [f"{words} {count} of {total}" for count, words in found if count]
-    return ", ".join(parts) if parts else f"no difference on {'its one measure' if total == 1 else f'{total} measures'}"
+    parts = []
+    for word, words in (
+        (Verdict.WORSE, "worse on"),
+        (Verdict.BETTER, "better on"),
+        (Verdict.TOO_FEW_ROWS, "too few rows to tell on"),
+        (Verdict.NO_DIFFERENCE, "no difference on"),
+    ):
+        named = [score.label for score in group.measures if score.verdict() == word]
+        if named:
+            parts.append(f"{words} {', '.join(named)}" if total <= 4 else f"{words} {len(named)} of {total} measures")
+    return "; ".join(parts)

@@ -9,6 +9,9 @@ from typing import Literal
 
 # Words, runs of spaces and single signs, so that the parts put together are the text again.
 _PARTS = re.compile(r"\s+|\w+|[^\w\s]")
+_WORD = re.compile(r"\w")
+MIN_SHARED = 0.3
+"""Texts that share less than this are shown as two texts: what they share is chance."""
 MAX_PARTS = 1500
 """Of each text; the comparison's time grows with the square in the worst case."""
 
@@ -29,13 +32,26 @@ def word_diff(before: str, after: str) -> list[Piece] | None:
     old, new = _PARTS.findall(before), _PARTS.findall(after)
     if len(old) > MAX_PARTS or len(new) > MAX_PARTS:
         return None
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    if old and new and matcher.ratio() < MIN_SHARED:
+        return [Piece("removed", before), Piece("added", after)]
     pieces: list[Piece] = []
-    for kind, old_start, old_end, new_start, new_end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if kind == "equal":
-            pieces.append(Piece("same", "".join(new[new_start:new_end])))
+    opcodes = matcher.get_opcodes()
+    removed, added = "", ""
+    for index, (kind, old_start, old_end, new_start, new_end) in enumerate(opcodes):
+        shared = "".join(new[new_start:new_end])
+        is_between = 0 < index < len(opcodes) - 1
+        if kind == "equal" and not (is_between and not _WORD.search(shared)):
+            pieces += _changed(removed, added)
+            removed, added = "", ""
+            pieces.append(Piece("same", shared))
             continue
-        if old_end > old_start:
-            pieces.append(Piece("removed", "".join(old[old_start:old_end])))
-        if new_end > new_start:
-            pieces.append(Piece("added", "".join(new[new_start:new_end])))
-    return pieces
+        # Spaces and signs between two changed words belong to the change: it is read as one.
+        removed += "".join(old[old_start:old_end])
+        added += shared
+    return [*pieces, *_changed(removed, added)]
+
+
+def _changed(removed: str, added: str) -> list[Piece]:
+    pieces = (Piece("removed", removed), Piece("added", added))
+    return [piece for piece in pieces if piece.text]
