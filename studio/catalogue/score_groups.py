@@ -87,7 +87,7 @@ def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
     """The scores in words; None when nothing was measured. Runs that are not complete have no say."""
     complete = [group for group in groups if group.run.is_complete()]
     incomplete = [
-        f"{group.title}: incomplete, {group.run.num_scored:,} of {group.run.num_rows:,} rows were scored: it has no say."
+        f"{group.title}: incomplete, {group.run.num_scored:,} of {group.run.num_rows:,} rows scored: it has no say."
         for group in groups
         if not group.run.is_complete()
     ]
@@ -106,7 +106,11 @@ def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
         return Summary(f"On {first.title}: {_counts(first)}.", warnings, others, is_better, first.measures)
     headline = _headline(first, num_better, num_worse)
     if worse:
-        headline = f"{headline[:-1]}. But worse on {_listed([_mentioned(group) for group in worse])}."
+        elsewhere = f"worse on {_listed([_mentioned(group) for group in worse])}."
+        if num_better and not num_worse:
+            headline = f"{headline.partition(';')[0]}, but {elsewhere}"
+        else:
+            headline = f"{headline[:-1]}, and {elsewhere}"
     return Summary(headline, warnings, others, is_better, first.measures)
 
 

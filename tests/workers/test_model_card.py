@@ -25,7 +25,9 @@ def recipe(name: str = "support-r16") -> Recipe:
     )  # fmt: skip
 
 
-def card(folder: Path, *, name: str = "support-r16", hub_id: str = "owner/base", licence: str = "apache-2.0") -> ModelCard:
+def card(
+    folder: Path, *, name: str = "support-r16", hub_id: str = "owner/base", licence: str = "apache-2.0"
+) -> ModelCard:
     scores = [
         make_score(-0.6), make_score(0.21, evaluation="token_f1", base_value=0.44, value=1e-5, low=0.0, high=1.0)
     ]  # fmt: skip
