@@ -38,13 +38,20 @@ _HUB_METRICS = {
 class Measured(Protocol):
     """One figure of the product beside the untouched base: a ScoreRecord, or the row of a table."""
 
-    evaluation: str
-    label: str
-    num_rows: int
-    value: float
-    low: float
-    high: float
-    base_value: float
+    @property
+    def evaluation(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def base_value(self) -> float: ...
 
 
 @dataclass(frozen=True)

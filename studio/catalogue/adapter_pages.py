@@ -153,7 +153,8 @@ def edit(request: TeamRequest, adapter_id: int) -> HttpResponse:
     found = get_object_or_404(rows, pk=adapter_id)
     body = card_body(found)
     seen = request.POST.get("seen", "") or card_version(body)
-    text, problem, theirs, status = body or "", None, None, 200
+    text, theirs, status = body or "", None, 200
+    problem: ExplainedError | None = None
     if request.method == "POST":
         text = request.POST.get("body", "").replace("\0", "")
         if "generated" in request.POST:
