@@ -120,6 +120,7 @@ def blind_choice(request: TeamRequest, adapter_id: int) -> HttpResponse:
             return redirect("catalogue:blind", found.pk)
         return redirect(f"{reverse('catalogue:blind', args=[found.pk])}?chosen={choice.pk}")
     upcoming = blind.next_sample(found, request.user)
+    everybody, mine = blind.tallies(found, request.user)
     return render(
         request,
         "catalogue/blind.html",
@@ -128,8 +129,8 @@ def blind_choice(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "product": listing.product_of(found.method),
             "pair": blind.blind_pair(upcoming, request.user) if upcoming else None,
             "revealed": _revealed(request, found),
-            "tally": blind.tally(found),
-            "mine": blind.tally(found, request.user),
+            "tally": everybody,
+            "mine": mine,
             "may_choose": may_choose,
         },
     )

@@ -125,9 +125,24 @@ class Tally:
         return sign_test(self.num_adapter, self.num_decided) if self.num_decided else None
 
 
-def tally(adapter: Adapter, user: User | None = None) -> Tally:
-    """All blind choices on an adapter's samples, or one person's."""
-    choices = SampleChoice.objects.filter(sample__adapter=adapter, **({"user": user} if user else {}))
-    counts = {name: Count("pk", filter=Q(preferred=name)) for name in Preference.values}
-    found = choices.aggregate(people=Count("user", distinct=True), **counts)
+def tally(adapter: Adapter) -> Tally:
+    """All blind choices on an adapter's samples."""
+    found = SampleChoice.objects.filter(sample__adapter=adapter).aggregate(
+        people=Count("user", distinct=True), **{name: _count(preferred=name) for name in Preference.values}
+    )
     return Tally.from_counts(found)
+
+
+def tallies(adapter: Adapter, user: User) -> tuple[Tally, Tally]:
+    """All blind choices on an adapter's samples, and one person's of them; one query."""
+    found = SampleChoice.objects.filter(sample__adapter=adapter).aggregate(
+        people=Count("user", distinct=True),
+        **{name: _count(preferred=name) for name in Preference.values},
+        **{f"own_{name}": _count(preferred=name, user=user) for name in Preference.values},
+    )
+    own = {name: found[f"own_{name}"] for name in Preference.values}
+    return Tally.from_counts(found), Tally.from_counts(own | {"people": 1})
+
+
+def _count(**condition: object) -> Count:
+    return Count("pk", filter=Q(**condition))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from studio.accounts.models import ApiToken, AuditEvent, Role, Team, User
@@ -107,6 +109,17 @@ def test_the_tally_names_its_interval_and_its_test(
     # binomtest(8, 10): exact interval 0.444 to 0.975, p 0.109.
     assert "preferred in <strong>80.0 %</strong> of 10 decided choices (95 % 44.4 % to 97.5 %, p = 0.109)" in page
     assert "Clopper-Pearson interval; exact two-sided sign test" in page
+
+
+def test_the_page_takes_at_most_eight_queries(adapter: Adapter, bob: User, bob_client: Client) -> None:
+    sample = blind.next_sample(adapter, bob)
+    assert sample is not None
+    choice = blind.choose(sample, bob, "a")
+    with CaptureQueriesContext(connection) as queries:
+        answer = bob_client.get(page_of(adapter), {"chosen": choice.pk})
+    assert answer.context["revealed"]["choice"] == choice
+    assert answer.context["mine"].num == answer.context["tally"].num == 1
+    assert len(queries) <= 8, [query["sql"][:120] for query in queries]
 
 
 def test_a_nonsense_choice_counts_for_nothing(adapter: Adapter, bob_client: Client) -> None:
