@@ -83,6 +83,9 @@ class SampleOut(Out):
     reference: str
     base_answer: str
     adapter_answer: str
+    figure: str = Field(description="Evaluation that tells regressions from improvements; empty: not measured yet")
+    base_figure: float | None
+    adapter_figure: float | None = Field(description="null: the row has no part in the figure")
 
 
 class AdapterOut(Out):
