@@ -14,7 +14,7 @@ from django.urls import reverse
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.views.decorators.http import require_POST
 
-from jobs import queueing
+from jobs import queueing, repeating
 from jobs.draining import drain_worker, end_draining, end_quarantine
 from jobs.mending import run_again_with
 from jobs.models import Job, JobState, Worker
@@ -130,6 +130,21 @@ def again(request: TeamRequest, job_id: UUID, action: str) -> HttpResponse:
         _complain(request, error)
         return redirect(job)
     return redirect(changed)
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def run_exactly(request: TeamRequest, job_id: UUID) -> HttpResponse:
+    """Make a job's adapter again, from the same recipe, base and rows; or say why that cannot be."""
+    rows = request.team.jobs.select_related("team", "adapter", "base_model", "dataset_version__dataset")
+    job = get_object_or_404(rows, pk=job_id)
+    key = request.POST.get("idempotency_key", "")[:80] or secrets.token_urlsafe(16)
+    try:
+        repeated = repeating.run_exactly(job, request.user, idempotency_key=key)
+    except ExplainedError as error:
+        _complain(request, error)
+        return redirect(f"{job.adapter.get_absolute_url()}#lineage" if job.adapter else job.get_absolute_url())
+    return redirect(repeated)
 
 
 @require_POST

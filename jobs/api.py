@@ -15,6 +15,7 @@ from pydantic import Field
 
 from jobs import series
 from jobs.actions import ActionError
+from jobs.diffing import diff_rows, jobs_to_compare
 from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
 from jobs.estimating import estimate_values, plan_for
 from jobs.evaluating import queue_evaluation
@@ -32,6 +33,7 @@ from jobs.queueing import (
     set_team_priority,
 )
 from jobs.ranking import studio_priority, team_priority
+from jobs.repeating import run_exactly
 from jobs.scheduling import WAITING_STATES, explain_wait, look_at_queue
 from studio.accounts.models import Role, Scope
 from studio.api.auth import ApiRequest, Token, may_write
@@ -415,6 +417,46 @@ def run_again(
         return Status(201, _detail(retry_job(job, request.user, idempotency_key=key, token=request.token)))
     except ActionError as error:
         return _conflict(error)
+
+
+@router.post(
+    "jobs/{uuid:job_id}/again-exactly/",
+    response={201: JobDetailOut, **ACTION},
+    auth=may_write,
+    summary="Make a job's adapter again",
+)
+def run_exactly_again(
+    request: ApiRequest, job_id: UUID, idempotency_key: str = Header("", alias="Idempotency-Key")
+) -> Status:
+    """Queue a job with the very recipe, base revision and dataset version of one that succeeded."""
+    rows = request.team.jobs.select_related("team", "adapter", "base_model", "dataset_version__dataset")
+    job = get_object_or_404(rows, pk=job_id)
+    key = idempotency_key[:KEY_CHARACTERS] or secrets.token_urlsafe(16)
+    return Status(201, _detail(run_exactly(job, request.user, idempotency_key=key, token=request.token)))
+
+
+class DiffQuery(QueryFields):
+    """The two jobs."""
+
+    a: UUID
+    b: UUID
+    all: bool = False
+
+
+class DiffRowOut(Out):
+    """A value of both jobs, as people read it."""
+
+    section: str
+    label: str
+    a: str
+    b: str
+    is_different: bool
+
+
+@router.get("jobs/diff/", response={200: list[DiffRowOut], **ERRORS}, summary="What two jobs differ in")
+def diff_jobs(request: ApiRequest, asked: Query[DiffQuery]) -> list[Any]:
+    a, b = (get_object_or_404(jobs_to_compare(request.team), pk=key) for key in (asked.a, asked.b))
+    return [row for row in diff_rows(a, b) if asked.all or row.is_different]
 
 
 @router.post(

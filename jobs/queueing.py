@@ -26,6 +26,7 @@ from workers.failpoints import failpoint
 from workers.recipe import Recipe
 
 RUN_AGAIN = "Run again"
+RUN_EXACTLY = "Run again exactly"
 
 
 class IdempotencyConflictError(RecipeError):
@@ -59,7 +60,7 @@ def queue_job(
         asked_recipe: as the person gave it; `recipe` when it is None.
         token: the API token that asked, for the audit log.
         parent: the job that this one repeats or began as a copy of.
-        queued_as: how the job's first event begins: "Queued", "Run again".
+        queued_as: how the job's first event begins: "Queued", "Run again", "Run again exactly".
         scored_adapter, suite: of a job that evaluates.
 
     Raises:
@@ -97,7 +98,9 @@ def queue_job(
                 **({"parent": str(parent.pk)} if parent is not None else {}),
             )  # fmt: skip
             if parent is not None and (locked := Job.objects.select_for_update().filter(pk=parent.pk).first()):
-                what = "ran it again" if queued_as == RUN_AGAIN else "made a copy of it"
+                what = {RUN_AGAIN: "ran it again", RUN_EXACTLY: "ran it again exactly"}.get(
+                    queued_as, "made a copy of it"
+                )
                 lifecycle.add_event(locked.pk, locked.attempt, f"{by} {what}, as “{job.name}”.")
             transaction.on_commit(partial(failpoint, "submit.after_commit"))
             wake_workers()

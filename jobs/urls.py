@@ -2,13 +2,14 @@
 
 from django.urls import path
 
-from jobs import acting, evaluation_pages, queue_page, quotas, streams, views
+from jobs import acting, diffing, evaluation_pages, queue_page, quotas, streams, views
 
 app_name = "jobs"
 urlpatterns = [
     path("", views.list_jobs, name="list"),
     path("queue/", queue_page.queue, name="queue"),
     path("limits/", quotas.limits, name="limits"),
+    path("diff/", diffing.diff, name="diff"),
     path("new/", views.new_job, name="new"),
     path("estimate/", views.estimate, name="estimate"),
     path("evaluate/", evaluation_pages.evaluate, name="evaluate"),
@@ -24,6 +25,7 @@ urlpatterns = [
     path("<uuid:job_id>/move/", acting.move, name="move"),
     path("<uuid:job_id>/priority/", acting.prioritise, name="priority"),
     path("<uuid:job_id>/retry/", acting.retry, name="retry"),
+    path("<uuid:job_id>/again-exactly/", acting.run_exactly, name="run_exactly"),
     path("workers/<uuid:worker_id>/drain/", acting.drain, name="drain_worker"),
     path("workers/<uuid:worker_id>/end-draining/", acting.undrain, name="end_draining"),
     path("workers/<uuid:worker_id>/end-quarantine/", acting.unquarantine, name="end_quarantine"),

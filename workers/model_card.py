@@ -3,46 +3,145 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from workers.methods import get_method
+from workers.methods import ADAPTER, get_method, methods
 from workers.recipe import Recipe
 from workers.results import Provenance, Result
 
+HELD_OUT_SPLIT = "held-out"
+# The Hub's own words for licences; any other one is "other" with its name beside it.
+HUB_LICENCES = frozenset({
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1",
+    "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "h-research",
+    "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0",
+    "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr",
+    "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2",
+    "llama3.3", "llama4", "grok2-community", "gemma", "unknown",
+})  # fmt: skip
+# Names of metrics as the Hub has them, where they differ from ours.
+_HUB_METRICS = {
+    "token_f1": "f1", "rouge_1": "rouge", "rouge_2": "rouge", "rouge_l": "rouge", "byte_perplexity": "perplexity",
+    "numeric_answer": "accuracy", "multiple_choice": "accuracy",
+}  # fmt: skip
+
+
+class Measured(Protocol):
+    """One figure of the product beside the untouched base: a ScoreRecord, or the row of a table."""
+
+    @property
+    def evaluation(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def base_value(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The figures from one test set. `revision` is the sha256 of its file, or empty."""
+
+    dataset: str
+    split: str
+    revision: str
+    scores: Sequence[Measured]
+
+
+def front_matter(
+    *, name: str, method: str, objective: str, hub_id: str, licence: str, measured: Sequence[MeasuredOn]
+) -> list[str]:
+    """The lines of YAML between which and including "---" model hubs look for what a model is.
+
+    What is not known is left out: a base without a hub's name would be taken for another one, and datasets are the
+    team's own. Every text is quoted as JSON, which YAML contains.
+    """
+    plugin = methods().get(method)
+    product = plugin.product if plugin else ADAPTER  # cards outlive plug-ins
+    tags = [method, objective, "peft-studio", *([f"base_model:{product.relation}:{hub_id}"] if hub_id else [])]
+    named = [score.evaluation for one in measured for score in one.scores]
+    metrics = list(dict.fromkeys(_HUB_METRICS.get(evaluation, evaluation) for evaluation in named))
+    lines = ["---"]
+    if hub_id:
+        lines += [f"base_model: {_quoted(hub_id)}", f"base_model_relation: {product.relation}"]
+    lines += [f"library_name: {product.library}", "pipeline_tag: text-generation", *_licence_lines(licence)]
+    lines.append(f"tags: {_quoted(tags)}")
+    if metrics:
+        lines.append(f"metrics: {_quoted(metrics)}")
+        lines += ["model-index:", f"- name: {_quoted(name)}", "  results:"]
+    for one in measured:
+        if not one.scores:
+            continue
+        revision = f", revision: {_quoted(one.revision)}" if one.revision else ""
+        lines += [
+            "  - task: {type: text-generation, name: Text Generation}",
+            f"    dataset: {{type: {_quoted(_slug(one.dataset))}, name: {_quoted(f'{one.dataset} ({one.split})')}, "
+            f"split: {_quoted(one.split)}{revision}}}",
+            "    metrics:",
+        ]
+        lines += [
+            f"    - {{type: {_quoted(_HUB_METRICS.get(score.evaluation, score.evaluation))}, "
+            f"name: {_quoted(score.label)}, value: {_number(score.value)}, args: {{n: {score.num_rows}, "
+            f"baseline: {_number(score.base_value)}, ci95: [{_number(score.low)}, {_number(score.high)}]}}}}"
+            for score in one.scores
+        ]
+    return [*lines, "---"]
+
+
+def _licence_lines(licence: str) -> list[str]:
+    if not licence:
+        return []
+    known = licence.lower()
+    if known in HUB_LICENCES:
+        return [f"license: {_quoted(known)}"]
+    return ["license: other", f"license_name: {_quoted(_slug(licence))}"]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def _number(value: float) -> str:
+    """Six digits as YAML reads them: "1e-05" without a point would be a text there."""
+    text = f"{value:.6g}"
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}.0e{exponent}" if e and "." not in mantissa else text
+
+
+def _quoted(value: object) -> str:
+    """A value as JSON, with what YAML's readers take for unprintable as escapes."""
+    # JSON escapes a sign beyond 16 bits as two, which YAML reads as two broken ones: so they stay as they are.
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text
+    )
+
 
 def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, licence: str, commit: str) -> None:
-    """README.md as model hubs read it. Every string in the front matter is JSON, which YAML contains."""
+    """README.md as model hubs read it."""
     base = hub_id or recipe.base_model.name
     method = get_method(recipe.method)
     product = method.product
-    quoted = json.dumps
-    tags = [recipe.method, recipe.objective, "peft-studio", f"base_model:{product.relation}:{base}"]
-    front = [
-        "---",
-        f"base_model: {quoted(base)}",
-        f"base_model_relation: {product.relation}",
-        f"library_name: {product.library}",
-        "pipeline_tag: text-generation",
-        *([f"license: {quoted(licence)}"] if licence else []),
-        f"tags: {quoted(tags)}",
-        f"metrics: {quoted([score.evaluation for score in result.scores])}",
-    ]
-    if result.scores:
-        front += [
-            "model-index:",
-            f"- name: {quoted(recipe.name)}",
-            "  results:",
-            "  - task: {type: text-generation, name: Text Generation}",
-            f"    dataset: {{type: {quoted(recipe.dataset.name)}, name: {quoted(recipe.dataset.name + ' (held-out)')}, "
-            f"split: held_out, revision: {quoted(recipe.dataset.sha256)}}}",
-            "    metrics:",
-        ]
-        front += [
-            f"    - {{type: {score.evaluation}, name: {quoted(score.label)}, value: {score.value:.6g}, args: "
-            f"{{n: {score.num_rows}, baseline: {score.base_value:.6g}, ci95: [{score.low:.6g}, {score.high:.6g}]}}}}"
-            for score in result.scores
-        ]
-    front.append("---")
+    front = front_matter(
+        name=recipe.name, method=recipe.method, objective=recipe.objective, hub_id=hub_id, licence=licence,
+        measured=[MeasuredOn(recipe.dataset.name, HELD_OUT_SPLIT, recipe.dataset.sha256, result.scores)],
+    )  # fmt: skip
     body = [
         "",
         f"# {_one_line(recipe.name)}",

@@ -11,14 +11,23 @@ from ninja import Query, Router
 from pydantic import Field
 
 from studio.accounts.models import Role, Scope, record
-from studio.api.auth import ApiRequest, Token
-from studio.api.errors import ERRORS
+from studio.api.auth import ApiRequest, Token, may_write
+from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out
+from studio.catalogue import blind
 from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.importing import allowed_folder, register_base_model
-from studio.catalogue.models import Adapter, BaseModel
+from studio.catalogue.model_card import (
+    MAX_EDITED_CHARACTERS,
+    CardConflictError,
+    adapter_front_matter,
+    card_body,
+    card_version,
+    edit_card,
+)
+from studio.catalogue.models import Adapter, BaseModel, Sample
 from workers.verdicts import Verdict
 
 router = Router(tags=["catalogue"])
@@ -74,6 +83,9 @@ class SampleOut(Out):
     reference: str
     base_answer: str
     adapter_answer: str
+    figure: str = Field(description="Evaluation that tells regressions from improvements; empty: not measured yet")
+    base_figure: float | None
+    adapter_figure: float | None = Field(description="null: the row has no part in the figure")
 
 
 class AdapterOut(Out):
@@ -102,6 +114,67 @@ class AdapterDetailOut(AdapterOut):
     @staticmethod
     def resolve_sha256(adapter: Adapter) -> str:
         return manifest_sha256(adapter)
+
+
+class CardOut(Out):
+    """A model card: front matter, which the studio writes, and the text, which people may edit."""
+
+    front_matter: str
+    body: str
+    version: str = Field(description="Of the text; send it as `seen` with an edit.")
+    is_edited: bool
+
+
+class CardBody(Body):
+    """A new text of a card."""
+
+    body: str = Field(max_length=MAX_EDITED_CHARACTERS, description="Markdown; empty brings the generated text back.")
+    seen: str = Field(max_length=64, description="`version` of the text that the edit began with.")
+
+
+class BlindPairOut(Out):
+    """A sample whose two answers do not say whose they are."""
+
+    sample_id: int
+    line: int
+    prompt: str
+    reference: str
+    a: str
+    b: str
+
+
+class TallyOut(Out):
+    """All blind choices; the share is the adapter's of those that were not "same"."""
+
+    num_adapter: int
+    num_base: int
+    num_neither: int
+    num_people: int
+    share: float | None
+    interval: tuple[float, float] | None = Field(description="95 %, Clopper-Pearson")
+    p_value: float | None = Field(description="Of the exact two-sided sign test")
+
+
+class BlindOut(Out):
+    """What to choose on next; null when everything was."""
+
+    sample: BlindPairOut | None
+    tally: TallyOut
+
+
+class ChoiceBody(Body):
+    """A choice on a sample of GET."""
+
+    sample_id: int = Field(ge=1, le=2**62)
+    choice: str = Field(max_length=4, description='"a", "b" or "same"')
+
+
+class ChoiceOut(Out):
+    """The choice that counts, and whose answers they were."""
+
+    sample_id: int
+    preferred: str = Field(description='"adapter", "base" or "neither"')
+    adapter_was: str = Field(description='"a" or "b"')
 
 
 class BaseModelOut(Out):
@@ -166,6 +239,65 @@ def list_scores(request: ApiRequest, adapter_id: int) -> Any:
 @router.get("adapters/{int:adapter_id}/samples/", response={200: list[SampleOut], **ERRORS}, summary="Its answers")
 def list_samples(request: ApiRequest, adapter_id: int) -> Any:
     return get_object_or_404(request.team.adapters, pk=adapter_id).samples.all()
+
+
+@router.get("adapters/{int:adapter_id}/card/", response={200: CardOut, **ERRORS}, summary="Its model card")
+def get_card(request: ApiRequest, adapter_id: int) -> dict[str, Any]:
+    return _card(get_object_or_404(request.team.adapters.select_related("base_model"), pk=adapter_id))
+
+
+@router.put(
+    "adapters/{int:adapter_id}/card/",
+    response={200: CardOut, **ERRORS},
+    auth=may_write,
+    summary="Edit its model card, unless somebody else did since it was read",
+)
+def put_card(request: ApiRequest, adapter_id: int, body: CardBody) -> dict[str, Any]:
+    adapter = get_object_or_404(request.team.adapters.select_related("base_model", "team"), pk=adapter_id)
+    try:
+        edit_card(adapter, body.body, request.user, seen=body.seen, token=request.token)
+    except CardConflictError as error:
+        again = "Read the card again and send yours with its version."
+        raise ApiError(409, error.code, error.message, field="seen", help=again) from error
+    return _card(adapter)
+
+
+def _card(adapter: Adapter) -> dict[str, Any]:
+    body = card_body(adapter)
+    return {
+        "front_matter": adapter_front_matter(adapter),
+        "body": body or "",
+        "version": card_version(body),
+        "is_edited": bool(adapter.card),
+    }
+
+
+@router.get(
+    "adapters/{int:adapter_id}/blind/",
+    response={200: BlindOut, **ERRORS},
+    summary="The next sample to choose on blindly, and what was chosen so far",
+)
+def get_blind(request: ApiRequest, adapter_id: int) -> dict[str, Any]:
+    adapter = get_object_or_404(request.team.adapters, pk=adapter_id)
+    sample = blind.next_sample(adapter, request.user)
+    return {
+        "sample": blind.blind_pair(sample, request.user) if sample else None,
+        "tally": blind.tally(adapter),
+    }
+
+
+@router.post(
+    "adapters/{int:adapter_id}/blind/",
+    response={200: ChoiceOut, **ERRORS},
+    auth=may_write,
+    summary="Choose the better one of two answers; the first choice counts",
+)
+def post_blind(request: ApiRequest, adapter_id: int, body: ChoiceBody) -> dict[str, Any]:
+    adapter = get_object_or_404(request.team.adapters, pk=adapter_id)
+    sample = get_object_or_404(Sample.objects.select_related("adapter__team"), adapter=adapter, pk=body.sample_id)
+    choice = blind.choose(sample, request.user, body.choice, token=request.token)
+    is_a = blind.adapter_is_a(request.user, sample.pk)
+    return {"sample_id": sample.pk, "preferred": choice.preferred, "adapter_was": "a" if is_a else "b"}
 
 
 @router.get("adapters/{int:adapter_id}/download/", response={200: bytes, **ERRORS}, summary="The adapter as a zip")

@@ -1,21 +1,40 @@
-"""The model card of an adapter: README.md of its folder, as HTML that is safe to show."""
+"""The model card of an adapter: README.md, whose text a person may have edited and whose front matter is ours."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import nh3
+from django.db import transaction
 from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
 
-from studio.catalogue.models import Adapter
+from studio.accounts.models import ApiToken, AuditEvent, User, record
+from studio.catalogue.models import Adapter, Score, TestSet
 from studio.storage import open_adapter_file
+from workers.errors import ExplainedError
+from workers.model_card import HELD_OUT_SPLIT, MeasuredOn, front_matter
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 512 * 1024
+MAX_EDITED_CHARACTERS = 100_000
+EDITED = "adapter.card_edited"
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
 TAGS = {"h1", "h2", "h3", "h4", "p", "ul", "ol", "li", "pre", "code", "em", "strong", "a", "table", "thead", "tbody",
         "tr", "th", "td", "blockquote", "hr", "br"}  # fmt: skip
+
+
+class CardConflictError(ExplainedError):
+    """Somebody else changed the card since the person opened it."""
+
+    code = "card_conflict"
+
+
+class CardTooLongError(ExplainedError):
+    """A card beyond what is stored."""
+
+    code = "card_too_long"
 
 
 def render_markdown(source: str) -> SafeString:
@@ -31,10 +50,110 @@ def render_markdown(source: str) -> SafeString:
     return mark_safe(clean)  # noqa: S308  nh3 has just cleaned it
 
 
-def read_card(adapter: Adapter) -> SafeString | None:
-    """The adapter's card; None when its folder has none."""
+def card_body(adapter: Adapter) -> str | None:
+    """The card's text without front matter, as edited or else as generated; None when there is neither."""
+    return adapter.card or generated_body(adapter)
+
+
+def generated_body(adapter: Adapter) -> str | None:
+    """The text that the trainer wrote; None when the folder has no card."""
     try:
         with open_adapter_file(adapter.folder, CARD_FILE) as file:
-            return render_markdown(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
+            source = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
+    return _FRONT_MATTER.sub("", source, count=1).strip() + "\n"
+
+
+def read_card(adapter: Adapter) -> SafeString | None:
+    """The adapter's card as safe HTML; None when there is none."""
+    body = card_body(adapter)
+    return render_markdown(body) if body is not None else None
+
+
+def card_version(body: str | None) -> str:
+    """What tells one text of a card from another: its sha256."""
+    return hashlib.sha256((body or "").encode()).hexdigest()
+
+
+def adapter_front_matter(adapter: Adapter) -> str:
+    """The front matter as of now: what the adapter is and every complete figure of it, one query."""
+    scores = adapter.scores.select_related("run__suite__dataset_version").order_by("run_id", "evaluation")
+    by_run: dict[int, list[Score]] = {}
+    for score in scores:
+        # An incomplete run's figures stand for nothing.
+        if score.run.is_complete():
+            by_run.setdefault(score.run_id, []).append(score)
+    measured = [MeasuredOn(*_test_set(adapter, found[0]), found) for found in by_run.values()]
+    lines = front_matter(
+        name=adapter.name,
+        method=adapter.method,
+        objective=str(adapter.recipe.get("objective", "sft")),
+        hub_id=adapter.base_model.hub_id,
+        licence=adapter.base_model.licence,
+        measured=measured,
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _test_set(adapter: Adapter, score: Score) -> tuple[str, str, str]:
+    """Name, split and digest of the rows that a score is of."""
+    if score.test_set == TestSet.SUITE and score.run.suite is not None:
+        return str(score.run.suite), "suite", score.run.suite.dataset_version.sha256
+    if score.test_set == TestSet.GENERAL:
+        return "PEFT Studio general set", "test", score.run.test_set_sha256
+    dataset = adapter.recipe.get("dataset", {})
+    return str(dataset.get("name", "dataset")), HELD_OUT_SPLIT, str(dataset.get("sha256") or "")
+
+
+def edited_readme(adapter: Adapter) -> bytes:
+    """README.md of an adapter whose card was edited, as the download has it."""
+    return f"{adapter_front_matter(adapter)}\n{adapter.card.strip()}\n".encode()
+
+
+def edit_card(adapter: Adapter, body: str, user: User, *, seen: str, token: ApiToken | None = None) -> bool:
+    """Store a card's text; an empty one brings the generated text back. Front matter in it is dropped: it is ours.
+
+    Args:
+        seen: `card_version` of the text that the person began with.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        CardConflictError: the card has another text by now.
+        CardTooLongError: more than can be stored.
+    """
+    body = _FRONT_MATTER.sub("", body.replace("\r\n", "\n"), count=1).strip()
+    if len(body) > MAX_EDITED_CHARACTERS:
+        raise CardTooLongError(
+            f"The card has {len(body):,} characters; {MAX_EDITED_CHARACTERS:,} can be stored.",
+            next_step="Shorten it.", field="body",
+        )  # fmt: skip
+    generated = generated_body(adapter)
+    stored = "" if not body or body + "\n" == generated else body + "\n"
+    with transaction.atomic():
+        locked = Adapter.objects.select_for_update().only("pk", "card").get(pk=adapter.pk)
+        before = locked.card or generated
+        if card_version(before) != seen:
+            raise CardConflictError(
+                "The card was changed by somebody else while you edited it. Nothing was saved.",
+                next_step="Look at both texts, then save yours again or take theirs.", field="body",
+            )  # fmt: skip
+        if stored == locked.card:
+            return False
+        Adapter.objects.filter(pk=adapter.pk).update(card=stored)
+        adapter.card = stored
+        record(
+            EDITED, team=adapter.team, user=user, token=token, target=adapter,
+            sha256=card_version(card_body(adapter)), num_characters=len(stored), is_generated=not stored,
+        )  # fmt: skip
+    return True
+
+
+def card_edits(adapter: Adapter) -> list[AuditEvent]:
+    """Who edited the card when, the newest first; the last twenty."""
+    events = AuditEvent.objects.filter(
+        team=adapter.team, action=EDITED, object_type="adapter", object_id=str(adapter.pk)
+    )
+    return list(events.select_related("user", "token").order_by("-at")[:20])

@@ -344,9 +344,39 @@ class Sample(models.Model):
     reference = models.TextField()
     base_answer = models.TextField()
     adapter_answer = models.TextField()
+    figure = models.CharField(
+        max_length=80, blank=True, help_text="Evaluation that the row's figures are of; empty: not measured yet."
+    )
+    base_figure = models.FloatField(null=True, help_text="Of the base's answer; null where the row has no figure.")
+    adapter_figure = models.FloatField(null=True, help_text="Of the adapter's answer.")
 
     class Meta:
         ordering: ClassVar = ["line"]
 
     def __str__(self) -> str:
         return f"line {self.line} by {self.adapter}"
+
+
+class Preference(models.TextChoices):
+    """Which of two answers a person found better, without knowing whose they were."""
+
+    ADAPTER = "adapter", "The adapter"
+    BASE = "base", "The base"
+    NEITHER = "neither", "Neither"
+
+
+class SampleChoice(models.Model):
+    """A person's blind choice between the two answers to a sample: made once and never changed."""
+
+    sample = models.ForeignKey(Sample, on_delete=models.CASCADE, related_name="choices")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    preferred = models.CharField(max_length=10, choices=Preference.choices)
+    at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["sample", "user"], name="one_choice_per_person_and_sample")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.user} on {self.sample}: {self.preferred}"

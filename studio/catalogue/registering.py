@@ -19,6 +19,7 @@ from studio.catalogue.models import (
     Suite,
     TestSet,
 )
+from studio.catalogue.sample_figures import figure_of, measure
 from studio.datasets.models import DatasetVersion
 from studio.storage import adapter_folder, file_digests
 from workers.errors import ExplainedError
@@ -73,12 +74,13 @@ def register_adapter(
         _add_run(team, base_model, adapter, TestSet.HELD_OUT, result.scores, result)
     if result.general:
         _add_run(team, base_model, adapter, TestSet.GENERAL, result.general, result)
-    Sample.objects.bulk_create(
+    samples = (
         # PostgreSQL stores no zero character, and a model can produce one.
         Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
                                    for k, v in sample.model_dump().items()})
         for sample in result.samples
     )  # fmt: skip
+    Sample.objects.bulk_create(measure(samples, figure_of(adapter.recipe)))
     return adapter
 
 

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.catalogue import compare_pages, list_pages, suite_pages, views
+from studio.catalogue import adapter_pages, compare_pages, list_pages, suite_pages, views
 
 app_name = "catalogue"
 urlpatterns = [
@@ -9,7 +9,10 @@ urlpatterns = [
     path("models/export.<str:kind>", list_pages.export, name="export"),
     path("models/views/", list_pages.save_view, name="save_view"),
     path("models/views/<int:view_id>/delete/", list_pages.delete_view, name="delete_view"),
-    path("models/<int:adapter_id>/", views.adapter, name="adapter"),
+    path("models/<int:adapter_id>/", adapter_pages.adapter, name="adapter"),
+    path("models/<int:adapter_id>/samples/", adapter_pages.samples, name="samples"),
+    path("models/<int:adapter_id>/blind/", adapter_pages.blind_choice, name="blind"),
+    path("models/<int:adapter_id>/card/", adapter_pages.edit, name="edit_card"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
     path("methods/", views.which_method, name="methods"),
     path("suites/", suite_pages.suites, name="suites"),

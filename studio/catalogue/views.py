@@ -12,21 +12,14 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.catalogue import listing
 from studio.catalogue.base_facts import method_facts, template_preview
-from studio.catalogue.bundles import folder_name, manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.forms import RegisterBaseModelForm
 from studio.catalogue.importing import allowed_folder, model_roots, register_base_model, suggested_folders
-from studio.catalogue.model_card import read_card
-from studio.catalogue.models import Adapter, BaseModel
-from studio.catalogue.recipe_table import recipe_sections
+from studio.catalogue.models import BaseModel
 from studio.catalogue.registering import DamagedAdapterError
-from studio.catalogue.usage import usages
 from workers.errors import ExplainedError
 from workers.measured import measured_methods
 from workers.methods import methods
-
-# Samples on the adapter's page; the whole list is in the zip (eval/samples.jsonl) and the API.
-MAX_SAMPLES = 20
 
 
 @require_GET
@@ -42,48 +35,13 @@ def which_method(request: TeamRequest) -> HttpResponse:
 
 @require_GET
 @team_page()
-def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
-    """What one adapter is worth, where it comes from and how to use it."""
-    found = _get_adapter(request, adapter_id)
-    scores = sorted(found.held_out_scores(), key=lambda score: (score.evaluation != listing.DEFAULT_SORT, score.label))
-    job = getattr(found, "job", None)
-    samples = list(found.samples.all()[: MAX_SAMPLES + 1])
-    return render(
-        request,
-        "catalogue/adapter.html",
-        {
-            "adapter": found,
-            "job": job,
-            "method_label": listing.method_label(found.method),
-            "product": listing.product_of(found.method),
-            "scores": scores,
-            "primary": scores[0] if scores else None,
-            "samples": samples[:MAX_SAMPLES],
-            "has_more_samples": len(samples) > MAX_SAMPLES,
-            "sections": recipe_sections(found.recipe, job.asked_recipe if job else None),
-            "usages": usages(found),
-            "folder_name": folder_name(found),
-            "manifest_sha256": manifest_sha256(found),
-            "card": read_card(found),
-        },
-    )
-
-
-@require_GET
-@team_page()
 def download(request: TeamRequest, adapter_id: int) -> HttpResponseBase:
     """The adapter as a zip, or a page that says which file is damaged."""
-    found = _get_adapter(request, adapter_id)
+    found = get_object_or_404(request.team.adapters.select_related("base_model", "team"), pk=adapter_id)
     try:
         return download_response(request, found, user=request.user)
     except DamagedAdapterError as error:
         return render(request, "catalogue/damaged.html", {"adapter": found, "error": error}, status=500)
-
-
-def _get_adapter(request: TeamRequest, adapter_id: int) -> Adapter:
-    # "job" is the reverse side of a relation that belongs to an app above this one.
-    rows = request.team.adapters.select_related("base_model", "dataset_version__dataset", "created_by", "team", "job")
-    return get_object_or_404(rows, pk=adapter_id)
 
 
 @require_GET

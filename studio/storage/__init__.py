@@ -42,6 +42,7 @@ __all__ = [
     "fetch_blob",
     "file_digests",
     "incoming_blob",
+    "is_blob_stored",
     "is_remote",
     "job_folder",
     "keep_adapter",
@@ -81,6 +82,11 @@ def fetch_blob(sha256: str) -> Path:
     if is_remote() and not path.exists():
         fetching.fetch_file(_blob_key(sha256), path, sha256)
     return path
+
+
+def is_blob_stored(sha256: str) -> bool:
+    """Whether the blob with this digest is here or in the storage that machines share."""
+    return blob_path(sha256).is_file() or (is_remote() and backend().size(_blob_key(sha256)) is not None)
 
 
 def remove_blob(sha256: str) -> None:

@@ -280,6 +280,14 @@ def signed(value: float | None) -> str:
 
 
 @register.filter
+def p_equals(value: float | None) -> str:
+    """What follows "p" in a sentence: "= 0.004", "< 0.001"."""
+    if value is None:
+        return "\N{EN DASH}"
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+@register.filter
 def percent(share: float | None) -> str:
     """A share as "1.5 %"."""
     return "—" if share is None else f"{100 * share:.1f} %"

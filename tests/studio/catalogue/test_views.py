@@ -109,7 +109,7 @@ def test_too_few_rows_are_told_with_the_number_that_would_do(team: Team, alice: 
     score = make_score(-0.05, rows_needed=700, rows_recommended=1900, smallest_effect=0.02, p_value=0.31)
     adapter = make_adapter(team, alice, result=make_result([score]))
     page = " ".join(alice_client.get(adapter.get_absolute_url()).content.decode().split())
-    assert "<strong>too few rows to tell</strong>" in page
+    assert "Too few rows to tell whether it is better than its base." in page
     assert "p = 0.310" in page
     assert "About 1,900 rows would show a difference of 0.0200." in page
 
@@ -186,9 +186,11 @@ def test_the_adapter_page_takes_at_most_eight_queries(adapter: Adapter, alice_cl
 
 def test_the_adapter_page_begins_with_the_verdict(adapter: Adapter, alice_client: Client) -> None:
     page = " ".join(alice_client.get(adapter.get_absolute_url()).content.decode().split())
-    assert "Held-out loss 1.92 → <strong>1.32</strong>" in page
-    assert "better than the base" in page
-    assert "(95 % interval of the difference \u22120.700 to \u22120.500, n = 100 rows)" in page
+    verdict = page.index("Better than its base on the one measure; worse on none.")
+    assert "Held-out loss 1.92 → <strong>1.32</strong>: better" in page
+    for part in ("\u22120.600,", "95 % \u22120.700 to \u22120.500,", "n = 100"):
+        assert part in page[verdict : page.index('id="scores"')]
+    assert verdict < page.index('id="scores"')
 
 
 def test_the_page_of_a_whole_model_says_nothing_of_an_adapter(team: Team, alice: User, alice_client: Client) -> None:
@@ -199,7 +201,7 @@ def test_the_page_of_a_whole_model_says_nothing_of_an_adapter(team: Team, alice:
         result=result.model_copy(update={"provenance": provenance}), files={"model.safetensors": b"x" * 3_000_000},
     )  # fmt: skip
     page = alice_client.get(model.get_absolute_url()).content.decode()
-    content = " ".join(page[page.index('<p class="muted mb-4">') :].split())
+    content = " ".join(page[page.index('id="adapter-summary"') :].split())
     assert "Full fine-tuning of <a" in content
     assert "a whole model in float32, which needs no base beside it" in content
     assert "loaded again in plain transformers and gave the same logits" in content
