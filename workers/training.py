@@ -48,10 +48,11 @@ from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
 from workers.reading import read_examples
+from workers.overlap import find_overlap, row_key
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve
-from workers.results import Provenance, Result
+from workers.results import OverlapRecord, Provenance, Result
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
@@ -74,7 +75,8 @@ class Data:
     """The dataset as training needs it. `train` indexes `tokens`; the others are whole examples.
 
     `held_out` are the rows of the scores. `validation` are those looked at during training: the same, unless they
-    choose something, which would flatter the scores; then they are other held-out rows.
+    choose something, which would flatter the scores; then they are other held-out rows. `overlap` says which of the
+    scored rows are among the training rows, too.
     """
 
     tokens: TokenRows
@@ -84,6 +86,7 @@ class Data:
     num_skipped: int
     num_cut: int
     sha256: str
+    overlap: OverlapRecord
 
 
 @dataclass
@@ -245,16 +248,26 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     def rows() -> Iterator[Example | Problem]:
         return read_examples(folders.dataset, recipe.dataset.format, recipe.dataset.columns)
 
-    tokens, problems, num_cut = TokenRows.render(rows(), renderer, folders.out)
+    keys: dict[int, bytes] = {}
+
+    def keyed_rows() -> Iterator[Example | Problem]:
+        for row in rows():
+            if isinstance(row, Example):
+                keys[row.line] = row_key(row)
+            yield row
+
+    tokens, problems, num_cut = TokenRows.render(keyed_rows(), renderer, folders.out)
     bad_lines = {problem.line for problem in problems}
     if problems:
         first = problems[0]
         where = f"Line {first.line}" if first.line is not None else "First"
         noun = "row is" if len(bad_lines) == 1 else "rows are"
         report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
-    split = split_lines(tokens.lines, recipe.split)
+    split = split_lines(tokens.lines, recipe.split, keys)
     held_out = set(split.held_out)
-    choosing = set(validation_lines(split.held_out, recipe.split)) if recipe.training.chooses_on_validation else set()
+    choosing = (
+        set(validation_lines(split.held_out, recipe.split, keys)) if recipe.training.chooses_on_validation else set()
+    )
     if choosing:
         text = (
             f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
@@ -264,6 +277,14 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     index_of = {line: index for index, line in enumerate(tokens.lines)}
     examples = [row for row in rows() if isinstance(row, Example) and row.line in held_out]
     scored = [row for row in examples if row.line not in choosing]
+    trained_on = set(split.train)
+    overlap = find_overlap(
+        scored,
+        lambda: (row for row in rows() if isinstance(row, Example) and row.line in trained_on),
+        num_training=len(trained_on),
+    )
+    if overlap.num_exact + overlap.num_near:
+        report(MessageEvent(level="warning", text=overlap.sentence()))
     return Data(
         tokens=tokens,
         train=[index_of[line] for line in split.train],
@@ -272,6 +293,7 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
         num_skipped=len(bad_lines),
         num_cut=num_cut,
         sha256=sha256,
+        overlap=overlap,
     )
 
 
@@ -650,6 +672,7 @@ def package(
         scores=tuple(scoring.compare_rows(base_rows, adapter_rows, run.recipe.evaluation.metrics)),
         samples=tuple(scoring.samples(base_rows, adapter_rows)),
         held_out=tuple(scoring.held_out(base_rows, adapter_rows)),
+        overlap=run.data.overlap,
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),
