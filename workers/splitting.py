@@ -54,9 +54,7 @@ def split_lines(lines: Sequence[int], settings: SplitSettings, keys: Mapping[int
         )
     ranked = sorted(lines, key=lambda line: (_digest(settings.seed, line), line))
     held_out = set(_take(ranked, num_held_out, keys if settings.keep_equal_together else None))
-    return Split(
-        train=tuple(line for line in sorted(lines) if line not in held_out), held_out=tuple(sorted(held_out))
-    )
+    return Split(train=tuple(line for line in sorted(lines) if line not in held_out), held_out=tuple(sorted(held_out)))
 
 
 def num_validation_rows(num_held_out: int, settings: SplitSettings) -> int:

@@ -47,8 +47,8 @@ from workers.memory import GIB, DatasetFacts, DeviceFacts
 from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
-from workers.reading import read_examples
 from workers.overlap import find_overlap, row_key
+from workers.reading import read_examples
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve

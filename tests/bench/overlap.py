@@ -13,7 +13,7 @@ from workers.overlap import find_overlap
 
 def made_rows(num: int, *, seed: int, first_line: int, num_words: int = 80) -> list[Example]:
     """Rows of words drawn as in a language, few often and many rarely (Zipf)."""
-    random_ = random.Random(seed)  # noqa: S311
+    random_ = random.Random(seed)
     words = [f"word{index}" for index in range(30_000)]
     weights = [1 / (index + 3) for index in range(len(words))]
     drawn = random_.choices(words, weights, k=num * num_words)

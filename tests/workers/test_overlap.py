@@ -22,7 +22,7 @@ def row(line: int, question: str, answer: str, system: str = "") -> Example:
 
 def rows(num: int, seed: int = 3, *, template: str = "{}", system: str = "", length: int = 24) -> list[Example]:
     """Rows of random words; equal ones are as good as impossible."""
-    random_ = random.Random(seed)  # noqa: S311
+    random_ = random.Random(seed)
 
     def text(num_words: int) -> str:
         return " ".join(f"{random_.choice(WORDS)}{random_.randrange(40)}" for _ in range(num_words))
@@ -89,7 +89,7 @@ def test_a_shared_system_prompt_or_template_is_no_overlap() -> None:
 
 
 def test_the_same_question_to_every_row_is_a_template_and_no_leak() -> None:
-    random_ = random.Random(5)  # noqa: S311
+    random_ = random.Random(5)
     training = [row(line, "Tell me a joke.", f"One about {random_.random()} and more.") for line in range(1, 200)]
     found = overlap([row(900, "Tell me a joke.", "A new one, never told before.")], training)
     assert (found.num_exact, found.num_near) == (0, 0)
