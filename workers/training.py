@@ -7,7 +7,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +41,8 @@ from workers.events import (
 from workers.examples import Example, Problem
 from workers.failpoints import failpoint
 from workers.fitting import advice, remedies
+from workers.forgetting import general_scores, score_general
+from workers.general import MAX_LENGTH
 from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
 from workers.memory import GIB, DatasetFacts, DeviceFacts
@@ -52,7 +54,7 @@ from workers.reading import read_examples
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve
-from workers.results import OverlapRecord, Provenance, Result
+from workers.results import OverlapRecord, Provenance, Result, ScoreRecord
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
@@ -161,10 +163,12 @@ def train(
         run.max_micro_batch_size = micro_batch_size
         model = load_base(run)
         base_rows = score_base(run, model)
+        base_general = score_base_on_general(run, model)
         model = attach(run, model)
         position, stopped_at = optimise(run, model)
         adapter_rows = score_adapter(run, model, position)
-        product = package(run, model, base_rows, adapter_rows, position, stopped_at, started)
+        general = tuple(general_scores(base_general, score_on_general(run, model, "evaluating", position.step)))
+        product = package(run, model, base_rows, adapter_rows, general, position, stopped_at, started)
     except _Stopped as stop:
         report(StoppedEvent(mode=stop.mode, step=stop.step))
         return None
@@ -310,7 +314,28 @@ def load_base(run: Run) -> Any:
 
 def score_base(run: Run, model: Any) -> list[ScoredRow]:
     """The untouched base on the held-out rows; a later attempt of the same run reuses what was measured."""
-    kept = run.folders.out / "base_scores.json"
+    return _kept_rows(run, "base_scores.json", lambda: _score(run, model, "scoring_base", step=0))
+
+
+def score_base_on_general(run: Run, model: Any) -> list[ScoredRow]:
+    """The untouched base on the general set, like `score_base`; nothing when the recipe does not want it."""
+    return _kept_rows(run, "base_general.json", lambda: score_on_general(run, model, "scoring_base", 0))
+
+
+def score_on_general(run: Run, model: Any, phase: Any, step: int) -> list[ScoredRow]:
+    """A model on the general set, by the same code as its other scores; nothing when the recipe does not want it."""
+    if not run.recipe.evaluation.general:
+        return []
+    # Always on the answers and at one length, whatever the recipe trains: the set means the same for everybody.
+    renderer = Renderer(run.folders.base_model, max_length=MAX_LENGTH, loss_on="assistant")
+    rows = score_general(model, renderer, report=run.report, phase=phase, should_stop=run.must_end)
+    _end_if_asked(run, step=step)
+    return rows
+
+
+def _kept_rows(run: Run, name: str, measure: Callable[[], list[ScoredRow]]) -> list[ScoredRow]:
+    """What was measured on the base: by an earlier attempt of this run, which left it in a file, or now."""
+    kept = run.folders.out / name
     key = run.recipe.sha256()
     try:
         found = json.loads(kept.read_text("utf-8"))
@@ -320,7 +345,7 @@ def score_base(run: Run, model: Any) -> list[ScoredRow]:
         pass  # the first attempt
     except (ValueError, KeyError, TypeError):
         run.say("The base model's scores of an earlier attempt cannot be read; they are measured again.")
-    rows = _score(run, model, "scoring_base", step=0)
+    rows = measure()
     aside = kept.with_suffix(".new")
     aside.write_text(json.dumps({"recipe_sha256": key, "rows": [asdict(row) for row in rows]}), "utf-8")
     aside.replace(kept)
@@ -659,6 +684,7 @@ def package(
     model: Any,
     base_rows: list[ScoredRow],
     adapter_rows: list[ScoredRow],
+    general: tuple[ScoreRecord, ...],
     position: Position,
     stopped_at: int | None,
     started: float,
@@ -672,6 +698,7 @@ def package(
         scores=tuple(scoring.compare_rows(base_rows, adapter_rows, run.recipe.evaluation.metrics)),
         samples=tuple(scoring.samples(base_rows, adapter_rows)),
         held_out=tuple(scoring.held_out(base_rows, adapter_rows)),
+        general=general,
         overlap=run.data.overlap,
         provenance=Provenance(
             versions=versions(),

@@ -68,7 +68,7 @@ def recipe_of(**training_settings: Any) -> Recipe:
                 "max_steps": 6, "checkpoint_every_steps": 3, "gradient_checkpointing": False,
             } | training_settings,
             "split": {"held_out_share": 0.1, "keep_equal_together": False},
-            "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+            "evaluation": {"num_generated": 2, "max_new_tokens": 4, "general": False},
         }
     )  # fmt: skip
 
