@@ -59,10 +59,9 @@ def row_key(example: Example) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def question_words(example: Example) -> list[str]:
-    """The words before a row's last answer, case and punctuation aside; the system's are none."""
-    last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
-    return _words(example.messages[:last])
+def plain_words(text: str) -> list[str]:
+    """The words and operators of a text, case and punctuation aside."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def find_overlap(
@@ -192,8 +191,7 @@ class _Phrases:
 
 
 def _words(messages: Iterable[Message]) -> list[str]:
-    text = " ".join(one.content for one in messages if one.role != "system")
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())[:MAX_WORDS]
+    return plain_words(" ".join(one.content for one in messages if one.role != "system"))[:MAX_WORDS]
 
 
 def _plain(text: str) -> str:

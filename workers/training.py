@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from workers import adapters, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder
 from workers.bases import Bases
-from workers.batching import Batch, Plan, TokenRows, batches
+from workers.batching import Batch, Plan, TokenRows, batches, split_step
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
@@ -54,10 +54,11 @@ from workers.reading import read_examples
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve
-from workers.results import OverlapRecord, Provenance, Result, ScoreRecord
+from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, SuspiciousRecord
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
+from workers.suspicion import Visits, suspects
 from workers.validating import Validator, validation_event
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft-studio")
@@ -114,6 +115,7 @@ class Run:
     step: int | None = None
     micro_batch_size: int = 1
     bases: Bases = field(default_factory=Bases)
+    visits: Visits = field(default_factory=lambda: Visits(0))
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -168,7 +170,8 @@ def train(
         position, stopped_at = optimise(run, model)
         adapter_rows = score_adapter(run, model, position)
         general = tuple(general_scores(base_general, score_on_general(run, model, "evaluating", position.step)))
-        product = package(run, model, base_rows, adapter_rows, general, position, stopped_at, started)
+        suspicious = suspicious_rows(run, model)
+        product = package(run, model, base_rows, adapter_rows, general, suspicious, position, stopped_at, started)
     except _Stopped as stop:
         report(StoppedEvent(mode=stop.mode, step=stop.step))
         return None
@@ -235,6 +238,7 @@ def prepare(
     resolved = resolve(recipe, base.shape, facts, device_facts)
     return Run(
         resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop, bases=bases,
+        visits=Visits(len(data.tokens)),
     )  # fmt: skip
 
 
@@ -419,6 +423,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     if checkpoint is not None:
         checkpoints.restore(checkpoint, model=model, optimizer=optimizer)
         validator.best_weights = checkpoints.best_weights(checkpoint)
+        run.visits.restore(checkpoints.visits(checkpoint) or run.visits.arrays())
         position = checkpoint.position
         run.say(f"Resumed at step {position.step}.")
     if run.max_micro_batch_size is not None:
@@ -463,6 +468,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         meter.note(took.loss_sum, norm, took.num_tokens)
         # The one moment at which the host waits for the device.
         values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
+        if is_logged:
+            run.visits.settle()
         if values is not None and not _is_alive(*values):
             # Of the steps since the last reading any may have been the first: only a lone one's rows are to blame.
             _diverged(run, position, values, rate, rows if read_step == position.step else [])
@@ -545,14 +552,17 @@ def _forward_backward(
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
     settings = run.recipe.training
     noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
+    row_sums: list[torch.Tensor] = []
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
         on_device = batch.to(run.device)
         with noise.added_to(model, on_device):
-            batch_sum, _ = objective.loss(model, on_device)
+            batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
+    in_order = [row for group in split_step(rows, run.data.tokens, micro_batch_size) for row in group]
+    run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)
     return _Accumulated(
         loss_sum=loss_sum,
         loss_weight=loss_weight,
@@ -564,6 +574,10 @@ def _forward_backward(
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
     packing = run.recipe.training.packing is True
     return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
+
+
+def _num_loss_tokens(data: Data, row: int) -> int:
+    return int(data.tokens.trained(row)[1:].sum())
 
 
 def _plan(run: Run) -> Plan:
@@ -605,6 +619,7 @@ def _save_checkpoint(
         model=model,
         optimizer=optimizer,
         best_weights=best_weights,
+        visits=run.visits.arrays(),
     )
     num_bytes = sum(path.stat().st_size for path in saved.folder.iterdir())
     run.report(CheckpointEvent(step=position.step, folder=str(saved.folder), num_bytes=num_bytes))
@@ -679,12 +694,51 @@ def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     return rows
 
 
+def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
+    """The training rows that may be wrong, with their losses by the adapter and by the base."""
+    data, recipe = run.data, run.recipe
+    trained_on = {data.tokens.lines[row] for row in data.train}
+
+    def examples() -> Iterator[Example]:
+        for row in read_examples(run.folders.dataset, recipe.dataset.format, recipe.dataset.columns):
+            if isinstance(row, Example) and row.line in trained_on:
+                yield row
+
+    num_tokens = [_num_loss_tokens(data, row) for row in range(len(data.tokens))]
+    found = suspects(examples(), data.tokens.lines, num_tokens, run.visits)
+    if not found:
+        return ()
+    lines = {one.line for one in found}
+    rows = [row for row in examples() if row.line in lines]
+
+    def losses() -> dict[int, float]:
+        scored = scoring.score_rows(model, run.renderer, rows, generate_lines=(), max_new_tokens=1)
+        return {row.line: row.loss_sum / row.num_tokens for row in scored if row.num_tokens}
+
+    of_adapter = losses()
+    with model.disable_adapter():
+        of_base = losses()
+    return tuple(
+        SuspiciousRecord(
+            line=one.line,
+            reason=one.reason,
+            score=one.score,
+            loss=of_adapter[one.line],
+            base_loss=of_base.get(one.line),
+            other_lines=one.other_lines,
+        )
+        for one in found
+        if one.line in of_adapter
+    )
+
+
 def package(
     run: Run,
     model: Any,
     base_rows: list[ScoredRow],
     adapter_rows: list[ScoredRow],
     general: tuple[ScoreRecord, ...],
+    suspicious: tuple[SuspiciousRecord, ...],
     position: Position,
     stopped_at: int | None,
     started: float,
@@ -700,6 +754,7 @@ def package(
         held_out=tuple(scoring.held_out(base_rows, adapter_rows)),
         general=general,
         overlap=run.data.overlap,
+        suspicious=suspicious,
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),
