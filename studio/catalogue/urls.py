@@ -7,6 +7,7 @@ urlpatterns = [
     path("models/", views.adapters, name="adapters"),
     path("models/<int:adapter_id>/", views.adapter, name="adapter"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
+    path("models/<int:adapter_id>/check/", views.check_files_now, name="check_files"),
     path("methods/", views.which_method, name="methods"),
     path("base-models/", views.base_models, name="base_models"),
     path("base-models/register/", views.register_base_model_page, name="register_base_model"),

@@ -6,7 +6,7 @@ from django.contrib import messages
 from django.db.models import Count, Q
 from django.http import HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
-from django.views.decorators.http import require_GET, require_http_methods
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
@@ -14,6 +14,8 @@ from studio.catalogue import listing
 from studio.catalogue.base_facts import method_facts, template_preview
 from studio.catalogue.bundles import folder_name, manifest_sha256
 from studio.catalogue.downloads import download_response
+from studio.catalogue.file_checks import check_now
+from studio.catalogue.findings import findings_of, shown_details
 from studio.catalogue.forms import RegisterBaseModelForm
 from studio.catalogue.importing import allowed_folder, model_roots, register_base_model, suggested_folders
 from studio.catalogue.model_card import read_card
@@ -88,8 +90,23 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "folder_name": folder_name(found),
             "manifest_sha256": manifest_sha256(found),
             "card": read_card(found),
+            "findings": findings_of(found),
+            **shown_details(found),
         },
     )
+
+
+@require_POST
+@team_page(Role.TRAINER)
+def check_files_now(request: TeamRequest, adapter_id: int) -> HttpResponse:
+    """Read the adapter's files now and say whether they are whole."""
+    found = _get_adapter(request, adapter_id)
+    check = check_now(found, user=request.user)
+    if check.damage:
+        messages.error(request, check.damage)
+    else:
+        messages.success(request, "All files are there and match their checksums.")
+    return redirect(found)
 
 
 @require_GET
@@ -105,7 +122,9 @@ def download(request: TeamRequest, adapter_id: int) -> HttpResponseBase:
 
 def _get_adapter(request: TeamRequest, adapter_id: int) -> Adapter:
     # "job" is the reverse side of a relation that belongs to an app above this one.
-    rows = request.team.adapters.select_related("base_model", "dataset_version__dataset", "created_by", "team", "job")
+    rows = request.team.adapters.select_related(
+        "base_model", "dataset_version__dataset", "created_by", "team", "job", "file_check"
+    ).prefetch_related("scores__run")
     return get_object_or_404(rows, pk=adapter_id)
 
 

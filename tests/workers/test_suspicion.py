@@ -24,7 +24,7 @@ VERBS = ("visit", "leave", "reach", "miss", "like", "paint")
 
 def planted_rows(num: int, seed: int) -> tuple[list[dict[str, str]], set[int]]:
     """Rows with a rule to learn, no question twice, and the lines of the one in twenty that breaks it."""
-    random_ = random.Random(seed)  # noqa: S311
+    random_ = random.Random(seed)
     wrong = set(random_.sample(range(1, num + 1), num // 20))
     rows = []
     for line in range(1, num + 1):
@@ -104,7 +104,11 @@ def lines_of(rows: list[Example], spreads: dict[int, float] | None = None) -> se
 
 
 def test_the_one_that_most_rows_outvote_is_wrong_whatever_its_case_and_punctuation() -> None:
-    rows = [example(1, "Capital of Peru?", "Lima"), example(2, "capital of peru", "LIMA."), example(3, "Capital of Peru", "Quito")]
+    rows = [
+        example(1, "Capital of Peru?", "Lima"),
+        example(2, "capital of peru", "LIMA."),
+        example(3, "Capital of Peru", "Quito"),
+    ]
     found = find_contradictions(rows, {})
     assert set(found) == {3}
     assert found[3].other_lines == (1, 2)

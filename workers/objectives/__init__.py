@@ -23,9 +23,7 @@ class Objective(ABC):
     example_type: ExampleType
 
     @abstractmethod
-    def loss(
-        self, model: Any, batch: Any, *, note: Callable[[Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Any, *, note: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of tokens it covers, both on the device; with weights, their sum.
 
         A sum, not a mean: the loop divides by the tokens of all micro-batches of a step, so that

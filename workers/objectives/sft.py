@@ -22,9 +22,7 @@ class SupervisedFineTuning(Objective):
     help = "Learns to write the assistant's turns of the dataset."
     example_type: ExampleType = "chat"
 
-    def loss(
-        self, model: Any, batch: Batch, *, note: Callable[[Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Batch, *, note: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the number of tokens it covers, both weighted, on the device."""
         from workers.losses import summed_cross_entropy
 
