@@ -42,6 +42,11 @@ app.conf.update(
             "schedule": 60.0,
             "options": {"expires": 60},
         },
+        "check-adapter-files": {
+            "task": "studio.catalogue.tasks.check_adapter_files",
+            "schedule": 300.0,
+            "options": {"expires": 300},
+        },
     },
 )
 app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue"])

@@ -35,6 +35,8 @@ SET_ASIDE = ".bad-"
 BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO})
 """What the system reports when a disk, or the way to it, is broken."""
 BEST = "best.safetensors"
+VISITS = "visits.safetensors"
+"""What suspicions about rows rest on; not part of what is learned, so older checkpoints do without."""
 REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json")
 
 
@@ -95,6 +97,7 @@ def save(
     model: Any,
     optimizer: torch.optim.Optimizer,
     best_weights: dict[str, torch.Tensor] | None = None,
+    visits: dict[str, np.ndarray] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint under `root` and removes all but the newest two that are whole.
 
@@ -117,6 +120,8 @@ def save(
         _write_files(aside, position, model, optimizer)
         if best_weights is not None:
             save_file(best_weights, aside / BEST)
+        if visits is not None:
+            save_file({name: torch.from_numpy(one.copy()) for name, one in visits.items()}, aside / VISITS)
         failpoint("checkpoint.files_written")
         _write_manifest(aside, position, recipe_sha256, versions)
         if folder.exists():  # this attempt came here before: resumed from an older one after damage
@@ -207,6 +212,12 @@ def best_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor] | None:
     return load_file(path) if path.is_file() else None
 
 
+def visits(checkpoint: Checkpoint) -> dict[str, np.ndarray] | None:
+    """The losses of rows at their visits (`workers.suspicion.Visits`); None when the checkpoint keeps none."""
+    path = checkpoint.folder / VISITS
+    return {name: one.numpy() for name, one in load_file(path).items()} if path.is_file() else None
+
+
 def disk_error(error: OSError, what: str) -> ExplainedError:
     """An error of the file system in words; its code is disk_full when there is no room, storage when it broke."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -294,7 +305,8 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
     if of_recipe != recipe_sha256:
         raise ForeignCheckpointError("it belongs to another recipe")
     has_best = BEST in listed or (folder / BEST).exists()
-    for name in (*REQUIRED, BEST) if has_best else REQUIRED:
+    has_visits = VISITS in listed or (folder / VISITS).exists()
+    for name in (*REQUIRED, *[BEST] * has_best, *[VISITS] * has_visits):
         if name not in listed:
             raise CheckpointError(f"{name} is not in its {MANIFEST}")
         path = folder / name

@@ -6,6 +6,7 @@ positions that are needed. Letters of shapes: B rows, T tokens, N loss-carrying 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,12 +24,18 @@ LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**28}
 _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def summed_cross_entropy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def summed_cross_entropy(
+    model: Any, batch: Batch, *, note: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy in nats over the batch's loss-carrying tokens and their number, both on the device.
 
-    With weights, the sum of weight times cross-entropy, and the sum of weights.
+    With weights, the sum of weight times cross-entropy, and the sum of weights. `note` is given each row's sum
+    without weights, on the device and apart from what is learned.
     """
     losses_N = token_losses(model, batch)
+    if note is not None:
+        losses = losses_N.detach()
+        note(losses.new_zeros(len(batch.lengths)).index_add_(0, batch.rows_N, losses))
     if batch.weights_N is not None:
         return (losses_N * batch.weights_N).sum(), batch.weights_N.sum()
     # Filled on the device: a copy from the host would wait for it.

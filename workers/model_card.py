@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from workers.forgetting import MEASURE, forgetting
 from workers.methods import ADAPTER, get_method, methods
 from workers.recipe import Recipe
 from workers.results import Provenance, Result
@@ -170,6 +171,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
         f"- recipe, versions and device: `studio.json`; answers of base and {product.noun}: `eval/samples.jsonl`",
     ]
     body += _choice_lines(recipe, result.provenance)
+    body += _fault_lines(result)
     if result.stopped_at_step is not None:
         body.append(f"- training was stopped by a person at step {result.stopped_at_step}")
     if result.provenance.verified is not None:
@@ -199,6 +201,20 @@ def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:
             f"- validation used {provenance.num_validation_rows} held-out rows of its own; the scores above do not"
             " use them"
         )
+    return found
+
+
+def _fault_lines(result: Result) -> list[str]:
+    """What the held-out scores do not show: overlap, forgetting and rows that may be wrong, for the card."""
+    found = []
+    if result.overlap is not None:
+        found.append(f"- {result.overlap.sentence()[0].lower()}{result.overlap.sentence()[1:].rstrip('.')}")
+    general = next((score for score in result.general if score.evaluation == MEASURE and score.base_value > 0), None)
+    if general is not None:
+        sentence = forgetting(general).sentence()
+        found.append(f"- {sentence[0].lower()}{sentence[1:].rstrip('.')}")
+    if result.suspicious:
+        found.append(f"- training rows that may be wrong, by their losses and contradictions: {len(result.suspicious)}")
     return found
 
 

@@ -82,6 +82,13 @@ class SplitSettings(_Part):
         description="Another number holds out other rows. Keep it to compare runs on the same rows.",
         json_schema_extra={"source": "any number; fixed, so that runs share their held-out rows"},
     )
+    keep_equal_together: bool = Field(
+        True,
+        title="Equal rows together",
+        description="Rows that are the same, spaces and case aside, are all trained on or all held out. Off, a row may "
+        "be scored that was trained on, and the scores flatter; earlier versions of the studio split so.",
+        json_schema_extra={"source": "Lee et al. 2022: rows in both parts inflate what is measured"},
+    )
 
 
 class TrainingSettings(_Part):
@@ -357,6 +364,13 @@ class EvaluationSettings(_Part):
         description="Tokens after which an answer is cut off. Too low: right answers lose their ends. Too high: a "
         "model that never stops takes long.",
         json_schema_extra={"unit": "tokens", "source": "about a hundred words; raise it for longer answers"},
+    )
+    general: bool = Field(
+        True,
+        title="General set",
+        description="Score base and adapter on the studio's general questions and texts as well, which shows what was "
+        "forgotten. Off, forgetting goes unseen; it takes as long as a few dozen held-out rows.",
+        json_schema_extra={"source": "on: what an adapter has forgotten, its own held-out rows do not show"},
     )
 
 

@@ -82,6 +82,17 @@ class OverlapRecord(_Part):
         (), description="(line of the held-out row, line of the training row, similarity), the most alike first."
     )
 
+    def sentence(self) -> str:
+        """What was found, for people."""
+        if not self.num_exact + self.num_near:
+            return f"None of the {self.num_held_out_rows:,} held-out rows is among the training rows."
+        parts = []
+        if self.num_exact:
+            parts.append(f"{self.num_exact:,} {'is' if self.num_exact == 1 else 'are'} a training row word for word")
+        if self.num_near:
+            parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly one")
+        return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}."
+
 
 class SuspiciousRecord(_Part):
     """A training row that may be wrong, with the reason in a sentence. Losses in nats per token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.errors import DatasetError
@@ -21,11 +21,16 @@ class Split:
     held_out: tuple[int, ...]
 
 
-def split_lines(lines: Sequence[int], settings: SplitSettings) -> Split:
+def split_lines(lines: Sequence[int], settings: SplitSettings, keys: Mapping[int, bytes] | None = None) -> Split:
     """Hold out a share of the usable rows, chosen by a digest of seed and line.
 
     A digest, not a random generator: the choice does not depend on the order of `lines` or on a library's
     version, and a row that is held out stays so when rows are added, as long as the share's size allows.
+
+    Lines of equal `keys` hold equal rows and stay on one side, as `settings.keep_equal_together` asks: a group comes
+    where its first row would and is passed over where it is larger than what may still be held out. Without equal
+    rows, or without keys, the choice is the same as ever. Where too few rows could be held out in this way, equal rows
+    are parted after all: `workers.overlap` will say so.
 
     Raises:
         DatasetError: fewer than 10 rows are usable, or fewer than 2 would be held out.
@@ -47,8 +52,9 @@ def split_lines(lines: Sequence[int], settings: SplitSettings) -> Split:
             f"Holding out {num_held_out} of {len(lines)} usable rows leaves nothing to train on.",
             "Lower the held-out share.",
         )
-    chosen = sorted(lines, key=lambda line: (_digest(settings.seed, line), line))
-    return Split(train=tuple(sorted(chosen[num_held_out:])), held_out=tuple(sorted(chosen[:num_held_out])))
+    ranked = sorted(lines, key=lambda line: (_digest(settings.seed, line), line))
+    held_out = set(_take(ranked, num_held_out, keys if settings.keep_equal_together else None))
+    return Split(train=tuple(line for line in sorted(lines) if line not in held_out), held_out=tuple(sorted(held_out)))
 
 
 def num_validation_rows(num_held_out: int, settings: SplitSettings) -> int:
@@ -66,11 +72,32 @@ def num_validation_rows(num_held_out: int, settings: SplitSettings) -> int:
     return max(MIN_HELD_OUT, min(num_held_out - MIN_HELD_OUT, round(num_held_out * settings.validation_share)))
 
 
-def validation_lines(held_out: Sequence[int], settings: SplitSettings) -> tuple[int, ...]:
-    """The held-out lines that choose, in ascending order, by a digest of seed and line; raises DatasetError."""
+def validation_lines(
+    held_out: Sequence[int], settings: SplitSettings, keys: Mapping[int, bytes] | None = None
+) -> tuple[int, ...]:
+    """The held-out lines that choose, in ascending order, by a digest of seed and line; raises DatasetError.
+
+    Equal rows stay on one side, as in `split_lines`.
+    """
     num = num_validation_rows(len(held_out), settings)
-    chosen = sorted(held_out, key=lambda line: (_digest(settings.seed, line, "validation:"), line))
-    return tuple(sorted(chosen[:num]))
+    ranked = sorted(held_out, key=lambda line: (_digest(settings.seed, line, "validation:"), line))
+    return tuple(sorted(_take(ranked, num, keys if settings.keep_equal_together else None)))
+
+
+def _take(ranked: Sequence[int], num: int, keys: Mapping[int, bytes] | None) -> Sequence[int]:
+    """The first `num` lines of those ranked, or fewer, such that no line is left whose key is that of one taken."""
+    if keys is None:
+        return ranked[:num]
+    groups: dict[bytes, list[int]] = {}
+    for line in ranked:
+        groups.setdefault(keys[line], []).append(line)
+    if len(groups) == len(ranked):
+        return ranked[:num]
+    taken: list[int] = []
+    for group in groups.values():
+        if len(taken) + len(group) <= num:
+            taken += group
+    return taken if len(taken) >= MIN_HELD_OUT else ranked[:num]
 
 
 def _digest(seed: int, line: int, purpose: str = "") -> bytes:

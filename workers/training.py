@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from workers import adapters, checkpoints, devices, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
-from workers.batching import Batch, Plan, TokenRows, batches
+from workers.batching import Batch, Plan, TokenRows, batches, split_step
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
@@ -41,20 +41,24 @@ from workers.events import (
 from workers.examples import Example, Problem
 from workers.failpoints import failpoint
 from workers.fitting import advice, remedies
+from workers.forgetting import general_scores, score_general
+from workers.general import MAX_LENGTH, general_rows
 from workers.layers.neftune import EmbeddingNoise
 from workers.losses import head_is_plain
 from workers.memory import GIB, DatasetFacts, DeviceFacts
 from workers.meter import Meter
 from workers.methods import get_method
 from workers.objectives import Objective, get_objective
+from workers.overlap import find_overlap, row_key
 from workers.reading import read_examples
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve
-from workers.results import Provenance, Result
+from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, SuspiciousRecord
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
+from workers.suspicion import Visits, suspects
 from workers.test_sets import rows_sha256, settings_sha256
 from workers.validating import Validator, validation_event
 
@@ -75,7 +79,8 @@ class Data:
     """The dataset as training needs it. `train` indexes `tokens`; the others are whole examples.
 
     `held_out` are the rows of the scores. `validation` are those looked at during training: the same, unless they
-    choose something, which would flatter the scores; then they are other held-out rows.
+    choose something, which would flatter the scores; then they are other held-out rows. `overlap` says which of the
+    scored rows are among the training rows, too.
     """
 
     tokens: TokenRows
@@ -85,6 +90,7 @@ class Data:
     num_skipped: int
     num_cut: int
     sha256: str
+    overlap: OverlapRecord
 
 
 @dataclass
@@ -111,6 +117,7 @@ class Run:
     step: int | None = None
     micro_batch_size: int = 1
     bases: Bases = field(default_factory=Bases)
+    visits: Visits = field(default_factory=lambda: Visits(0))
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -163,10 +170,13 @@ def train(
         run.base_scores = base_scores or run.base_scores
         model = load_base(run)
         base_rows = score_base(run, model)
+        base_general = score_base_on_general(run, model)
         model = attach(run, model)
         position, stopped_at = optimise(run, model)
         adapter_rows = score_adapter(run, model, position)
-        product = package(run, model, base_rows, adapter_rows, position, stopped_at, started)
+        general = tuple(general_scores(base_general, score_on_general(run, model, "evaluating", position.step)))
+        suspicious = suspicious_rows(run, model)
+        product = package(run, model, base_rows, adapter_rows, general, suspicious, position, stopped_at, started)
     except _Stopped as stop:
         report(StoppedEvent(mode=stop.mode, step=stop.step))
         return None
@@ -222,7 +232,7 @@ def prepare(
     resolved = resolve(recipe, base.shape, facts, device_facts)
     return Run(
         resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop,
-        BaseScores(folders.out / "base_scores"), bases=bases,
+        BaseScores(folders.out / "base_scores"), bases=bases, visits=Visits(len(data.tokens)),
     )  # fmt: skip
 
 
@@ -260,16 +270,26 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     def rows() -> Iterator[Example | Problem]:
         return read_examples(folders.dataset, recipe.dataset.format, recipe.dataset.columns)
 
-    tokens, problems, num_cut = TokenRows.render(rows(), renderer, folders.out)
+    keys: dict[int, bytes] = {}
+
+    def keyed_rows() -> Iterator[Example | Problem]:
+        for row in rows():
+            if isinstance(row, Example):
+                keys[row.line] = row_key(row)
+            yield row
+
+    tokens, problems, num_cut = TokenRows.render(keyed_rows(), renderer, folders.out)
     bad_lines = {problem.line for problem in problems}
     if problems:
         first = problems[0]
         where = f"Line {first.line}" if first.line is not None else "First"
         noun = "row is" if len(bad_lines) == 1 else "rows are"
         report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
-    split = split_lines(tokens.lines, recipe.split)
+    split = split_lines(tokens.lines, recipe.split, keys)
     held_out = set(split.held_out)
-    choosing = set(validation_lines(split.held_out, recipe.split)) if recipe.training.chooses_on_validation else set()
+    choosing = (
+        set(validation_lines(split.held_out, recipe.split, keys)) if recipe.training.chooses_on_validation else set()
+    )
     if choosing:
         text = (
             f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
@@ -279,6 +299,14 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     index_of = {line: index for index, line in enumerate(tokens.lines)}
     examples = [row for row in rows() if isinstance(row, Example) and row.line in held_out]
     scored = [row for row in examples if row.line not in choosing]
+    trained_on = set(split.train)
+    overlap = find_overlap(
+        scored,
+        lambda: (row for row in rows() if isinstance(row, Example) and row.line in trained_on),
+        num_training=len(trained_on),
+    )
+    if overlap.num_exact + overlap.num_near:
+        report(MessageEvent(level="warning", text=overlap.sentence()))
     return Data(
         tokens=tokens,
         train=[index_of[line] for line in split.train],
@@ -287,6 +315,7 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
         num_skipped=len(bad_lines),
         num_cut=num_cut,
         sha256=sha256,
+        overlap=overlap,
     )
 
 
@@ -303,11 +332,38 @@ def load_base(run: Run) -> Any:
 
 def score_base(run: Run, model: Any) -> list[ScoredRow]:
     """The untouched base on the held-out rows, measured once for all runs that score it on the same rows."""
-    examples = run.data.held_out
-    key = scores_key(base_facts(run.base.revision, run.recipe, run.renderer, examples, run.device))
+    facts = base_facts(run.base.revision, run.recipe, run.renderer, run.data.held_out, run.device)
+    return _kept_rows(run, facts, lambda: _score(run, model, "scoring_base", step=0))
+
+
+def score_base_on_general(run: Run, model: Any) -> list[ScoredRow]:
+    """The untouched base on the general set, like `score_base`; nothing when the recipe does not want it."""
+    if not run.recipe.evaluation.general:
+        return []
+    facts = base_facts(run.base.revision, run.recipe, _general_renderer(run), general_rows(), run.device)
+    return _kept_rows(run, facts, lambda: score_on_general(run, model, "scoring_base", 0))
+
+
+def score_on_general(run: Run, model: Any, phase: Any, step: int) -> list[ScoredRow]:
+    """A model on the general set, by the same code as its other scores; nothing when the recipe does not want it."""
+    if not run.recipe.evaluation.general:
+        return []
+    rows = score_general(model, _general_renderer(run), report=run.report, phase=phase, should_stop=run.must_end)
+    _end_if_asked(run, step=step)
+    return rows
+
+
+def _general_renderer(run: Run) -> Renderer:
+    # Always on the answers and at one length, whatever the recipe trains: the set means the same for everybody.
+    return Renderer(run.folders.base_model, max_length=MAX_LENGTH, loss_on="assistant")
+
+
+def _kept_rows(run: Run, facts: dict[str, Any], measure: Callable[[], list[ScoredRow]]) -> list[ScoredRow]:
+    """What was measured on the base by whatever run before, or now."""
+    key = scores_key(facts)
     if (kept := run.base_scores.get(key)) is not None:
         return kept
-    rows = _score(run, model, "scoring_base", step=0)
+    rows = measure()
     try:
         run.base_scores.put(key, rows)
     except OSError as error:
@@ -397,6 +453,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     if checkpoint is not None:
         checkpoints.restore(checkpoint, model=model, optimizer=optimizer)
         validator.best_weights = checkpoints.best_weights(checkpoint)
+        run.visits.restore(checkpoints.visits(checkpoint) or run.visits.arrays())
         position = checkpoint.position
         run.say(f"Resumed at step {position.step}.")
     if run.max_micro_batch_size is not None:
@@ -441,6 +498,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         meter.note(took.loss_sum, norm, took.num_tokens)
         # The one moment at which the host waits for the device.
         values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
+        if is_logged:
+            run.visits.settle()
         if values is not None and not _is_alive(*values):
             # Of the steps since the last reading any may have been the first: only a lone one's rows are to blame.
             _diverged(run, position, values, rate, rows if read_step == position.step else [])
@@ -523,14 +582,17 @@ def _forward_backward(
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
     settings = run.recipe.training
     noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
+    row_sums: list[torch.Tensor] = []
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
         on_device = batch.to(run.device)
         with noise.added_to(model, on_device):
-            batch_sum, _ = objective.loss(model, on_device)
+            batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
+    in_order = [row for group in split_step(rows, run.data.tokens, micro_batch_size) for row in group]
+    run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)
     return _Accumulated(
         loss_sum=loss_sum,
         loss_weight=loss_weight,
@@ -542,6 +604,10 @@ def _forward_backward(
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
     packing = run.recipe.training.packing is True
     return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
+
+
+def _num_loss_tokens(data: Data, row: int) -> int:
+    return int(data.tokens.trained(row)[1:].sum())
 
 
 def _plan(run: Run) -> Plan:
@@ -583,6 +649,7 @@ def _save_checkpoint(
         model=model,
         optimizer=optimizer,
         best_weights=best_weights,
+        visits=run.visits.arrays(),
     )
     num_bytes = sum(path.stat().st_size for path in saved.folder.iterdir())
     run.report(CheckpointEvent(step=position.step, folder=str(saved.folder), num_bytes=num_bytes))
@@ -657,11 +724,51 @@ def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     return rows
 
 
+def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
+    """The training rows that may be wrong, with their losses by the adapter and by the base."""
+    data, recipe = run.data, run.recipe
+    trained_on = {data.tokens.lines[row] for row in data.train}
+
+    def examples() -> Iterator[Example]:
+        for row in read_examples(run.folders.dataset, recipe.dataset.format, recipe.dataset.columns):
+            if isinstance(row, Example) and row.line in trained_on:
+                yield row
+
+    num_tokens = [_num_loss_tokens(data, row) for row in range(len(data.tokens))]
+    found = suspects(examples(), data.tokens.lines, num_tokens, run.visits)
+    if not found:
+        return ()
+    lines = {one.line for one in found}
+    rows = [row for row in examples() if row.line in lines]
+
+    def losses() -> dict[int, float]:
+        scored = scoring.score_rows(model, run.renderer, rows, generate_lines=(), max_new_tokens=1)
+        return {row.line: row.loss_sum / row.num_tokens for row in scored if row.num_tokens}
+
+    of_adapter = losses()
+    with model.disable_adapter():
+        of_base = losses()
+    return tuple(
+        SuspiciousRecord(
+            line=one.line,
+            reason=one.reason,
+            score=one.score,
+            loss=of_adapter[one.line],
+            base_loss=of_base.get(one.line),
+            other_lines=one.other_lines,
+        )
+        for one in found
+        if one.line in of_adapter
+    )
+
+
 def package(
     run: Run,
     model: Any,
     base_rows: list[ScoredRow],
     adapter_rows: list[ScoredRow],
+    general: tuple[ScoreRecord, ...],
+    suspicious: tuple[SuspiciousRecord, ...],
     position: Position,
     stopped_at: int | None,
     started: float,
@@ -680,6 +787,9 @@ def package(
         num_rows_scored=len(adapter_rows),
         test_set_sha256=rows_sha256(run.data.held_out),
         settings_sha256=settings_sha256(run.recipe.evaluation, run.renderer),
+        general=general,
+        overlap=run.data.overlap,
+        suspicious=suspicious,
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),

@@ -18,6 +18,8 @@ from studio.api.schemas import Body, Out
 from studio.catalogue import blind
 from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
+from studio.catalogue.file_checks import check_now
+from studio.catalogue.findings import Finding, Level, findings_of
 from studio.catalogue.importing import allowed_folder, register_base_model
 from studio.catalogue.model_card import (
     MAX_EDITED_CHARACTERS,
@@ -88,6 +90,17 @@ class SampleOut(Out):
     adapter_figure: float | None = Field(description="null: the row has no part in the figure")
 
 
+class FindingOut(Out):
+    """Something that was looked for in an adapter, and what was found."""
+
+    code: str
+    level: Level
+    title: str
+    sentence: str
+    next_step: str
+    anchor: str
+
+
 class AdapterOut(Out):
     """A trained adapter in a list."""
 
@@ -110,6 +123,13 @@ class AdapterDetailOut(AdapterOut):
     provenance: dict[str, Any]
     files: list[FileOut]
     scores: list[ScoreOut]
+    findings: list[FindingOut] = Field(description="What can be wrong with it, the worst first")
+    overlap: dict[str, Any] = Field(description="Held-out rows that it was trained on; empty: not looked for")
+    suspicious: list[dict[str, Any]] = Field(description="Training rows that may be wrong, the worst first")
+
+    @staticmethod
+    def resolve_findings(adapter: Adapter) -> list[Finding]:
+        return findings_of(adapter)
 
     @staticmethod
     def resolve_sha256(adapter: Adapter) -> str:
@@ -228,7 +248,10 @@ def list_adapters(request: ApiRequest, filters: Query[AdapterFilters]) -> dict[s
 
 @router.get("adapters/{int:adapter_id}/", response={200: AdapterDetailOut, **ERRORS}, summary="One adapter")
 def get_adapter(request: ApiRequest, adapter_id: int) -> Adapter:
-    return get_object_or_404(request.team.adapters.prefetch_related("scores"), pk=adapter_id)
+    return get_object_or_404(
+        request.team.adapters.select_related("file_check", "dataset_version").prefetch_related("scores__run"),
+        pk=adapter_id,
+    )
 
 
 @router.get("adapters/{int:adapter_id}/scores/", response={200: list[ScoreOut], **ERRORS}, summary="Its scores")
@@ -304,6 +327,24 @@ def post_blind(request: ApiRequest, adapter_id: int, body: ChoiceBody) -> dict[s
 def download(request: ApiRequest, adapter_id: int) -> HttpResponseBase:
     adapter = get_object_or_404(request.team.adapters.select_related("team"), pk=adapter_id)
     return download_response(request, adapter, user=request.user, token=request.token)
+
+
+class FileCheckOut(Out):
+    """When an adapter's files were last read, and what was found; an empty text says that all is whole."""
+
+    checked_at: datetime
+    damage: str
+
+
+@router.post(
+    "adapters/{int:adapter_id}/check/",
+    response={200: FileCheckOut, **ERRORS},
+    auth=Token(Scope.WRITE, Role.TRAINER),
+    summary="Read its files now and compare them with their checksums",
+)
+def check_files(request: ApiRequest, adapter_id: int) -> Any:
+    adapter = get_object_or_404(request.team.adapters.select_related("team"), pk=adapter_id)
+    return check_now(adapter, user=request.user, token=request.token)
 
 
 @router.get("base-models/", response={200: Page[BaseModelOut], **ERRORS}, summary="The studio's base models")

@@ -88,8 +88,8 @@ def manifest_sha256(adapter: Adapter, files: Sequence[Entry] | None = None) -> s
     return hashlib.sha256(json.dumps([folder_name(adapter), listed]).encode()).hexdigest()
 
 
-def check_files(adapter: Adapter) -> None:
-    """Read every file and compare it with its recorded size and, for small adapters, its checksum.
+def check_files(adapter: Adapter, *, every_byte: bool = False) -> None:
+    """Read every file and compare it with its recorded size and, for small adapters or if asked to, its checksum.
 
     Raises:
         DamagedAdapterError: a file is missing or has changed.
@@ -100,7 +100,7 @@ def check_files(adapter: Adapter) -> None:
             raise _missing(str(file["name"]))
         if size != file["num_bytes"]:
             raise _damaged(str(file["name"]))
-        if adapter.num_bytes <= CHECK_FIRST_BYTES:
+        if every_byte or adapter.num_bytes <= CHECK_FIRST_BYTES:
             digest = hashlib.sha256()
             with _open(adapter, str(file["name"])) as opened:
                 while chunk := opened.read(CHUNK_BYTES):

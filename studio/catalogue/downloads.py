@@ -8,7 +8,9 @@ from django.utils.http import content_disposition_header, parse_etags
 
 from studio.accounts.models import ApiToken, User, record
 from studio.catalogue.bundles import check_files, entries, folder_name, manifest_sha256, stream_zip, zip_size
+from studio.catalogue.file_checks import note_check
 from studio.catalogue.models import Adapter
+from studio.catalogue.registering import DamagedAdapterError
 from studio.streaming import stream
 
 
@@ -26,7 +28,11 @@ def download_response(
     sent = parse_etags(request.headers.get("If-None-Match", ""))
     if etag in sent or f"W/{etag}" in sent:
         return HttpResponseNotModified(headers={"ETag": etag})
-    check_files(adapter)
+    try:
+        check_files(adapter)
+    except DamagedAdapterError as error:
+        note_check(adapter, error)
+        raise
     record("adapter.downloaded", team=adapter.team, user=user, token=token, target=adapter, sha256=etag.strip('"'))
     response = stream(
         request, stream_zip(adapter, files), content_type="application/zip", num_bytes=zip_size(adapter, files)

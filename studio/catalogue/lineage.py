@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.contrib.postgres.expressions import ArraySubquery
-from django.db.models import Case, Count, OuterRef, QuerySet, Subquery, When
+from django.db.models import Case, Count, OuterRef, Prefetch, QuerySet, Subquery, When
 from django.db.models.functions import JSONObject
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, Alias, Preference, Sample, SampleChoice
+from studio.catalogue.models import Adapter, Alias, Preference, Sample, SampleChoice, Score
 from studio.catalogue.samples import SHOWN
 
 MAX_VERSIONS = 50
@@ -19,7 +19,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 def adapters_for_page(team: Team) -> QuerySet[Adapter]:
-    """A team's adapters with all that one's page shows besides scores and samples: one query.
+    """A team's adapters with all that one's page shows besides samples: two queries.
 
     Sets `versions`, `alias_names`, `attempts`, `repeats`, `sample_counts` and `choice_counts`. Jobs belong to an app
     above this one and are reached by the names of their relations.
@@ -57,19 +57,24 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
         .annotate(json=JSONObject(people=Count("user", distinct=True), **preferred))
         .values("json")
     )
-    return team.adapters.select_related(
-        "base_model", "dataset_version__dataset", "created_by", "team", "job", "job__parent__adapter"
-    ).annotate(
-        versions=ArraySubquery(
-            of_name.values(json=JSONObject(id="pk", version="version", state="state"))[:MAX_VERSIONS]
-        ),
-        alias_names=ArraySubquery(aliases.values("name")),
-        attempts=ArraySubquery(attempts),
-        repeats=ArraySubquery(
-            repeats.values(json=JSONObject(id="pk", name="name", version="version", files="files"))[:MAX_VERSIONS]
-        ),
-        sample_counts=Subquery(samples),
-        choice_counts=Subquery(choices),
+    scores = Prefetch("scores", Score.objects.select_related("run__suite"))
+    return (
+        team.adapters.prefetch_related(scores)
+        .select_related(
+            "base_model", "dataset_version__dataset", "created_by", "team", "job", "job__parent__adapter", "file_check"
+        )
+        .annotate(
+            versions=ArraySubquery(
+                of_name.values(json=JSONObject(id="pk", version="version", state="state"))[:MAX_VERSIONS]
+            ),
+            alias_names=ArraySubquery(aliases.values("name")),
+            attempts=ArraySubquery(attempts),
+            repeats=ArraySubquery(
+                repeats.values(json=JSONObject(id="pk", name="name", version="version", files="files"))[:MAX_VERSIONS]
+            ),
+            sample_counts=Subquery(samples),
+            choice_counts=Subquery(choices),
+        )
     )
 
 

@@ -129,6 +129,17 @@ class SavedView(models.Model):
         return self.name
 
 
+class FileCheck(models.Model):
+    """The last time that an adapter's files were read and compared with their checksums, and what was found."""
+
+    adapter = models.OneToOneField(Adapter, on_delete=models.CASCADE, primary_key=True, related_name="file_check")
+    checked_at = models.DateTimeField(db_index=True)
+    damage = models.TextField(blank=True, help_text="What was found, for people; empty: all is whole.")
+
+    def __str__(self) -> str:
+        return f"files of {self.adapter_id}"
+
+
 class Alias(models.Model):
     """A name such as "champion" that points at one version of the adapters of one name, and can move."""
 

@@ -45,8 +45,8 @@ class ScoreGroup:
 
 
 def score_groups(adapter: Adapter) -> list[ScoreGroup]:
-    """The newest run on each test set with its scores: held-out rows, the general set, then suites; one query."""
-    rows = adapter.scores.select_related("run__suite").order_by("-run_id", "label")
+    """The newest run on each test set with its scores: held-out rows, the general set, then suites. Uses prefetched scores."""
+    rows = sorted(adapter.scores.all(), key=lambda score: (-score.run_id, score.label))
     by_run: dict[int, list[Score]] = {}
     for score in rows:
         by_run.setdefault(score.run_id, []).append(score)

@@ -7,8 +7,10 @@ import threading
 from celery import shared_task
 
 from studio.catalogue.base_files import share_base_models
+from studio.catalogue.file_checks import check_oldest
 
 _sharing = threading.Lock()
+_checking = threading.Lock()
 
 
 @shared_task
@@ -20,3 +22,14 @@ def share_bases() -> None:
         share_base_models()
     finally:
         _sharing.release()
+
+
+@shared_task
+def check_adapter_files() -> None:
+    """Read the files of adapters whose last check is the oldest. One at a time, like `share_bases`."""
+    if not _checking.acquire(blocking=False):
+        return
+    try:
+        check_oldest()
+    finally:
+        _checking.release()

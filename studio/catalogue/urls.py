@@ -14,6 +14,7 @@ urlpatterns = [
     path("models/<int:adapter_id>/blind/", adapter_pages.blind_choice, name="blind"),
     path("models/<int:adapter_id>/card/", adapter_pages.edit, name="edit_card"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
+    path("models/<int:adapter_id>/check/", views.check_files_now, name="check_files"),
     path("methods/", views.which_method, name="methods"),
     path("suites/", suite_pages.suites, name="suites"),
     path("suites/new/", suite_pages.new_suite, name="new_suite"),

@@ -6,13 +6,14 @@ from django.contrib import messages
 from django.db.models import Count, Q
 from django.http import HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
-from django.views.decorators.http import require_GET, require_http_methods
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.catalogue import listing
 from studio.catalogue.base_facts import method_facts, template_preview
 from studio.catalogue.downloads import download_response
+from studio.catalogue.file_checks import check_now
 from studio.catalogue.forms import RegisterBaseModelForm
 from studio.catalogue.importing import allowed_folder, model_roots, register_base_model, suggested_folders
 from studio.catalogue.models import BaseModel
@@ -31,6 +32,21 @@ def which_method(request: TeamRequest) -> HttpResponse:
         "catalogue/methods.html",
         {"methods": list(methods().values()), "measured": measured_methods()},
     )
+
+
+@require_GET
+@team_page()
+@require_POST
+@team_page(Role.TRAINER)
+def check_files_now(request: TeamRequest, adapter_id: int) -> HttpResponse:
+    """Read the adapter's files now and say whether they are whole."""
+    found = get_object_or_404(request.team.adapters.all(), pk=adapter_id)
+    check = check_now(found, user=request.user)
+    if check.damage:
+        messages.error(request, check.damage)
+    else:
+        messages.success(request, "All files are there and match their checksums.")
+    return redirect(found)
 
 
 @require_GET

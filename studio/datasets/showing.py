@@ -16,7 +16,7 @@ from workers.errors import ExplainedError
 from workers.examples import Example, Problem
 from workers.formats import get_format
 from workers.inspection import CUTS, first_examples
-from workers.reading import read_head
+from workers.reading import read_head, read_rows
 from workers.rendering import Renderer, RenderingError
 from workers.rules import RULES
 
@@ -52,6 +52,14 @@ class TokenRow:
 def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[Example]:
     """The first usable rows of a ready version."""
     return first_examples(version.path(), version.format, version.columns, num, within=WITHIN_ROWS)
+
+
+def row(version: DatasetVersion, line: int) -> Example | None:
+    """The row of a ready version at a line; None when that holds no usable one."""
+    for example, _problems in read_rows(version.path(), version.format, version.columns):
+        if example is not None and example.line >= line:
+            return example if example.line == line else None
+    return None
 
 
 def mapped_rows(version: DatasetVersion, columns: dict[str, str]) -> list[tuple[int, Example | None, list[Problem]]]:

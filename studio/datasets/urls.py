@@ -17,5 +17,6 @@ urlpatterns = [
     path(_VERSION + "versions/", views.versions, name="versions"),
     path(_VERSION + "used-by/", views.used_by, name="used_by"),
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
+    path(_VERSION + "rows/<int:line>/", views.row, name="row"),
     path(_VERSION + "file/", views.file, name="file"),
 ]

@@ -11,7 +11,7 @@ from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
 from django.db.models import Count, OuterRef, ProtectedError, Q, QuerySet, Subquery
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
 from django.utils.http import content_disposition_header
@@ -151,6 +151,18 @@ def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResp
         context["examples"] = showing.preview(version)
         context |= _model_view(request, context["bases"], context["examples"])
     return _render_tab(request, version, "preview", context)
+
+
+@team_page()
+@require_GET
+def row(request: TeamRequest, dataset_id: int, number: int, line: int) -> HttpResponse:
+    """One row as a chat."""
+    version = _version(request, dataset_id, number)
+    if not version.is_ready():
+        raise Http404
+    return render(
+        request, "datasets/row.html", {"version": version, "line": line, "example": showing.row(version, line)}
+    )
 
 
 def _model_view(request: HttpRequest, bases: list[Any], examples: list[Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def queue(team: Team, bob: User, base_model: BaseModel, version: DatasetVersion)
                     "learning_rate": 1e-3, "checkpoint_every_steps": 5, "packing": False,
                     "gradient_checkpointing": False, **training,
                 },
-                "evaluation": {"num_generated": 2, "max_new_tokens": 8},
+                "evaluation": {"num_generated": 2, "max_new_tokens": 8, "general": False},
             }
         )  # fmt: skip
         return queue_job(

@@ -186,7 +186,7 @@ class Soak:
                     "epochs": 100, "learning_rate": 1e-3, "checkpoint_every_steps": 10, "packing": False,
                     "gradient_checkpointing": False,
                 },
-                "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+                "evaluation": {"num_generated": 2, "max_new_tokens": 4, "general": False},
             }
         )  # fmt: skip
 

@@ -170,7 +170,7 @@ recipe = Recipe.from_dict({
     },
     "method": "lora", "settings": {"rank": 2}, "precision": "float32",
     "training": {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "max_length": 64, "packing": False},
-    "evaluation": {"num_generated": 0},
+    "evaluation": {"num_generated": 0, "general": False},
 })
 job = queue_job(
     team=someone.team, user=someone.user, recipe=recipe, base_model=base, dataset_version=version,

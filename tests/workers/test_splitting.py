@@ -64,3 +64,31 @@ def test_too_few_held_out_lines_to_choose_on_are_refused() -> None:
     with pytest.raises(DatasetError, match="at least 4; 3 are held out") as error:
         validation_lines(range(3), SplitSettings())
     assert error.value.field == "split.held_out_share"
+
+
+def keys_of(lines: range, num_texts: int) -> dict[int, bytes]:
+    return {line: str(line % num_texts).encode() for line in lines}
+
+
+def test_equal_rows_stay_on_one_side() -> None:
+    lines = range(1, 401)
+    keys = keys_of(lines, 150)
+    split = split_lines(lines, SplitSettings(), keys)
+    assert sorted(split.train + split.held_out) == list(lines)
+    assert not {keys[line] for line in split.train} & {keys[line] for line in split.held_out}
+    assert 37 <= len(split.held_out) <= 40
+    chosen = validation_lines(split.held_out, SplitSettings(), keys)
+    assert not {keys[line] for line in chosen} & {keys[line] for line in set(split.held_out) - set(chosen)}
+
+
+def test_without_equal_rows_the_choice_is_that_of_earlier_versions() -> None:
+    lines = range(1, 31)
+    assert split_lines(lines, SplitSettings(), keys_of(lines, 1000)).held_out == KNOWN
+    duplicates = keys_of(lines, 10)
+    assert split_lines(lines, SplitSettings(), duplicates).held_out != KNOWN
+    assert split_lines(lines, SplitSettings(keep_equal_together=False), duplicates).held_out == KNOWN
+
+
+def test_rows_that_are_all_alike_are_split_all_the_same() -> None:
+    lines = range(1, 101)
+    assert len(split_lines(lines, SplitSettings(), keys_of(lines, 2)).held_out) == 10

@@ -67,8 +67,8 @@ def recipe_of(**training_settings: Any) -> Recipe:
                 "learning_rate": 0.01, "batch_size": 4, "micro_batch_size": 2, "max_length": 128, "packing": False,
                 "max_steps": 6, "checkpoint_every_steps": 3, "gradient_checkpointing": False,
             } | training_settings,
-            "split": {"held_out_share": 0.1},
-            "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+            "split": {"held_out_share": 0.1, "keep_equal_together": False},
+            "evaluation": {"num_generated": 2, "max_new_tokens": 4, "general": False},
         }
     )  # fmt: skip
 

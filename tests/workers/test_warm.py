@@ -64,7 +64,7 @@ def write_recipe(folder: Path, name: str, *, training: dict[str, Any] | None = N
             "learning_rate": 0.01, "batch_size": 4, "micro_batch_size": 2, "max_length": 128, "packing": False,
             "max_steps": 4, "checkpoint_every_steps": 2, "gradient_checkpointing": False, "neftune_alpha": 5,
         } | (training or {}),
-        "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+        "evaluation": {"num_generated": 2, "max_new_tokens": 4, "general": False},
     } | values  # fmt: skip
     path = folder / f"{name}.json"
     path.write_text(json.dumps(recipe))

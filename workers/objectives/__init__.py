@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ class Objective(ABC):
     example_type: ExampleType
 
     @abstractmethod
-    def loss(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Any, *, note: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of tokens it covers, both on the device; with weights, their sum.
 
         A sum, not a mean: the loop divides by the tokens of all micro-batches of a step, so that
-        accumulating 4 micro-batches of 1 row gives the gradient of one batch of 4.
+        accumulating 4 micro-batches of 1 row gives the gradient of one batch of 4. `note` is given the summed loss of
+        each row, without its weights: what shows which rows the model disagrees with.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from workers.examples import ExampleType
@@ -21,11 +22,11 @@ class SupervisedFineTuning(Objective):
     help = "Learns to write the assistant's turns of the dataset."
     example_type: ExampleType = "chat"
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, batch: Batch, *, note: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the number of tokens it covers, both weighted, on the device."""
         from workers.losses import summed_cross_entropy
 
-        return summed_cross_entropy(model, batch)
+        return summed_cross_entropy(model, batch, note=note)
 
 
 PLUGIN = SupervisedFineTuning()

@@ -382,7 +382,7 @@ def run(name: str, folder: Path, out: Path, *, kill_at: int | None = None, attem
                 "learning_rate": 0.01, "batch_size": 4, "micro_batch_size": 2, "max_length": 96, "packing": False,
                 "max_steps": NUM_STEPS, "epochs": 3, "checkpoint_every_steps": 4, "gradient_checkpointing": False,
             },
-            "evaluation": {"num_generated": 0},
+            "evaluation": {"num_generated": 0, "general": False},
         }
     )  # fmt: skip
 

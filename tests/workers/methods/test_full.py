@@ -94,7 +94,7 @@ def test_a_run_learns_and_leaves_a_model_that_needs_neither_base_nor_peft(tmp_pa
         recipe_of("full").to_dict()
         | {
             "training": {"learning_rate": 3e-3, "batch_size": 4, "max_length": 96, "epochs": 4, "packing": True},
-            "evaluation": {"num_generated": 2, "max_new_tokens": 4},
+            "evaluation": {"num_generated": 2, "max_new_tokens": 4, "general": False},
         }
     )
     product = train(asked, Folders(base, dataset, tmp_path / "out"), report=lambda _: None, should_stop=lambda: None)
