@@ -45,7 +45,7 @@ class ScoreGroup:
 
 
 def score_groups(adapter: Adapter) -> list[ScoreGroup]:
-    """The newest run on each test set with its scores: held-out rows, the general set, then suites. Uses prefetched scores."""
+    """The newest run on each test set with its prefetched scores: held-out rows, the general set, then suites."""
     rows = sorted(adapter.scores.all(), key=lambda score: (-score.run_id, score.label))
     by_run: dict[int, list[Score]] = {}
     for score in rows:
