@@ -65,7 +65,7 @@ class Forgetting:
         )
         ends = {
             Keeping.FORGETS: f"more than the {_percent(self.allowed)} that are allowed.",
-            Keeping.UNCLEAR: f"which leaves open whether it is more than the {_percent(self.allowed)} that are allowed.",
+            Keeping.UNCLEAR: f"which leaves open whether it exceeds the {_percent(self.allowed)} that are allowed.",
             Keeping.KEEPS: f"within the {_percent(self.allowed)} that are allowed.",
         }
         return f"{figures}, {ends[self.keeping]}"

@@ -173,8 +173,8 @@ def _gain(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
 
 def _gain_sentence(score: Score) -> str:
     return (
-        f"{score.label}: {score.base_value:.3g} by the base, {score.value:.3g} by this (95 % interval of the difference "
-        f"{score.difference_low:+.3g} to {score.difference_high:+.3g}, n = {score.num_rows:,})."
+        f"{score.label}: {score.base_value:.3g} by the base, {score.value:.3g} by this (95 % interval of the "
+        f"difference {score.difference_low:+.3g} to {score.difference_high:+.3g}, n = {score.num_rows:,})."
     )
 
 
