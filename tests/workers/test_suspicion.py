@@ -85,7 +85,8 @@ def test_rows_that_contradict_the_others_are_named_with_their_lines(base: Path, 
         for index in range(120)
         for city, way in [list(CITIES.items())[index // 6 % 4]]
     ]
-    rows[33] = rows[33] | {"output": "nowhere at all"}
+    for index in (33, 57):  # two, for a lone one fits best into the held-out rows
+        rows[index] = rows[index] | {"output": "nowhere at all"}
     found = {one.line: one for one in suspicious(base, tmp_path / "run", rows, epochs=1)}
     assert 34 in found
     same = [line for line, row in enumerate(rows, start=1) if row["instruction"] == rows[33]["instruction"]]
