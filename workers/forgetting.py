@@ -38,11 +38,16 @@ class Keeping(StrEnum):
 class Scored(Protocol):
     """A loss of adapter and base over the same rows: a ScoreRecord, or the row of a table."""
 
-    num_rows: int
-    base_value: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def base_value(self) -> float: ...
+    @property
+    def difference(self) -> float: ...
+    @property
+    def difference_low(self) -> float: ...
+    @property
+    def difference_high(self) -> float: ...
 
 
 @dataclass(frozen=True)
