@@ -40,16 +40,12 @@ class Scored(Protocol):
 
     @property
     def num_rows(self) -> int: ...
-
     @property
     def base_value(self) -> float: ...
-
     @property
     def difference(self) -> float: ...
-
     @property
     def difference_low(self) -> float: ...
-
     @property
     def difference_high(self) -> float: ...
 
@@ -74,7 +70,7 @@ class Forgetting:
         )
         ends = {
             Keeping.FORGETS: f"more than the {_percent(self.allowed)} that are allowed.",
-            Keeping.UNCLEAR: f"which leaves open whether it is more than the allowed {_percent(self.allowed)}.",
+            Keeping.UNCLEAR: f"which leaves open whether it exceeds the {_percent(self.allowed)} that are allowed.",
             Keeping.KEEPS: f"within the {_percent(self.allowed)} that are allowed.",
         }
         return f"{figures}, {ends[self.keeping]}"

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 100
-UNUSUAL = 2.5
-"""Spreads above rows of like length from which a row's loss is unusual: 1 row in 160 where losses are normal. Hampel's
-rule cuts at 3; a list for people to look through may be a little longer."""
+UNUSUAL = 2.0
+"""Spreads above rows of like length from which a row's loss is unusual: 1 row in 44 where losses are normal. Hampel's
+rule cuts at 3, to throw rows away; a list for people to look through, the worst first, may be longer."""
 DISSENT, DISAGREEMENT = 3.0, 1.5
 """What a contradiction adds to the spreads: as much as an unusual loss where most rows say otherwise, and half of it
 where one row stands against one."""

@@ -248,10 +248,8 @@ def list_adapters(request: ApiRequest, filters: Query[AdapterFilters]) -> dict[s
 
 @router.get("adapters/{int:adapter_id}/", response={200: AdapterDetailOut, **ERRORS}, summary="One adapter")
 def get_adapter(request: ApiRequest, adapter_id: int) -> Adapter:
-    return get_object_or_404(
-        request.team.adapters.select_related("file_check", "dataset_version").prefetch_related("scores__run"),
-        pk=adapter_id,
-    )
+    rows = request.team.adapters.select_related("file_check").prefetch_related("scores__run")
+    return get_object_or_404(rows, pk=adapter_id)
 
 
 @router.get("adapters/{int:adapter_id}/scores/", response={200: list[ScoreOut], **ERRORS}, summary="Its scores")

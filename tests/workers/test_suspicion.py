@@ -85,13 +85,14 @@ def test_rows_that_contradict_the_others_are_named_with_their_lines(base: Path, 
         for index in range(120)
         for city, way in [list(CITIES.items())[index // 6 % 4]]
     ]
-    rows[31] = rows[31] | {"output": "nowhere at all"}
+    for index in (33, 57):  # two, for a lone one fits best into the held-out rows
+        rows[index] = rows[index] | {"output": "nowhere at all"}
     found = {one.line: one for one in suspicious(base, tmp_path / "run", rows, epochs=1)}
-    assert 32 in found
-    same = [line for line, row in enumerate(rows, start=1) if row["instruction"] == rows[31]["instruction"]]
-    assert found[32].other_lines
-    assert set(found[32].other_lines) <= set(same)
-    assert "ask the same and answer otherwise" in found[32].reason
+    assert 34 in found
+    same = [line for line, row in enumerate(rows, start=1) if row["instruction"] == rows[33]["instruction"]]
+    assert found[34].other_lines
+    assert set(found[34].other_lines) <= set(same)
+    assert "ask the same and answer otherwise" in found[34].reason
 
 
 def example(line: int, question: str, answer: str, system: str = "") -> Example:
