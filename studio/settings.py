@@ -113,6 +113,7 @@ API_ROUTERS = [
     "studio.api.me.router",
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
+    "studio.reviews.api.router",
     "jobs.api.router",
     "jobs.machine_api.router",
     "jobs.quotas.router",

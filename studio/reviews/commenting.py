@@ -12,7 +12,7 @@ from django.utils.safestring import SafeString
 from studio.accounts.models import Membership, record
 from studio.catalogue.model_card import render_markdown
 from studio.reviews.models import Comment, Review
-from studio.reviews.reviewing import Action, Actor, NotAllowedError, ReviewError, require
+from studio.reviews.reviewing import Action, Actor, NotAllowedError, NotTheirsError, ReviewError, require
 
 MAX_TEXT = 10_000
 MAX_MENTIONS = 20
@@ -141,7 +141,7 @@ def _tell_mentioned(review: Review, actor: Actor, said: Comment, *, already: set
 def _locked(review: Review, comment_id: int) -> Comment:
     found = review.comments.select_for_update(of=("self",)).filter(pk=comment_id).first()
     if found is None:
-        raise ReviewError("There is no such comment in this review.")
+        raise NotTheirsError("There is no such comment in this review.")
     return found
 
 

@@ -20,7 +20,9 @@ class Policy(models.Model):
     version = models.PositiveIntegerField()
     settings = models.JSONField(help_text="studio.reviews.policies.PolicySettings as JSON.")
     note = models.CharField(max_length=200, blank=True, help_text="Why it was changed.")
-    created_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    created_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -55,7 +57,9 @@ class Review(models.Model):
     state = models.CharField(max_length=14, choices=ReviewState.choices, default=ReviewState.OPEN)
     alias = models.SlugField(max_length=40, default="champion", help_text="What moves to the adapter on approval.")
     note = models.TextField(blank=True, help_text="What the submitter wants the reviewers to know.")
-    submitted_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    submitted_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     due_on = models.DateField(null=True)
     gates_asked = models.PositiveIntegerField(default=1, help_text="How often the gates were to be checked.")
     gates_checked = models.PositiveIntegerField(default=0, help_text="The newest of these that was answered.")
@@ -64,7 +68,9 @@ class Review(models.Model):
     decided_gates = models.JSONField(
         default=list, help_text="[{gate, state, sentence, waived}] as they stood at the approval."
     )
-    decided_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    decided_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     decided_at = models.DateTimeField(null=True)
     reason = models.TextField(blank=True, help_text="Why it was rejected, or what is to change.")
     created_at = models.DateTimeField(auto_now_add=True)
@@ -107,7 +113,9 @@ class GateOutcome(models.Model):
     sentence = models.TextField()
     figures = models.JSONField(default=dict)
     checked_at = models.DateTimeField()
-    waived_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    waived_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     waived_at = models.DateTimeField(null=True)
     waiver_reason = models.TextField(blank=True)
 
@@ -158,10 +166,14 @@ class BlindItem(models.Model):
     sample = models.ForeignKey(Sample, on_delete=models.CASCADE, related_name="+")
     position = models.PositiveIntegerField()
     adapter_is_a = models.BooleanField()
-    reserved_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    reserved_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     reserved_until = models.DateTimeField(null=True)
     choice = models.CharField(max_length=4, choices=Choice.choices, blank=True)
-    judged_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    judged_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
     judged_at = models.DateTimeField(null=True)
     is_flagged = models.BooleanField(default=False, help_text="Something is wrong with the sample itself.")
     note = models.TextField(blank=True)
@@ -202,7 +214,9 @@ class Comment(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
     edited_at = models.DateTimeField(null=True)
     resolved_at = models.DateTimeField(null=True, help_text="Of a thread's first comment.")
-    resolved_by = models.ForeignKey(django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+")
+    resolved_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
 
     class Meta:
         indexes: ClassVar = [models.Index(fields=["review", "created_at"], name="review_threads")]

@@ -109,7 +109,9 @@ def change_policy(
             )  # fmt: skip
             return policy
     except IntegrityError as error:
-        raise PolicyError("Somebody else changed the policy at this moment.", next_step="Look and try again.") from error
+        raise PolicyError(
+            "Somebody else changed the policy at this moment.", next_step="Look and try again."
+        ) from error
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -146,7 +148,9 @@ def _clean(gate: Gate, threshold: Threshold, value: Any) -> Any:
         return value
     if threshold.kind == "slug":
         if not isinstance(value, str) or not _SLUG.fullmatch(value):
-            raise PolicyError(f"{threshold.label} is one word of letters, digits, hyphens and underscores.", field=field)
+            raise PolicyError(
+                f"{threshold.label} is one word of letters, digits, hyphens and underscores.", field=field
+            )
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_right = isinstance(value, int) if threshold.kind == "whole" else True

@@ -246,7 +246,9 @@ def approve(review_id: int, actor: Actor, *, comment: str = "") -> Review:
     """
     with locked(review_id, Action.APPROVE, actor) as review:
         if review.adapter.state != AdapterState.IN_REVIEW:
-            raise ReviewError(f"{review} was not approved: the adapter is {review.adapter.get_state_display().lower()}.")
+            raise ReviewError(
+                f"{review} was not approved: the adapter is {review.adapter.get_state_display().lower()}."
+            )
         _require_gates(review)
         part, _ = Reviewer.objects.get_or_create(review=review, user=actor.user)
         if part.approved_at is not None:
@@ -283,7 +285,7 @@ def waive(review_id: int, actor: Actor, *, gate: str, reason: str) -> Review:
 
 
 def assign(
-    review_id: int, actor: Actor, *, user_ids: Collection[int] | None = None, due_on: date | None | Literal[""] = ""
+    review_id: int, actor: Actor, *, user_ids: Collection[int] | None = None, due_on: date | Literal[""] | None = ""
 ) -> Review:
     """Ask these people to review it, and no others; set a due date. What is left out stays as it is.
 
@@ -371,9 +373,7 @@ def _conclude(review: Review, actor: Actor) -> None:
         for one in review.outcomes.order_by("pk")
     ]
     _end(review, ReviewState.APPROVED, AdapterState.APPROVED, by=actor.user)
-    move_alias(
-        review.adapter, review.alias, by=actor.user, token=actor.token, reason=f"Approved in review {review.pk}"
-    )
+    move_alias(review.adapter, review.alias, by=actor.user, token=actor.token, reason=f"Approved in review {review.pk}")
     _record("review.approved", review, actor, alias=review.alias, adapter=review.adapter_id)
 
 

@@ -36,7 +36,7 @@ class Forgetting(Gate):
                 f"Nothing much was forgotten on the general set: {move(score)}; {allowed:g} more is allowed.", **figures
             )
         return failed(
-            f"Forgotten: on the general set the loss rose by {score.difference:.3g}, and the policy allows {allowed:g}. "
+            f"Forgotten: on the general set the loss rose by {score.difference:.3g}; the policy allows {allowed:g}. "
             f"{move(score)}.",
             **figures,
         )
