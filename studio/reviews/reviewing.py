@@ -374,7 +374,7 @@ def _conclude(review: Review, actor: Actor) -> None:
     ]
     _end(review, ReviewState.APPROVED, AdapterState.APPROVED, by=actor.user)
     move_alias(review.adapter, review.alias, by=actor.user, token=actor.token, reason=f"Approved in review {review.pk}")
-    _record("review.approved", review, actor, alias=review.alias, adapter=review.adapter_id)
+    _record("review.approved", review, actor, alias=review.alias)
 
 
 def _end(

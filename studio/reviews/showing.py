@@ -36,6 +36,10 @@ class GateRow:
     def is_hindrance(self) -> bool:
         return self.outcome is None or not self.outcome.lets_pass()
 
+    @property
+    def has_failed(self) -> bool:
+        return self.outcome is not None and self.outcome.state == GateState.FAILED and not self.outcome.is_waived()
+
 
 def gate_rows(review: Review, outcomes: Sequence[GateOutcome]) -> list[GateRow]:
     """The gates of a review: failing first, then those that are not known, waived ones, and those that passed."""

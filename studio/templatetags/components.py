@@ -33,9 +33,9 @@ COUNTS = {"reviews:inbox": "reviews:count"}
 
 @register.simple_tag(takes_context=True)
 def nav_links(context: template.Context) -> list[dict[str, Any]]:
-    """The main navigation as {label, url, is_current, count_url}; a page belongs to the entry that its path begins with.
+    """The main navigation as {label, url, is_current, count_url}.
 
-    `count_url` gives what waits behind an entry, for those who look after it; empty: nothing does.
+    A page belongs to the entry that its path begins with. `count_url` gives what waits behind an entry, for those who look after it; empty: nothing does.
     """
     request = context.get("request")
     membership = context.get("membership")
