@@ -51,8 +51,8 @@ def roll_back_alias(
         if alias is None or alias.adapter_id != expected.pk:
             raise AliasError(f"The alias {name} of {adapter_name} has been moved by somebody else.")
         moves = AliasMove.objects.filter(team=team, adapter_name=adapter_name, name=name)
-        # Not merely the last move: that one may itself have been a way back.
-        arrival = moves.filter(moved_to=expected, moved_from__isnull=False).order_by("pk").first()
+        # Its first arrival, not its last: that one may itself have been a way back.
+        arrival = moves.filter(moved_to=expected).order_by("pk").first()
         if arrival is None or arrival.moved_from is None:
             raise AliasError(f"There is no version of {adapter_name} that {name} pointed at before.")
         move_alias(

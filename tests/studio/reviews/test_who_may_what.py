@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -105,7 +106,9 @@ class Stage:
         Membership.objects.filter(pk=self.member.pk).update(team=team, role=case.role)
         Adapter.objects.filter(pk=self.adapter.pk).update(
             created_by=self.pat if case.is_author else self.author,
-            state={"open": AdapterState.IN_REVIEW, "approved": AdapterState.APPROVED}.get(case.state, AdapterState.DRAFT),
+            state={"open": AdapterState.IN_REVIEW, "approved": AdapterState.APPROVED}.get(
+                case.state, AdapterState.DRAFT
+            ),
         )
         if case.state == "none":
             Review.objects.all().delete()
@@ -158,7 +161,9 @@ def stage(team: Team, other_team: Team, bob: User, make_good: Any) -> Stage:
     pat = User.objects.create_user("pat")
     member = Membership.objects.create(user=pat, team=team, role=Role.LEAD)
     item = review.items.order_by("position").first()
-    BlindItem.objects.filter(pk=item.pk).update(reserved_by=pat, reserved_until=timezone.now() + timezone.timedelta(hours=1))
+    BlindItem.objects.filter(pk=item.pk).update(
+        reserved_by=pat, reserved_until=timezone.now() + timezone.timedelta(hours=1)
+    )
     comment = Comment.objects.create(review=review, author=bob, text="Hm.")
     tokens = {
         same: ApiToken.issue(team=one, user=pat, name="x", scopes=["read", "write"])[1]
@@ -190,5 +195,3 @@ def test_a_request_does_what_the_table_allows_and_nothing_else(stage: Stage, act
             expected = {403, 409} if case.same_team else {404} if channel == "page" or case.role != "viewer" else {403}
             assert answer.status_code in expected, (case, answer.status_code)
             assert (num_events, now) == (0, was), case
-
-
