@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from django.contrib import messages
-from django.http import HttpResponse, QueryDict
+from django.http import HttpResponse, HttpResponseBase, QueryDict
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
@@ -123,7 +123,7 @@ def _review_page(
 Act = Callable[[int, Actor, QueryDict], Any]
 
 
-def _does(act: Act, done: str) -> Callable[..., HttpResponse]:
+def _does(act: Act, done: str) -> Callable[..., HttpResponseBase]:
     """A view that does one thing with a review and goes back to its page."""
 
     @require_POST

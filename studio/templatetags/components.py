@@ -39,7 +39,7 @@ def nav_links(context: template.Context) -> list[dict[str, Any]]:
     """
     request = context.get("request")
     membership = context.get("membership")
-    leads = bool(membership) and membership.may(Role.LEAD)
+    leads = membership is not None and bool(membership) and membership.may(Role.LEAD)
     path = request.path if request is not None else ""
     links = []
     for label, name in NAVIGATION:
