@@ -35,7 +35,8 @@ COUNTS = {"reviews:inbox": "reviews:count"}
 def nav_links(context: template.Context) -> list[dict[str, Any]]:
     """The main navigation as {label, url, is_current, count_url}.
 
-    A page belongs to the entry that its path begins with. `count_url` gives what waits behind an entry, for those who look after it; empty: nothing does.
+    A page belongs to the entry that its path begins with. `count_url` gives what waits behind an entry, for those who
+    look after it; it is empty for others.
     """
     request = context.get("request")
     membership = context.get("membership")

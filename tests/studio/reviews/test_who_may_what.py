@@ -161,9 +161,8 @@ def stage(team: Team, other_team: Team, bob: User, make_good: Any) -> Stage:
     pat = User.objects.create_user("pat")
     member = Membership.objects.create(user=pat, team=team, role=Role.LEAD)
     item = review.items.order_by("position").first()
-    BlindItem.objects.filter(pk=item.pk).update(
-        reserved_by=pat, reserved_until=timezone.now() + timezone.timedelta(hours=1)
-    )
+    later = timezone.now() + timedelta(hours=1)
+    BlindItem.objects.filter(pk=item.pk).update(reserved_by=pat, reserved_until=later)
     comment = Comment.objects.create(review=review, author=bob, text="Hm.")
     tokens = {
         same: ApiToken.issue(team=one, user=pat, name="x", scopes=["read", "write"])[1]
