@@ -61,7 +61,7 @@ def _field(name: str, threshold: Threshold, value: Any) -> dict[str, Any]:
     kind = {"choice": "select", "slug": "text"}.get(threshold.kind, "number")
     shown: dict[str, Any] = {
         "name": name, "label": threshold.label, "type": kind, "help": threshold.help, "unit": threshold.unit,
-        "value": f"{value:g}" if isinstance(value, float) else value, "required": False,
+        "value": f"{value:g}" if isinstance(value, float) else value,
     }  # fmt: skip
     if kind == "select":
         shown["choices"] = threshold.choices()
