@@ -47,8 +47,13 @@ app.conf.update(
             "schedule": 300.0,
             "options": {"expires": 300},
         },
+        "check-gates": {
+            "task": "studio.reviews.tasks.check_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
     },
 )
-app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue"])
+app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue", "studio.reviews"])
 # What a worker process does beside its tasks.
 app.autodiscover_tasks(["jobs"], related_name="worker_process")

@@ -114,6 +114,7 @@ API_ROUTERS = [
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.suite_api.router",
+    "studio.reviews.api.router",
     "jobs.api.router",
     "jobs.machine_api.router",
     "jobs.quotas.router",

@@ -91,6 +91,9 @@ def manifest_sha256(adapter: Adapter, files: Sequence[Entry] | None = None) -> s
 def check_files(adapter: Adapter, *, every_byte: bool = False) -> None:
     """Read every file and compare it with its recorded size and, for small adapters or if asked to, its checksum.
 
+    Args:
+        every_byte: compare the checksums of large adapters, too; too slow for a page.
+
     Raises:
         DamagedAdapterError: a file is missing or has changed.
     """

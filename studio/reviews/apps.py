@@ -1,6 +1,35 @@
+from typing import Any
+
 from django.apps import AppConfig
+from django.db.models.signals import post_save
 
 
 class ReviewsConfig(AppConfig):
     name = "studio.reviews"
     label = "reviews"
+
+    def ready(self) -> None:
+        from studio.catalogue.models import AliasMove, EvaluationRun
+
+        post_save.connect(_measured_again, sender=EvaluationRun, dispatch_uid="check_gates_after_a_run")
+        post_save.connect(_alias_moved, sender=AliasMove, dispatch_uid="check_gates_after_a_move")
+
+
+def _measured_again(instance: Any, created: bool, **_kwargs: object) -> None:
+    """An adapter was evaluated: what the gates of its reviews found is out of date."""
+    from studio.reviews.checking import ask_again_for
+
+    if created and instance.adapter is not None:
+        ask_again_for(instance.adapter)
+
+
+def _alias_moved(instance: Any, created: bool, **_kwargs: object) -> None:
+    """Open reviews of this name were compared with another adapter than they would be now."""
+    from studio.reviews.checking import ask_again
+    from studio.reviews.models import Review, ReviewState
+
+    if created:
+        open_ones = Review.objects.filter(
+            team_id=instance.team_id, adapter__name=instance.adapter_name, state=ReviewState.OPEN
+        )
+        ask_again(*open_ones.values_list("pk", flat=True))

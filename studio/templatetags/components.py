@@ -13,6 +13,7 @@ from django.urls import NoReverseMatch, reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString, mark_safe
 
+from studio.accounts.models import Role
 from workers.verdicts import Verdict
 
 register = template.Library()
@@ -22,15 +23,24 @@ NAVIGATION = (
     ("Datasets", "datasets:list"),
     ("Jobs", "jobs:list"),
     ("Models", "catalogue:adapters"),
+    ("Reviews", "reviews:inbox"),
     ("Base models", "catalogue:base_models"),
     ("Workers", "workers:list"),
 )
+# What a lead sees beside an entry, loaded once the entry is in sight: the page itself needs no further query.
+COUNTS = {"reviews:inbox": "reviews:count"}
 
 
 @register.simple_tag(takes_context=True)
 def nav_links(context: template.Context) -> list[dict[str, Any]]:
-    """The main navigation as {label, url, is_current}; a page belongs to the entry that its path begins with."""
+    """The main navigation as {label, url, is_current, count_url}.
+
+    A page belongs to the entry that its path begins with. `count_url` gives what waits behind an entry, for those who
+    look after it; it is empty for others.
+    """
     request = context.get("request")
+    membership = context.get("membership")
+    leads = membership is not None and bool(membership) and membership.may(Role.LEAD)
     path = request.path if request is not None else ""
     links = []
     for label, name in NAVIGATION:
@@ -38,9 +48,9 @@ def nav_links(context: template.Context) -> list[dict[str, Any]]:
             url = reverse(name)
         except NoReverseMatch:
             continue
-        links.append(
-            {"label": label, "url": url, "is_current": path == url if name == "home" else path.startswith(url)}
-        )
+        is_current = path == url if name == "home" else path.startswith(url)
+        count_url = reverse(COUNTS[name]) if leads and name in COUNTS else ""
+        links.append({"label": label, "url": url, "is_current": is_current, "count_url": count_url})
     return links
 
 

@@ -86,7 +86,7 @@ def things_of_alice(team: Team, alice: User) -> dict[str, str]:
     }
 
 
-OBJECT_NAMES = ("dataset_id", "version_id", "membership_id", "token_id", "job_id", "adapter_id")
+OBJECT_NAMES = ("dataset_id", "version_id", "membership_id", "token_id", "job_id", "adapter_id", "review_id")
 OBJECT_ROUTES = [route for route in ROUTES if any(f":{name}>" in route for name in OBJECT_NAMES)]
 
 

@@ -1,0 +1,61 @@
+"""Which score a gate looks at, and how its figures are written."""
+
+from __future__ import annotations
+
+from studio.catalogue.models import Adapter, Score
+from studio.reviews.gates import Threshold
+from workers.evaluations import evaluations
+
+LOSS, PRIMARY = "loss", "primary"
+
+
+def evaluation_choices() -> list[tuple[str, str]]:
+    """The held-out loss, the first metric that the recipe names, or one certain metric."""
+    first = [(LOSS, "Held-out loss"), (PRIMARY, "The first metric of the adapter's recipe")]
+    return first + [(name, one.label) for name, one in evaluations().items() if name != LOSS]
+
+
+def evaluation_threshold() -> Threshold:
+    """The setting that says which figure decides."""
+    return Threshold("evaluation", "Figure that decides", LOSS, kind="choice", choices=evaluation_choices)
+
+
+def evaluation_of(adapter: Adapter, chosen: str) -> str:
+    """The evaluation that a setting names, of this adapter's recipe where it says so."""
+    if chosen != PRIMARY:
+        return chosen
+    metrics = (adapter.recipe.get("evaluation") or {}).get("metrics") or []
+    names = [str(metric.get("name", "")) if isinstance(metric, dict) else str(metric) for metric in metrics]
+    return next((name for name in names if name and name != LOSS), LOSS)
+
+
+def label_of(evaluation: str) -> str:
+    """An evaluation as people call it."""
+    known = evaluations().get(evaluation)
+    return known.label if known else evaluation
+
+
+def held_out_score(adapter: Adapter, evaluation: str) -> Score | None:
+    """The newest score of this evaluation on the held-out rows."""
+    found = [score for score in adapter.held_out_scores() if score.evaluation == evaluation]
+    return max(found, key=lambda score: score.pk, default=None)
+
+
+def figure(value: float) -> str:
+    """A figure with three significant digits."""
+    return f"{value:.3g}"
+
+
+def move(score: Score) -> str:
+    """From the base's figure to the adapter's, with the interval of the difference."""
+    interval = f"95 % interval of the difference {score.difference_low:+.3g} to {score.difference_high:+.3g}"
+    return f"{score.label} {figure(score.base_value)} → {figure(score.value)} ({interval}, {score.num_rows:,} rows)"
+
+
+def figures_of(score: Score) -> dict[str, object]:
+    """The figures of a score, for machines."""
+    return {
+        "evaluation": score.evaluation, "base_value": score.base_value, "value": score.value,
+        "difference_low": score.difference_low, "difference_high": score.difference_high,
+        "num_rows": score.num_rows, "verdict": score.verdict().value,
+    }  # fmt: skip
