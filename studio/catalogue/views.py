@@ -34,8 +34,6 @@ def which_method(request: TeamRequest) -> HttpResponse:
     )
 
 
-@require_GET
-@team_page()
 @require_POST
 @team_page(Role.TRAINER)
 def check_files_now(request: TeamRequest, adapter_id: int) -> HttpResponse:

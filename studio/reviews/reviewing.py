@@ -22,11 +22,11 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
+from studio.catalogue.aliases import AliasError, move_alias, roll_back_alias
 from studio.catalogue.models import Adapter, AdapterState, Alias
 from studio.reviews import checking
 from studio.reviews.gates import label_of
 from studio.reviews.models import BlindItem, Review, Reviewer, ReviewState
-from studio.reviews.moving import AliasError, move_alias, roll_back_alias
 from studio.reviews.policies import PolicySettings, stored_policy
 from workers.errors import ExplainedError
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from studio.accounts.models import Team, User
+from studio.catalogue.aliases import move_alias
 from studio.catalogue.models import Adapter, EvaluationRun, RowCounts, Score, Suite, TestSet
 from studio.reviews import checking
 from studio.reviews.gates import Found, Gate, gates
 from studio.reviews.models import Review
-from studio.reviews.moving import move_alias
 from studio.reviews.policies import at_first
 from tests.factories import make_score
 from tests.studio.reviews.conftest import add_run, submitted

@@ -14,9 +14,9 @@ from django.test import Client
 from django.utils import timezone
 
 from studio.accounts.models import ApiToken, AuditEvent, Membership, Role, Team, User
+from studio.catalogue.aliases import move_alias
 from studio.catalogue.models import Adapter, AdapterState
 from studio.reviews.models import BlindItem, Comment, GateOutcome, Review, ReviewState
-from studio.reviews.moving import move_alias
 from studio.reviews.reviewing import Action, allowed
 from tests.conftest import signed_in
 from tests.studio.reviews.conftest import submitted

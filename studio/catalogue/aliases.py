@@ -1,4 +1,4 @@
-"""Moving the aliases of a team's adapters: the one place in reviews that does."""
+"""Moving the aliases of a team's adapters: the one place that does."""
 
 from __future__ import annotations
 
