@@ -24,7 +24,7 @@ from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
-from workers.evaluations import ScoredRow
+from workers.evaluations import ScoredRow, choose_evaluations
 from workers.events import (
     CheckpointEvent,
     DivergedEvent,
@@ -326,6 +326,7 @@ def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
         generate_lines=[example.line for example in examples[: run.recipe.evaluation.num_generated]],
         max_new_tokens=run.recipe.evaluation.max_new_tokens,
         stop_ids=run.renderer.stop_ids,
+        evaluations=choose_evaluations(run.recipe.evaluation.metrics),
         report=run.report,
         phase=phase,
         should_stop=run.must_end,
