@@ -160,7 +160,11 @@ def test_metrics_with_settings_are_chosen_and_come_back_when_the_job_is_run_agai
     [
         ("regex", {}, "evaluation.metrics.regex.pattern"),
         ("regex", {"evaluation.metrics.regex.pattern": "("}, "evaluation.metrics.regex.pattern"),
-        ("json_schema", {"evaluation.metrics.json_schema.definition": "{"}, "evaluation.metrics.json_schema.definition"),
+        (
+            "json_schema",
+            {"evaluation.metrics.json_schema.definition": "{"},
+            "evaluation.metrics.json_schema.definition",
+        ),
         ("{", {}, "evaluation.metrics"),
         ('{"name": "beauty"}', {}, "evaluation.metrics"),
     ],
