@@ -81,6 +81,8 @@ def run(request: HarnessRequest) -> HarnessRun:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
         from lm_eval.tasks import TaskManager
+
+        from workers.devices import choose_device
     except ImportError as error:
         raise HarnessError(
             f"The evaluation harness is not installed here ({error}).",
@@ -98,6 +100,7 @@ def run(request: HarnessRequest) -> HarnessRun:
             num_fewshot=request.num_fewshot,
             limit=request.limit,
             batch_size=request.batch_size,
+            device=str(choose_device()),
             apply_chat_template=request.with_chat_template,
             task_manager=TaskManager(include_path=str(request.tasks), include_defaults=False),
             evaluation_tracker=tracker,
