@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.parity.environments import environment
 from tests.tiny import make_tiny_base, write_rows
 from workers import adapters, training
-from workers.evaluations import choose_evaluations
+from workers.evaluations import ScoredRow, choose_evaluations
 from workers.examples import Example, Message
 from workers.lm_eval_layout import HarnessRun, read_run
 from workers.recipe import MetricChoice, Recipe
@@ -130,12 +130,20 @@ def test_the_harness_and_our_code_give_the_same_figures(tmp_path: Path) -> None:
         if folder is not None:
             model = adapters.load(model, folder)
         for name, (questions, metrics) in asked.items():
-            ours = our_figures(model, base, questions, metrics)
+            scored = our_rows(model, base, questions, metrics)
+            ours = [mean_value(scored, one) for one in choose_evaluations(metrics)]
             found = list(theirs.tasks[name].values.values())
             printed.append(f"{side} {name}: ours {ours}, harness {theirs.tasks[name].values}")
             assert ours == pytest.approx(found), printed[-1]
             assert by_ours.tasks[name].values == theirs.tasks[name].values
             assert theirs.tasks[name].num_rows == len(questions)
+            for row, sample in zip(scored, theirs.tasks[name].samples, strict=True):
+                # The figures may agree by chance; what they are made of may not.
+                if row.answer is not None:
+                    assert row.answer == sample["resps"][0][0]
+                for options in row.options.values():
+                    likelihoods = [float(one) for one, _ in sample["filtered_resps"]]
+                    assert list(options.values()) == pytest.approx(likelihoods, rel=1e-4)
     print("\n".join(printed))
     model_figures = [float(part) for line in printed if line.startswith("adapter") for part in _numbers(line)]
     assert any(0 < one < 1 for one in model_figures), "figures that are all 0 or 1 would hide a difference"
@@ -145,16 +153,16 @@ def _numbers(line: str) -> list[str]:
     return line.split("ours [")[1].split("]")[0].split(", ")
 
 
-def our_figures(
+def our_rows(
     model: torch.nn.Module, base: Path, questions: list[dict[str, object]], metrics: list[MetricChoice]
-) -> list[float | None]:
+) -> list[ScoredRow]:
     examples = [
         Example(at, (Message("user", str(one["question"])), Message("assistant", str(one["answer"]))))
         for at, one in enumerate(questions, start=1)
     ]
     evaluations = choose_evaluations(metrics)
     writes = any(one.needs == "answer" for one in evaluations)
-    scored = score_rows(
+    return score_rows(
         model,
         Renderer(base, max_length=256, loss_on="assistant"),
         examples,
@@ -162,7 +170,6 @@ def our_figures(
         max_new_tokens=MAX_NEW_TOKENS,
         evaluations=evaluations,
     )
-    return [mean_value(scored, one) for one in evaluations]
 
 
 def offline(home: Path) -> dict[str, str]:
