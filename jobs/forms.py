@@ -13,14 +13,14 @@ from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
 from jobs.models import Job
-from jobs.settings_form import SettingField, SettingManyField, form_name, make_field
+from jobs.settings_form import MetricsField, SettingField, SettingManyField, form_name, make_field, metric_text
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import ExplainedError
-from workers.evaluations import evaluations
+from workers.evaluations import Evaluation, choose_evaluations, evaluations
 from workers.methods import Method, methods
-from workers.recipe import EvaluationSettings, Recipe, SplitSettings, TrainingSettings, problems_by_field
+from workers.recipe import EvaluationSettings, MetricChoice, Recipe, SplitSettings, TrainingSettings, problems_by_field
 from workers.resolving import RecipeProblems, read_settings
 from workers.setting import Setting, settings_of, to_text
 
@@ -94,6 +94,11 @@ class SettingRow:
     is_changed: bool
     resolved: str = ""
 
+    @property
+    def further(self) -> list[str]:
+        """What is chosen beyond the closed list: metrics with settings of an earlier job."""
+        return [one for one in self.chosen if one.startswith("{")] if self.setting.kind == "many" else []
+
 
 class RowField(forms.Field):
     """A choice among rows that were read once, so that showing the list and validating cost one query."""
@@ -164,6 +169,7 @@ class JobForm(forms.Form):
         self.fields["precision"] = SettingField(PRECISION)
         for setting in self._all_settings():
             self.fields[setting.name] = make_field(setting)
+        self.fields[METRICS] = MetricsField(self.fields[METRICS].setting)  # type: ignore[attr-defined]
         for name, form_field in self.fields.items():
             form_field.widget.attrs["id"] = f"id_{form_name(name)}"
 
@@ -181,6 +187,8 @@ class JobForm(forms.Form):
         for key, (_title, model) in GROUPS.items():
             for setting in settings_of(model, key):
                 yield _with_evaluations(setting)
+        for evaluation in evaluations().values():
+            yield from metric_settings(evaluation)
         for method in self.methods.values():
             yield from method_settings(method)
 
@@ -224,6 +232,7 @@ class JobForm(forms.Form):
                 if goal and setting.name in goal.values and value == setting.default:
                     value = goal.values[setting.name]
                 asked[key][setting.name.rsplit(".", 1)[1]] = value
+        asked["evaluation"]["metrics"] = [_with_settings(one, values) for one in values[METRICS]]
         try:
             recipe = Recipe.model_validate(asked)
         except ValidationError as error:
@@ -232,6 +241,7 @@ class JobForm(forms.Form):
             return None
         try:
             read_settings(method, recipe.settings)
+            choose_evaluations(recipe.evaluation.metrics)
         except ExplainedError as error:
             self.add_explained(error)
             return None
@@ -244,9 +254,22 @@ class JobForm(forms.Form):
         if not recipe_field:
             return None
         top, _, rest = recipe_field.partition(".")
+        if recipe_field.startswith(f"{METRICS}."):
+            return self._form_field_of_metric(recipe_field.removeprefix(f"{METRICS}."))
         own = f"settings.{self.method_name()}.{rest}" if top == "settings" and rest else recipe_field
         name = FIELD_OF.get(top, own)
         return name if name in self.fields else None
+
+    def _form_field_of_metric(self, rest: str) -> str:
+        """The form field of "2.settings.pattern": that of the metric's setting, or else the choice of metrics."""
+        at, _, setting = rest.partition(".settings")
+        metrics = self.cleaned_data.get(METRICS) or ()
+        chosen = metrics[int(at)] if at.isdecimal() and int(at) < len(metrics) else ""
+        if not isinstance(chosen, str) or chosen not in evaluations():
+            return METRICS
+        own = metric_settings(evaluations()[chosen])
+        wanted = f"{METRICS}.{chosen}{setting}"
+        return wanted if wanted in self.fields else own[0].name if setting == "" and own else METRICS
 
     def add_problem(self, recipe_field: str | None, message: str) -> None:
         """Put a sentence beside the field that it belongs to, or on top of the form."""
@@ -304,6 +327,11 @@ class JobForm(forms.Form):
             for key, (title, model) in GROUPS.items()
         ]
         shared[0].rows.insert(0, self._row(PRECISION, values))
+        shared += [
+            self.section(METRICS, f"Metric: {one.label}", metric_settings(one), values)
+            for one in evaluations().values()
+            if one.Settings is not None
+        ]
         return shared
 
     def method_section(self, resolved: Recipe | None = None) -> Section | None:
@@ -350,6 +378,26 @@ def method_settings(method: Method) -> tuple[Setting, ...]:
     return settings_of(method.Settings, f"settings.{method.name}")
 
 
+METRICS = "evaluation.metrics"
+
+
+def metric_settings(evaluation: Evaluation) -> tuple[Setting, ...]:
+    """An evaluation's own settings, named `evaluation.metrics.<evaluation>.<field>`; none for most."""
+    return settings_of(evaluation.Settings, f"{METRICS}.{evaluation.name}") if evaluation.Settings else ()
+
+
+def _with_settings(chosen: str | dict[str, Any], values: Mapping[str, Any]) -> str | dict[str, Any]:
+    """A chosen metric as the recipe names it: with those of its settings that are not the defaults."""
+    if not isinstance(chosen, str) or chosen not in evaluations():
+        return chosen
+    changed = {
+        setting.name.rsplit(".", 1)[1]: values[setting.name]
+        for setting in metric_settings(evaluations()[chosen])
+        if values[setting.name] != setting.default
+    }
+    return {"name": chosen, "settings": changed} if changed else chosen
+
+
 def _with_evaluations(setting: Setting) -> Setting:
     """The setting, with the evaluations to choose from where it names some."""
     if setting.name == "evaluation.metrics":
@@ -367,7 +415,22 @@ def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:
     for key in GROUPS:
         found |= {f"{key}.{name}": value for name, value in getattr(recipe, key).model_dump().items()}
     found |= {f"settings.{method}.{name}": value for name, value in recipe.settings.items()}
-    return found
+    return found | _metric_values(recipe)
+
+
+def _metric_values(recipe: Recipe) -> dict[str, Any]:
+    """The metrics and their settings by form field name. The form has one place for the settings of each name: a
+    further metric of the same name is a choice of its own, which a person may only keep or drop."""
+    chosen: list[str] = []
+    found: dict[str, Any] = {}
+    for one in recipe.evaluation.metrics:
+        name, settings = (one, {}) if isinstance(one, str) else (one.name, one.settings)
+        if name in chosen or name not in evaluations():
+            chosen.append(metric_text(one) if isinstance(one, MetricChoice) else one)
+        else:
+            chosen.append(name)
+            found |= {f"{METRICS}.{name}.{key}": value for key, value in settings.items()}
+    return found | {METRICS: tuple(chosen)}
 
 
 def fresh_form(

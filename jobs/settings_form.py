@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from django import forms
 
+from workers.recipe import MetricChoice
 from workers.setting import Setting, quoted
 
 
@@ -52,6 +54,25 @@ class SettingManyField(SettingField):
 
     def has_changed(self, initial: Any, data: Any) -> bool:
         return set(data or ()) != set(self.setting.default)
+
+
+class MetricsField(SettingManyField):
+    """Metrics by name; besides, those of an earlier job's recipe that have no fields of their own, as JSON."""
+
+    def to_python(self, value: Any) -> Any:
+        texts = [one for one in value or () if not one.startswith("{")]
+        return (*super().to_python(texts), *(self._read(one) for one in value or () if one.startswith("{")))
+
+    def _read(self, text: str) -> dict[str, Any]:
+        try:
+            return MetricChoice.model_validate_json(text).model_dump(mode="json")
+        except ValueError as error:
+            raise forms.ValidationError(f"{self.setting.label}: {quoted(text)} is no metric with settings.") from error
+
+
+def metric_text(choice: MetricChoice) -> str:
+    """A metric with its settings as the value of a check box."""
+    return json.dumps(choice.model_dump(mode="json"), sort_keys=True)
 
 
 def make_field(setting: Setting) -> SettingField:

@@ -20,7 +20,7 @@ from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
 from workers.device_errors import is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, OutOfMemoryError
-from workers.evaluations import ScoredRow
+from workers.evaluations import ScoredRow, choose_evaluations
 from workers.events import MessageEvent, PhaseEvent, Report, ResultEvent, ShouldStop, StoppedEvent
 from workers.examples import Example, Problem
 from workers.memory import GIB
@@ -200,6 +200,7 @@ def _score(
         generate_lines=[example.line for example in examples[: recipe.evaluation.num_generated]],
         max_new_tokens=recipe.evaluation.max_new_tokens,
         stop_ids=renderer.stop_ids,
+        evaluations=choose_evaluations(recipe.evaluation.metrics),
         report=report,
         phase=phase,
         should_stop=must_end,

@@ -247,7 +247,8 @@ def _score_table(result: Result, noun: str) -> list[str]:
     if not result.scores:
         return []
     rows = [
-        f"| {score.label} ({'higher' if score.higher_is_better else 'lower'} is better) | {score.base_value:.4f} | "
+        f"| {_cell(score.label)} ({'higher' if score.higher_is_better else 'lower'} is better) | "
+        f"{score.base_value:.4f} | "
         f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}] | {score.difference:+.4f} "
         f"[{score.difference_low:+.4f}, {score.difference_high:+.4f}] | {score.num_rows} |"
         for score in result.scores
@@ -260,6 +261,11 @@ def _score_table(result: Result, noun: str) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _cell(text: str) -> str:
+    """Text that stays within its cell of a table; a regular expression may have bars in it."""
+    return text.replace("|", r"\|").replace("`", "'")
 
 
 def _one_line(text: str) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from workers.errors import RecipeError
 from workers.texts import find_unstorable
@@ -338,10 +338,30 @@ class TrainingSettings(_Part):
         return self.early_stopping_patience is not None or self.keep_best == "best"
 
 
+class MetricChoice(_Part):
+    """A figure of merit with settings of its own."""
+
+    name: str = Field(max_length=64, description="Name of the evaluation plug-in.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="The evaluation's own settings.")
+
+
+_BY_NAME, _WITH_SETTINGS = "metric-name", "metric-with-settings"
+
+
+def _kind_of_metric(value: object) -> str:
+    return _WITH_SETTINGS if isinstance(value, (dict, MetricChoice)) else _BY_NAME
+
+
+Metric = Annotated[
+    Annotated[str, Tag(_BY_NAME)] | Annotated[MetricChoice, Tag(_WITH_SETTINGS)], Discriminator(_kind_of_metric)
+]
+"""A figure of merit as a recipe names it: alone, or with its settings."""
+
+
 class EvaluationSettings(_Part):
     """What is measured on the held-out rows, for the untouched base and for the adapter alike."""
 
-    metrics: tuple[str, ...] = Field(
+    metrics: tuple[Metric, ...] = Field(
         ("loss", "token_f1"),
         title="Metrics",
         description="Figures of merit, each with its interval for base and adapter.",
@@ -372,6 +392,12 @@ class EvaluationSettings(_Part):
         "forgotten. Off, forgetting goes unseen; it takes as long as a few dozen held-out rows.",
         json_schema_extra={"source": "on: what an adapter has forgotten, its own held-out rows do not show"},
     )
+
+    @field_validator("metrics")
+    @classmethod
+    def _name_alone_without_settings(cls, metrics: tuple[str | MetricChoice, ...]) -> tuple[str | MetricChoice, ...]:
+        """One way to write a recipe: settings that are empty are none."""
+        return tuple(one.name if isinstance(one, MetricChoice) and not one.settings else one for one in metrics)
 
 
 class Recipe(_Part):
@@ -432,13 +458,19 @@ def problems_by_field(error: ValidationError, *, prefix: str = "") -> dict[str, 
     found: dict[str, str] = {}
     for one in error.errors(include_url=False):
         # A field of type `float | "auto"` reports one error per branch, named after the branch: keep the first.
-        path = [str(part) for part in one["loc"] if not str(part).startswith(("literal[", "constrained-"))]
+        path = [
+            str(part)
+            for part in one["loc"]
+            if not str(part).startswith(("literal[", "constrained-")) and part not in (_BY_NAME, _WITH_SETTINGS)
+        ]
         while path and path[-1] in {"float", "int", "bool", "str"}:
             path.pop()
         name = ".".join([prefix, *path] if prefix else path)
         message = one["msg"][0].upper() + one["msg"][1:]
         if one["type"] == "extra_forbidden":
             message = "There is no such field"
+        elif one["type"] == "value_error":
+            message = str(one["ctx"]["error"])  # a sentence of our own
         found.setdefault(name, f"{message}.")
     return found
 

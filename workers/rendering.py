@@ -270,6 +270,21 @@ class Renderer:
         text, as_text, _ = self._unmark(self._apply_prompt(example))
         return self._encode(text, as_text)[0]
 
+    def option_ids(self, example: Example, option: str) -> tuple[list[int], int]:
+        """Ids of the prompt with an option behind it, and how many of them come before what the option is scored by.
+
+        White space that ends the prompt counts with the option, for it may be one token with the option's beginning;
+        the end of the turn is left out. Both as in the evaluation harness (lm-eval 0.4, `_encode_pair`).
+        """
+        text, as_text, _ = self._unmark(self._apply_prompt(example))
+        before = text.rstrip()
+        clipped = [(min(start, len(before)), min(end, len(before))) for start, end in as_text]
+        marked = self._mark(option)
+        option_text, option_as_text, _ = self._unmark(marked)
+        behind = [(start + len(text), end + len(text)) for start, end in option_as_text]
+        ids = self._encode(text + option_text, [*as_text, *behind])[0]
+        return ids, len(self._encode(before, clipped)[0])
+
     def reference(self, example: Example) -> str:
         """Content of the last assistant turn: what an answer is compared with."""
         return example.messages[_last_assistant(example)].content

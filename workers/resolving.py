@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from workers.errors import RecipeError
-from workers.evaluations import evaluations, get_evaluation
+from workers.evaluations import evaluations, get_evaluation, name_of_key, named_by
 from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
@@ -64,8 +64,12 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
 
     method: Method | None = attempt(lambda: get_method(recipe.method))
     attempt(lambda: get_objective(recipe.objective))
-    for name in recipe.evaluation.metrics:
-        attempt(partial(get_evaluation, name))
+    keys: set[str] = set()
+    for at, metric in enumerate(recipe.evaluation.metrics):
+        evaluation = attempt(partial(get_evaluation, metric, field=f"evaluation.metrics.{at}"))
+        if evaluation is not None and evaluation.key in keys:
+            problems[f"evaluation.metrics.{at}"] = f"{evaluation.label} is chosen twice. Leave one of them out."
+        keys |= {evaluation.key} if evaluation is not None else set()
     problems |= _choosing_problems(recipe)
     settings: MethodSettings | None = None
     if method is not None:
@@ -165,10 +169,18 @@ def _choosing_problems(recipe: Recipe) -> dict[str, str]:
     """Early stopping and best-step selection that have nothing to go by."""
     training = recipe.training
     found: dict[str, str] = {}
-    if training.best_by not in evaluations():
+    if name_of_key(training.best_by) not in evaluations():
         found["training.best_by"] = (
             f'There is no evaluation "{training.best_by}". Choose among {", ".join(evaluations())}.'
         )
+    else:
+        try:
+            get_evaluation(named_by(training.best_by, recipe.evaluation.metrics))
+        except RecipeError:
+            found["training.best_by"] = (
+                f"{evaluations()[name_of_key(training.best_by)].label} needs settings. Choose it among the metrics and "
+                "give them there."
+            )
     if training.early_stopping_patience is not None and training.validate_every_steps == 0:
         found["training.validate_every_steps"] = (
             "Early stopping goes by validations, and there are none during training. Set the steps between two of "

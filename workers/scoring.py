@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workers.batching import Batch
-from workers.evaluations import Evaluation, ScoredRow, get_evaluation
+from workers.evaluations import Evaluation, Question, ScoredRow, choose_evaluations
 from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
+from workers.recipe import MetricChoice
 from workers.results import HeldOutRecord, RowCountsRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
 from workers.verdicts import rows_needed, rows_recommended
@@ -32,6 +33,7 @@ def score_rows(
     max_new_tokens: int,
     batch_tokens: int = 4096,
     stop_ids: Collection[int] | None = None,
+    evaluations: Sequence[Evaluation] = (),
     report: Report | None = None,
     phase: Any = "evaluating",
     should_stop: Callable[[], object] | None = None,
@@ -42,6 +44,7 @@ def score_rows(
         generate_lines: lines of the dataset file whose last assistant turn the model writes itself.
         batch_tokens: tokens, padding included, in one forward pass at most.
         stop_ids: tokens that end an answer; those of the renderer when None.
+        evaluations: those that need choices have every row's options scored.
         phase: the phase under which progress is reported, "scoring_base" or "evaluating".
         should_stop: asked between batches; anything but None ends early with the rows scored so far.
 
@@ -54,8 +57,8 @@ def score_rows(
     try:
         with torch.inference_mode():
             return _score_rows(
-                model, renderer, examples, generate_lines, max_new_tokens, batch_tokens, stop_ids, report, phase,
-                should_stop,
+                model, renderer, examples, generate_lines, max_new_tokens, batch_tokens, stop_ids, evaluations,
+                report, phase, should_stop,
             )  # fmt: skip
     finally:
         model.train(was_training)
@@ -69,13 +72,16 @@ def _score_rows(
     max_new_tokens: int,
     batch_tokens: int,
     stop_ids: Collection[int] | None,
+    evaluations: Sequence[Evaluation],
     report: Report | None,
     phase: Any,
     should_stop: Callable[[], object] | None,
 ) -> list[ScoredRow]:
     rendered = [renderer.render(example) for example in examples]
     to_generate = [index for index, example in enumerate(examples) if example.line in set(generate_lines)]
-    total = len(examples) + len(to_generate)
+    options = _options(renderer, examples, evaluations)
+    asked = [(index, option) for index, found in enumerate(options) for option in _distinct(found)]
+    total = len(examples) + len(asked) + len(to_generate)
     done = 0
 
     def advance(count: int) -> bool:
@@ -94,6 +100,20 @@ def _score_rows(
         stopped = advance(len(batch))
         if stopped:
             break
+
+    likelihoods: dict[tuple[int, str], float] = {}
+    if asked and not stopped:
+        room = context_room(model)
+        with_ids = [(*pair, *renderer.option_ids(examples[pair[0]], pair[1])) for pair in asked]
+        fitting = [one for one in with_ids if len(one[2]) <= room]
+        order = sorted(range(len(fitting)), key=lambda at: len(fitting[at][2]), reverse=True)
+        for batch in _batches(order, [len(one[2]) for one in fitting], batch_tokens):
+            rows = [(fitting[at][2], [place >= fitting[at][3] for place in range(len(fitting[at][2]))]) for at in batch]
+            for at, (loss_sum, _) in zip(batch, row_losses(model, rows), strict=True):
+                likelihoods[fitting[at][0], fitting[at][1]] = -loss_sum
+            stopped = advance(len(batch))
+            if stopped:
+                break
 
     answers: dict[int, str] = {}
     if to_generate and not stopped:
@@ -120,10 +140,34 @@ def _score_rows(
             loss_sum=losses[index][0],
             num_tokens=losses[index][1],
             num_bytes=_num_trained_bytes(renderer, rendered[index]),
+            # A row whose options were not all scored has no part in the figure.
+            options={
+                key: {option: likelihoods[index, option] for option in found}
+                for key, found in options[index].items()
+                if found and all((index, option) in likelihoods for option in found)
+            },
         )
         for index, example in enumerate(examples)
         if index in losses
     ]
+
+
+def _options(
+    renderer: Renderer, examples: Sequence[Example], evaluations: Sequence[Evaluation]
+) -> list[dict[str, tuple[str, ...]]]:
+    """Each example's options by the key of the evaluation that needs them."""
+    questions = [Question(prompt_text(example), renderer.reference(example)) for example in examples]
+    found: list[dict[str, tuple[str, ...]]] = [{} for _ in examples]
+    for evaluation in evaluations:
+        if evaluation.needs == "choices":
+            for row, options in zip(found, evaluation.options(questions), strict=True):
+                row[evaluation.key] = options
+    return found
+
+
+def _distinct(options: dict[str, tuple[str, ...]]) -> list[str]:
+    """The options of several evaluations, each once."""
+    return list(dict.fromkeys(option for one in options.values() for option in one))
 
 
 def _num_trained_bytes(renderer: Renderer, row: Rendered) -> int:
@@ -162,21 +206,20 @@ def row_losses(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[bool]]])
 
 
 def compare_rows(
-    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str]
+    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str | MetricChoice]
 ) -> list[ScoreRecord]:
     """One record per metric, over the rows that both models were scored on and that the metric can use.
 
     A metric without any usable row gives no record: there is nothing to say, and a made-up zero would be a lie.
 
     Raises:
-        UnknownPluginError: a metric is not installed.
+        RecipeError: a metric is not installed, or its settings cannot be used.
     """
     base_by_line = {row.line: row for row in base_rows}
     pairs = [(base_by_line[row.line], row) for row in adapter_rows if row.line in base_by_line]
     records = []
-    for name in metrics:
-        evaluation = get_evaluation(name)
-        usable = [pair for pair in pairs if all(_is_usable(row, evaluation.needs) for row in pair)]
+    for evaluation in choose_evaluations(metrics):
+        usable = [pair for pair in pairs if all(_is_usable(row, evaluation) for row in pair)]
         counts = [(evaluation.row_counts(base), evaluation.row_counts(adapter)) for base, adapter in usable]
         # A row without weight for either model has no part in the score, so it is no part of n.
         counts = [pair for pair in counts if any(one[-1] > 0 for one in pair)]
@@ -189,7 +232,7 @@ def compare_rows(
         effect = evaluation.effect_at(found.base.value)
         records.append(
             ScoreRecord(
-                evaluation=evaluation.name,
+                evaluation=evaluation.key,
                 label=evaluation.label,
                 unit=evaluation.unit,
                 higher_is_better=evaluation.higher_is_better,
@@ -214,18 +257,17 @@ def compare_rows(
 
 
 def row_counts(
-    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str]
+    base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow], metrics: Sequence[str | MetricChoice]
 ) -> RowCountsRecord:
     """What every row that both models were scored on adds to each metric's sums, in the order of the file."""
     base_by_line = {row.line: row for row in base_rows}
     pairs = [(base_by_line[row.line], row) for row in adapter_rows if row.line in base_by_line]
     pairs.sort(key=lambda pair: pair[1].line)
     found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for name in metrics:
-        evaluation = get_evaluation(name)
+    for evaluation in choose_evaluations(metrics):
         for which in (0, 1):
-            found[which][name] = tuple(
-                tuple(evaluation.row_counts(pair[which])) if _is_usable(pair[which], evaluation.needs) else None
+            found[which][evaluation.key] = tuple(
+                tuple(evaluation.row_counts(pair[which])) if _is_usable(pair[which], evaluation) else None
                 for pair in pairs
             )
     return RowCountsRecord(lines=tuple(pair[1].line for pair in pairs), base=found[0], adapter=found[1])
@@ -278,14 +320,16 @@ def mean_value(rows: Sequence[ScoredRow], evaluation: Evaluation) -> float | Non
     """What an evaluation gives for one model's rows; None when it can use none of them."""
     import numpy as np
 
-    counts = np.array([evaluation.row_counts(row) for row in rows if _is_usable(row, evaluation.needs)])
+    counts = np.array([evaluation.row_counts(row) for row in rows if _is_usable(row, evaluation)])
     if not counts.size or counts[:, -1].sum() <= 0:
         return None
     return float(evaluation.figure(counts.sum(axis=0)))
 
 
-def _is_usable(row: ScoredRow, needs: str) -> bool:
-    return row.num_tokens > 0 if needs == "loss" else row.answer is not None
+def _is_usable(row: ScoredRow, evaluation: Evaluation) -> bool:
+    if evaluation.needs == "choices":
+        return evaluation.key in row.options
+    return row.num_tokens > 0 if evaluation.needs == "loss" else row.answer is not None
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ Kind = Literal["number", "integer", "boolean", "choice", "many", "text"]
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MAX_CHARACTERS = 4000
+_MAX_LONG_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Setting:
     excludes_minimum: bool = False
     excludes_maximum: bool = False
     words: tuple[str, ...] = ()
+    separator: str = ""
+    """What alone separates several values, where they may have spaces in them."""
+    is_long: bool = False
+    """Whether a text may have several lines."""
     value_type: str = field(default="", repr=False)
 
     def range_sentence(self) -> str:
@@ -67,8 +72,9 @@ class Setting:
             ValueError: with a sentence that says what was found and what is expected.
         """
         text = text.strip()
-        if len(text) > _MAX_CHARACTERS:
-            raise ValueError(f"{self.label} has {len(text):,} characters. Write {_MAX_CHARACTERS:,} at most.")
+        most = _MAX_LONG_CHARACTERS if self.is_long else _MAX_CHARACTERS
+        if len(text) > most:
+            raise ValueError(f"{self.label} has {len(text):,} characters. Write {most:,} at most.")
         if self.takes_auto and text.lower() in {"auto", ""} and not (text == "" and self.takes_nothing):
             return "auto"
         if text == "" and self.takes_nothing:
@@ -86,6 +92,8 @@ class Setting:
         if self.kind == "many":
             if text in self.words:
                 return text
+            if self.separator:
+                return tuple(part.strip() for part in text.split(self.separator) if part.strip())
             return tuple(part for part in re.split(r"[,\s]+", text) if part)
         return text
 
@@ -174,6 +182,8 @@ def _setting(name: str, schema: dict[str, Any], definitions: dict[str, Any], def
         takes_nothing=takes_nothing,
         choices=tuple(str(choice) for choice in choices),
         words=words,
+        separator=schema.get("separator", ""),
+        is_long=bool(schema.get("is_long", False)),
         minimum=minimum,
         maximum=maximum,
         excludes_minimum=excludes_minimum,

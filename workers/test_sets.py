@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from workers.evaluations import choose_evaluations
 from workers.examples import Example
 from workers.recipe import EvaluationSettings
 
@@ -23,8 +24,9 @@ def rows_sha256(examples: Sequence[Example]) -> str:
 def settings_sha256(evaluation: EvaluationSettings, renderer: Renderer) -> str:
     """Digest of what decides a row's loss and answer: template, cut, loss-carrying turns, number and length of answers.
 
-    Metrics are no part of it: they are computed from the same rows.
+    Of the metrics only those are part of it whose options are scored: the others are computed from the same rows.
     """
+    with_options = sorted(one.key for one in choose_evaluations(evaluation.metrics) if one.needs == "choices")
     return _digest(
         {
             "template": renderer.template,
@@ -32,6 +34,7 @@ def settings_sha256(evaluation: EvaluationSettings, renderer: Renderer) -> str:
             "loss_on": renderer.loss_on,
             "num_generated": evaluation.num_generated,
             "max_new_tokens": evaluation.max_new_tokens,
+            **({"options": with_options} if with_options else {}),
         }
     )
 

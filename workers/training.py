@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.digests import file_sha256
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
-from workers.evaluations import ScoredRow
+from workers.evaluations import ScoredRow, choose_evaluations
 from workers.events import (
     CheckpointEvent,
     DivergedEvent,
@@ -44,6 +45,7 @@ from workers.fitting import advice, remedies
 from workers.forgetting import general_scores, score_general
 from workers.general import MAX_LENGTH, general_rows
 from workers.layers.neftune import EmbeddingNoise
+from workers.lm_eval_layout import write_run
 from workers.losses import head_is_plain
 from workers.memory import GIB, DatasetFacts, DeviceFacts
 from workers.meter import Meter
@@ -407,6 +409,7 @@ def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
         generate_lines=[example.line for example in examples[: run.recipe.evaluation.num_generated]],
         max_new_tokens=run.recipe.evaluation.max_new_tokens,
         stop_ids=run.renderer.stop_ids,
+        evaluations=choose_evaluations(run.recipe.evaluation.metrics),
         report=run.report,
         phase=phase,
         should_stop=run.must_end,
@@ -820,6 +823,7 @@ def package(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
+        _write_harness_layout(run, aside / "eval" / "lm_eval", result, base_rows, adapter_rows)
         adapters.finish(
             model,
             aside,
@@ -841,6 +845,35 @@ def package(
         shutil.rmtree(folder)
     aside.replace(folder)
     return folder
+
+
+def _write_harness_layout(
+    run: Run, folder: Path, result: Result, base_rows: list[ScoredRow], adapter_rows: list[ScoredRow]
+) -> None:
+    """The held-out run of base and adapter as the evaluation harness would leave it, each in a folder of its own."""
+    recipe, when = run.recipe, datetime.now(UTC)
+    base = run.base.hub_id or recipe.base_model.name
+    for name, rows in (("base", base_rows), ("adapter", adapter_rows)):
+        write_run(
+            folder / name,
+            task=f"{recipe.dataset.name} (held-out)",
+            scores=result.scores,
+            rows=rows,
+            evaluations=choose_evaluations(recipe.evaluation.metrics),
+            model_name=base if name == "base" else recipe.name,
+            config={
+                "model": "peft-studio",
+                "model_args": {"pretrained": base, "dtype": recipe.precision},
+                "device": str(run.device),
+                "random_seed": recipe.training.seed,
+                "dataset_sha256": run.data.sha256,
+                "recipe_sha256": recipe.sha256(),
+            },
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            chat_template=run.renderer.template,
+            when=when,
+            of_base=name == "base",
+        )
 
 
 def _choice(run: Run, position: Position) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from workers import scoring
 from workers.checkpoints import Position, trainable_parameters
-from workers.evaluations import ScoredRow, get_evaluation
+from workers.evaluations import ScoredRow, get_evaluation, named_by
 from workers.events import MessageEvent, Report, ValidationEvent
 from workers.examples import Example
 from workers.recipe import Recipe
@@ -50,7 +50,7 @@ class Validator:
         self._examples = examples
         self._report = report
         self._must_end = must_end
-        self._evaluation = get_evaluation(self._training.best_by)
+        self._evaluation = get_evaluation(named_by(self._training.best_by, recipe.evaluation.metrics))
         self.best_weights: dict[str, torch.Tensor] | None = None
 
     def is_due(self, step: int) -> bool:
@@ -76,6 +76,7 @@ class Validator:
             self._examples,
             generate_lines=[example.line for example in self._examples[:answers]],
             max_new_tokens=self._recipe.evaluation.max_new_tokens,
+            evaluations=[self._evaluation] if chooses else [],
             should_stop=self._must_end,
         )
         if self._must_end():
@@ -85,8 +86,8 @@ class Validator:
             self._report(event)
             return replace(position, watch=replace(position.watch, validated_step=position.step))
         value = scoring.mean_value(rows, self._evaluation)
-        if self._evaluation.name != "loss":
-            event = event.model_copy(update={"evaluation": self._evaluation.name, "score": value})
+        if self._evaluation.key != "loss":
+            event = event.model_copy(update={"evaluation": self._evaluation.key, "score": value})
         self._report(event)
         return self._note(model, position, float("nan") if value is None else value)
 

@@ -14,7 +14,6 @@ from studio.catalogue.comparing import NotComparableError, compare_runs, verdict
 from studio.catalogue.list_pages import adapters_by_id, chosen_ids, csv_line
 from studio.catalogue.models import Adapter, EvaluationRun, RunComparison, Score, TestSet
 from studio.query_values import whole_number
-from workers.errors import UnknownPluginError
 from workers.verdicts import Verdict
 
 MAX_COMPARED = 10
@@ -111,7 +110,7 @@ def _figure(
             continue
         try:
             comparisons[adapter.pk] = known.get((run.pk, name)) or compare_runs(run, own, name)
-        except (NotComparableError, UnknownPluginError) as error:
+        except NotComparableError as error:
             problem = f"Not comparable with {adapter.name} v{adapter.version}: {error}"
     judged = dict(zip(comparisons, verdicts(list(comparisons.values())), strict=True))
     # Figures of different rows have no best.

@@ -7,7 +7,7 @@ from typing import Any
 
 from studio.catalogue.models import EvaluationRun, RowCounts, RunComparison
 from workers.errors import ExplainedError
-from workers.evaluations import get_evaluation
+from workers.evaluations import evaluations, name_of_key
 from workers.statistics import compare_counts, holm
 from workers.verdicts import Verdict, rows_needed, rows_recommended, verdict
 
@@ -23,14 +23,15 @@ def compare_runs(run: EvaluationRun, other: EvaluationRun, evaluation: str) -> R
 
     Raises:
         NotComparableError: other rows, other settings, or an incomplete run: the sentence says which.
-        UnknownPluginError: the evaluation is not installed any more.
     """
     if (why := why_not_comparable(run, other)) is not None:
         raise NotComparableError(why)
     known = RunComparison.objects.filter(run=run, other=other, evaluation=evaluation).first()
     if known is not None:
         return known
-    metric = get_evaluation(evaluation.partition("@")[0])
+    if name_of_key(evaluation) not in evaluations():
+        raise NotComparableError("This evaluation is not installed any more.")
+    metric = evaluations()[name_of_key(evaluation)]
     pairs = _pairs(run, other, evaluation)
     found = compare_counts(
         [theirs for theirs, _ in pairs], [own for _, own in pairs], figure=metric.figure, bounds=metric.bounds

@@ -13,7 +13,8 @@ from django.urls import reverse
 
 from studio.accounts.models import Team
 from studio.datasets.models import DatasetVersion
-from workers.evaluations import evaluations
+from workers.evaluations import Evaluation, choose_evaluations, evaluations
+from workers.recipe import EvaluationSettings
 from workers.shapes import ModelShape
 from workers.verdicts import Verdict, verdict
 
@@ -204,10 +205,15 @@ class Suite(models.Model):
     def get_absolute_url(self) -> str:
         return reverse("catalogue:suite", args=[self.pk])
 
-    def metric_labels(self) -> list[str]:
-        """What it measures, as people call it; by name where a plug-in is not installed any more."""
+    def chosen_evaluations(self) -> list[Evaluation]:
+        """What it measures; without those whose plug-ins are not installed any more."""
+        metrics = EvaluationSettings.model_validate(self.evaluation).metrics
         known = evaluations()
-        return [known[name].label if name in known else name for name in self.evaluation["metrics"]]
+        return choose_evaluations([one for one in metrics if (one if isinstance(one, str) else one.name) in known])
+
+    def metric_labels(self) -> list[str]:
+        """What it measures, as people call it."""
+        return [one.label for one in self.chosen_evaluations()]
 
 
 class TestSet(models.TextChoices):

@@ -65,10 +65,9 @@ class SuiteForm(forms.Form):
     def __init__(self, *args: Any, team: Team, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ready = DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
-        self.fields["dataset_version"].queryset = (  # type: ignore[attr-defined]
-            ready.select_related("dataset").order_by("dataset__name", "-number")
-        )
-        self.fields["metrics"].choices = [(name, one.label) for name, one in evaluations().items()]  # type: ignore[attr-defined]
+        fields: dict[str, Any] = self.fields
+        fields["dataset_version"].queryset = ready.select_related("dataset").order_by("dataset__name", "-number")
+        fields["metrics"].choices = [(name, one.label) for name, one in evaluations().items() if one.Settings is None]
 
 
 @require_GET

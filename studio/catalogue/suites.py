@@ -14,7 +14,7 @@ from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import EvaluationRun, Score, Suite
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
-from workers.evaluations import get_evaluation
+from workers.evaluations import choose_evaluations
 from workers.recipe import EvaluationSettings, recipe_error
 
 MAX_RUNS = 200
@@ -56,10 +56,10 @@ def make_suite(
         raise recipe_error(error, prefix="evaluation") from error
     if not settings.metrics:
         raise RecipeError("Choose at least one metric.", field="evaluation.metrics")
-    for metric in settings.metrics:
-        if get_evaluation(metric).needs == "answer" and not settings.num_generated:
+    for metric in choose_evaluations(settings.metrics):
+        if metric.needs == "answer" and not settings.num_generated:
             raise RecipeError(
-                f"{get_evaluation(metric).label} needs answers, and none are generated.",
+                f"{metric.label} needs answers, and none are generated.",
                 next_step="Set the number of answers to generate, or choose metrics of the loss.",
                 field="evaluation.num_generated",
             )
@@ -134,14 +134,14 @@ def run_rows(suite: Suite) -> list[RunRow]:
         .prefetch_related("scores")
         .order_by("-created_at")[:MAX_RUNS]
     )
-    metrics = suite.evaluation["metrics"]
-    cells = [[_cell(run, metric) for metric in metrics] for run in runs]
+    metrics = suite.chosen_evaluations()
+    cells = [[_cell(run, metric.key) for metric in metrics] for run in runs]
     best: list[float | None] = []
     for place, metric in enumerate(metrics):
         # An incomplete figure is no rival: it was measured on other rows.
         values = [_value(row[place]) for run, row in zip(runs, cells, strict=True) if run.is_complete()]
         known = [value for value in values if value is not None]
-        best.append((max if _is_higher_better(metric) else min)(known) if len(known) > 1 else None)
+        best.append((max if metric.higher_is_better else min)(known) if len(known) > 1 else None)
     return [
         RunRow(
             run, row, [run.is_complete() and value is not None and _value(cell) == value
@@ -162,7 +162,3 @@ def _value(cell: Score | dict[str, Any] | None) -> float | None:
     if cell is None:
         return None
     return float(cell.value if isinstance(cell, Score) else cell["value"])
-
-
-def _is_higher_better(metric: str) -> bool:
-    return get_evaluation(metric.partition("@")[0]).higher_is_better

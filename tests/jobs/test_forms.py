@@ -133,3 +133,47 @@ def test_only_ready_versions_are_offered(base_model: BaseModel, team: Team, alic
     unreadable.state = "unreadable"
     unreadable.save()
     assert not fresh_form(team).dataset_versions.rows
+
+
+def test_metrics_with_settings_are_chosen_and_come_back_when_the_job_is_run_again(
+    base_model: BaseModel, version: DatasetVersion, team: Team, make_job: MakeJob
+) -> None:
+    further = '{"name": "regex", "settings": {"pattern": "b|c"}}'
+    data = posted(base_model, version, **{"evaluation.metrics.regex.pattern": "a+"})
+    data.setlist("evaluation.metrics", ["loss", "regex", "multiple_choice", further])
+    form = JobForm(data, team=team)
+    assert form.is_valid(), form.errors
+    asked = form.to_recipe()
+    metrics = asked.to_dict()["evaluation"]["metrics"]
+    assert [one for one in metrics if isinstance(one, str)] == ["loss", "multiple_choice"]
+    assert [one["settings"] for one in metrics if isinstance(one, dict)] == [{"pattern": "a+"}, {"pattern": "b|c"}]
+
+    job = make_job(base_model=base_model, dataset_version=version)
+    job.asked_recipe = asked.to_dict()
+    again = bound_copy(fresh_form(team, parent=job))
+    assert again.is_valid(), again.errors
+    assert again.to_recipe().evaluation == asked.evaluation
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "field"),
+    [
+        ("regex", {}, "evaluation.metrics.regex.pattern"),
+        ("regex", {"evaluation.metrics.regex.pattern": "("}, "evaluation.metrics.regex.pattern"),
+        (
+            "json_schema",
+            {"evaluation.metrics.json_schema.definition": "{"},
+            "evaluation.metrics.json_schema.definition",
+        ),
+        ("{", {}, "evaluation.metrics"),
+        ('{"name": "beauty"}', {}, "evaluation.metrics"),
+    ],
+)
+def test_settings_of_a_metric_that_cannot_be_used_are_told_beside_their_field(
+    base_model: BaseModel, version: DatasetVersion, team: Team, metric: str, values: dict[str, str], field: str
+) -> None:
+    data = posted(base_model, version, **values)
+    data.setlist("evaluation.metrics", ["loss", metric])
+    form = JobForm(data, team=team)
+    assert not form.is_valid()
+    assert list(form.errors) == [field]

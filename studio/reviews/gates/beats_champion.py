@@ -8,7 +8,7 @@ from studio.catalogue.models import Adapter, Alias
 from studio.reviews.gates import Found, Gate, Settings, Threshold, failed, passed, unknown
 from studio.reviews.gates._champion import compare_with
 from studio.reviews.gates._scores import evaluation_of, evaluation_threshold, figure
-from workers.evaluations import get_evaluation
+from workers.evaluations import evaluations, name_of_key
 from workers.verdicts import Verdict
 
 BETTER, NOT_WORSE = "better", "not_worse"
@@ -39,7 +39,7 @@ class BeatsChampion(Gate):
         found = compare_with(adapter, alias.adapter, evaluation_of(adapter, settings["evaluation"]))
         if isinstance(found, str):
             return unknown(f"It cannot be compared with the {name}, v{alias.adapter.version}: {found}")
-        label = get_evaluation(found.evaluation).label
+        label = evaluations()[name_of_key(found.evaluation)].label
         said = (
             f"{label} {figure(found.other_value)} (v{alias.adapter.version}, the {name}) → {figure(found.value)} "
             f"(95 % interval of the difference {found.difference_low:+.3g} to {found.difference_high:+.3g}, "
