@@ -112,19 +112,6 @@ def rotate_secret(request: ApiRequest, webhook_id: int) -> dict[str, str]:
     return {"secret": managing.rotate_secret(webhook, user=request.user, token=request.token)}
 
 
-@router.post("webhooks/{int:webhook_id}/{on_or_off}/", response={200: WebhookOut, **ERRORS}, auth=admin_writes)
-def switch_webhook(request: ApiRequest, webhook_id: int, on_or_off: str) -> Webhook:
-    """Switch it "on" or "off", or send it a "test"."""
-    webhook = _webhook(request, webhook_id)
-    if on_or_off == "test":
-        managing.send_test(webhook, user=request.user)
-    elif on_or_off in {"on", "off"}:
-        managing.switch(webhook, on=on_or_off == "on", user=request.user, token=request.token)
-    else:
-        raise ApiError(404, "not_found", 'The last part is "on", "off", "test" or "secret".')
-    return _webhook(request, webhook_id)
-
-
 @router.get("webhooks/{int:webhook_id}/deliveries/", response={200: Page[DeliveryOut], **ERRORS}, auth=admin_reads)
 def list_deliveries(request: ApiRequest, webhook_id: int, filters: Query[NoFilters]) -> dict[str, Any]:
     """What was sent and what came back, the newest first."""
@@ -138,3 +125,17 @@ def send_again(request: ApiRequest, delivery_id: int) -> Status[Delivery]:
     managing.send_again(delivery, user=request.user, token=request.token)
     delivery.refresh_from_db()
     return Status(202, delivery)
+
+
+# Last: its path also fits those before.
+@router.post("webhooks/{int:webhook_id}/{on_or_off}/", response={200: WebhookOut, **ERRORS}, auth=admin_writes)
+def switch_webhook(request: ApiRequest, webhook_id: int, on_or_off: str) -> Webhook:
+    """Switch it "on" or "off", or send it a "test"."""
+    webhook = _webhook(request, webhook_id)
+    if on_or_off == "test":
+        managing.send_test(webhook, user=request.user)
+    elif on_or_off in {"on", "off"}:
+        managing.switch(webhook, on=on_or_off == "on", user=request.user, token=request.token)
+    else:
+        raise ApiError(404, "not_found", 'The last part is "on", "off", "test" or "secret".')
+    return _webhook(request, webhook_id)

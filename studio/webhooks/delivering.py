@@ -92,7 +92,8 @@ def _delivered(delivery: Delivery, answer: Answer) -> None:
         state=DeliveryState.DELIVERED, attempts=delivery.attempts + 1, tried_at=timezone.now(), error="",
         status=answer.status, response=answer.excerpt,
     )  # fmt: skip
-    Webhook.objects.filter(pk=delivery.webhook_id).exclude(failing_since=None).update(failing_since=None)
+    if delivery.webhook is not None:
+        Webhook.objects.filter(pk=delivery.webhook.pk).exclude(failing_since=None).update(failing_since=None)
 
 
 def _failed(delivery: Delivery, answer: Answer | None, error: str) -> None:

@@ -73,7 +73,7 @@ def _for_mail(event: AuditEvent) -> dict[str, Any]:
 def _mailed_person(event: AuditEvent) -> User | None:
     """Who gets mail about an event: a member of its team with an address who wants it and did not do it themselves."""
     kind, detail = MAILED.get(event.action, ("", ""))
-    if not kind or not isinstance(event.details.get(detail), int):
+    if not kind or event.team_id is None or not isinstance(event.details.get(detail), int):
         return None
     person = User.objects.filter(
         pk=event.details[detail], is_active=True, memberships__team_id=event.team_id

@@ -8,7 +8,9 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name="dataset",
             name="licence",
-            field=models.CharField(blank=True, default="", help_text="As workers.licences names it; empty: unknown.", max_length=80),
+            field=models.CharField(
+                blank=True, default="", help_text="As workers.licences names it; empty: unknown.", max_length=80
+            ),
             preserve_default=False,
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import re
+import socket
 from collections.abc import Iterator
 from email.message import Message
 from typing import Any
@@ -38,10 +39,12 @@ class Box:
 @pytest.fixture
 def box(settings: Any) -> Iterator[Box]:
     box = Box()
-    controller = Controller(box, hostname="127.0.0.1", port=0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    controller = Controller(box, hostname="127.0.0.1", port=port)
     controller.start()
     settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
-    settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", controller.server.sockets[0].getsockname()[1]
+    settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", port
     settings.EMAIL_USE_TLS = settings.EMAIL_USE_SSL = False
     settings.PUBLIC_URL = "https://studio.example.org"
     yield box
