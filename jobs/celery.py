@@ -37,6 +37,11 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "deliver-due": {
+            "task": "studio.webhooks.tasks.deliver_due",
+            "schedule": 10.0,
+            "options": {"expires": 10},
+        },
         "share-bases": {
             "task": "studio.catalogue.tasks.share_bases",
             "schedule": 60.0,
@@ -54,6 +59,6 @@ app.conf.update(
         },
     },
 )
-app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue", "studio.reviews"])
+app.autodiscover_tasks(["jobs", "studio.datasets", "studio.catalogue", "studio.reviews", "studio.webhooks"])
 # What a worker process does beside its tasks.
 app.autodiscover_tasks(["jobs"], related_name="worker_process")

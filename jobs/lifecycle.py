@@ -25,7 +25,7 @@ from jobs.failures import BACKOFF_SECONDS, UNCOUNTED, WAITS_FOR_SPACE, backoff_s
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
-from studio.accounts.models import User
+from studio.accounts.models import User, record
 from studio.catalogue.models import Adapter, EvaluationRun
 from workers.failpoints import failpoint
 
@@ -166,6 +166,7 @@ def succeed(job_id: UUID, attempt: int, product: Adapter | EvaluationRun) -> Non
     _end_attempt(job_id, attempt, "succeeded")
     what = "the adapter is" if is_adapter else "the scores are"
     add_event(job_id, attempt, f"Done: {what} in the catalogue.")
+    _tell_end(job_id, "job.succeeded")
 
 
 def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str) -> None:
@@ -179,6 +180,8 @@ def fail(job_id: UUID, attempt: int, *, code: str, message: str, next_step: str)
         )  # fmt: skip
         _end_attempt(job_id, attempt, "failed", code)
         add_event(job_id, attempt, message, level="error")
+        if state == JobState.FAILED:
+            _tell_end(job_id, "job.failed", code=code)
         failpoint("fail.before_commit")
 
 
@@ -406,6 +409,12 @@ def _end_attempt(job_id: UUID, attempt: int, outcome: str, code: str = "") -> No
         usage.charge(job_id, attempt)
 
 
+def _tell_end(job_id: UUID, action: str, **details: Any) -> None:
+    """Record how a job ended, for whoever waits to be told; the worker that ended it is no person."""
+    job = Job.objects.select_related("team").get(pk=job_id)
+    record(action, team=job.team, target=job, owner_id=job.created_by_id, **details)
+
+
 def _cancel_locked(job: Job, text: str) -> None:
     Job.objects.filter(pk=job.pk).update(
         state=JobState.CANCELLED, phase="", lease_until=None, finished_at=Now(), seconds_left=None
@@ -450,6 +459,7 @@ def _queue_again(
             failure_next_step=next_step if final_code == code else kind_of(final_code).next_step,
         )  # fmt: skip
         add_event(job.pk, job.attempt, f"{message} {why}", level="error")
+        _tell_end(job.pk, "job.failed", code=final_code)
         return
     if _is_to_pause(job):
         kept = {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}

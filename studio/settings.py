@@ -65,6 +65,19 @@ STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
 WARM_SECONDS = float(os.environ.get("STUDIO_WARM_SECONDS", 600))
 # Folders (separated by colons) below which an admin may register base models.
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
+# The studio's address as people reach it, for links in mails.
+PUBLIC_URL = os.environ.get("STUDIO_PUBLIC_URL", f"http://{HOST}:{PORT or 8000}").rstrip("/")
+# The mail server. Without a host no mail is sent.
+EMAIL_HOST = os.environ.get("STUDIO_SMTP_HOST", "")
+EMAIL_PORT = int(os.environ.get("STUDIO_SMTP_PORT", 587))
+EMAIL_HOST_USER = os.environ.get("STUDIO_SMTP_USER", "")
+EMAIL_HOST_PASSWORD = os.environ.get("STUDIO_SMTP_PASSWORD", "")
+# "starttls", "tls" from the first byte, or "none".
+_smtp_security = os.environ.get("STUDIO_SMTP_SECURITY", "starttls").lower()
+EMAIL_USE_TLS, EMAIL_USE_SSL = _smtp_security == "starttls", _smtp_security == "tls"
+MAIL_FROM = os.environ.get("STUDIO_MAIL_FROM", "PEFT Studio <studio@localhost>")
+# True lets webhooks go to private addresses and over plain http.
+WEBHOOK_PRIVATE_NETWORKS = _flag("STUDIO_WEBHOOK_PRIVATE_NETWORKS", False)
 # CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.
 TRAINER_THREADS = int(os.environ.get("STUDIO_TRAINER_THREADS", 0))
 
@@ -115,6 +128,7 @@ API_ROUTERS = [
     "studio.catalogue.api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
+    "studio.webhooks.api.router",
     "jobs.api.router",
     "jobs.machine_api.router",
     "jobs.quotas.router",

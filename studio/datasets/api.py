@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from django.db.models import QuerySet
 from django.shortcuts import get_object_or_404
@@ -17,11 +17,13 @@ from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.datasets import showing
+from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.uploads import receive_upload
 from studio.datasets.views import remap
 from workers.formats import get_format
+from workers.licences import choices
 
 router = Router(tags=["datasets"])
 
@@ -59,6 +61,7 @@ class DatasetOut(Out):
     id: int
     name: str
     description: str
+    licence: str
     created_at: datetime
     versions: list[VersionOut]
 
@@ -112,6 +115,12 @@ class ProblemFilters(QueryFields):
     limit: int = Field(50, ge=1, le=200)
 
 
+class LicenceBody(Body):
+    """A licence as the Hugging Face Hub writes it."""
+
+    licence: Literal[tuple(identifier for identifier, _ in choices())]  # type: ignore[valid-type]
+
+
 class MappingBody(Body):
     """Which column is which: {"prompt": "question", "completion": "answer"}."""
 
@@ -138,9 +147,13 @@ def upload_dataset(
     request: ApiRequest,
     file: Upload,
     name: Annotated[str, Form(max_length=120)] = "",
+    licence: Annotated[str, Form(max_length=80)] = "",
 ) -> Status[DatasetVersion]:
     """Upload a file as a new dataset; 200 with the older version when the team has this very file."""
-    return _receive(request, file, name=name)
+    if licence and licence not in dict(choices()):
+        raise ApiError(422, "unknown_licence", f'There is no licence "{licence}".', field="licence",
+                       help=f"It is one of: {', '.join(dict(choices()))}.")  # fmt: skip
+    return _receive(request, file, name=name, licence=licence)
 
 
 @router.post(
@@ -166,6 +179,14 @@ def _receive(request: ApiRequest, file: UploadedFile, **target: Any) -> Status[D
 def get_dataset(request: ApiRequest, dataset_id: int) -> Dataset:
     """A dataset with its versions."""
     return get_object_or_404(_datasets(request), pk=dataset_id)
+
+
+@router.patch("datasets/{int:dataset_id}/", response={200: DatasetOut, **ERRORS}, auth=may_write)
+def change_dataset(request: ApiRequest, dataset_id: int, body: LicenceBody) -> Dataset:
+    """Say under which licence the rows came."""
+    dataset = get_object_or_404(_datasets(request), pk=dataset_id)
+    set_licence(dataset, body.licence, user=request.user, token=request.token)
+    return dataset
 
 
 @router.delete("datasets/{int:dataset_id}/", response={204: None, **ERRORS}, auth=may_write)

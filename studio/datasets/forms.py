@@ -8,6 +8,7 @@ from typing import Any
 from django import forms
 
 from workers.formats import get_format
+from workers.licences import choices
 
 
 class UploadForm(forms.Form):
@@ -16,9 +17,18 @@ class UploadForm(forms.Form):
     name = forms.CharField(
         max_length=120, required=False, help_text="Empty: the file's name without its ending.", label="Name"
     )
+    licence = forms.ChoiceField(
+        choices=choices, required=False, label="Licence of the data", help_text="Decides what adapters may be shared."
+    )
     file = forms.FileField(
         label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
     )
+
+
+class LicenceForm(forms.Form):
+    """Under which licence a dataset's rows came."""
+
+    licence = forms.ChoiceField(choices=choices, label="Licence of the data")
 
 
 class MappingForm(forms.Form):

@@ -34,6 +34,7 @@ def receive_upload(
     chunks: Iterable[bytes],
     dataset: Dataset | None = None,
     name: str = "",
+    licence: str = "",
 ) -> DatasetVersion:
     """Store a file and register it as a dataset's next version; its inspection starts after the commit.
 
@@ -44,6 +45,7 @@ def receive_upload(
         chunks: the file's bytes; memory use is one chunk.
         dataset: the dataset that gets a new version; None makes a new dataset.
         name: the new dataset's name; empty takes the file's name.
+        licence: the new dataset's licence, as workers.licences names it; empty: unknown.
 
     Returns:
         The version. When the team has the very same file already, that older version, with `already_stored` set.
@@ -64,7 +66,7 @@ def receive_upload(
         blob.share()
         try:
             with transaction.atomic():
-                return _register(team, user, shown_name, blob, dataset, name)
+                return _register(team, user, shown_name, blob, dataset, name, licence)
         except IntegrityError as error:
             remove_unused_blob(blob.sha256)
             raise _name_taken(name) from error
@@ -79,14 +81,22 @@ def _same_file(team: Team, sha256: str) -> DatasetVersion | None:
 
 
 def _register(
-    team: Team, user: User, shown_name: str, blob: IncomingBlob, dataset: Dataset | None, name: str
+    team: Team,
+    user: User,
+    shown_name: str,
+    blob: IncomingBlob,
+    dataset: Dataset | None,
+    name: str,
+    licence: str,
 ) -> DatasetVersion:
     lock_blob(blob.sha256)
     # The team may have sent the same file twice at once.
     if (same := _same_file(team, blob.sha256)) is not None:
         return same
     is_new = dataset is None
-    target = dataset or Dataset.objects.create(team=team, created_by=user, name=name or _free_name(team, shown_name))
+    target = dataset or Dataset.objects.create(
+        team=team, created_by=user, name=name or _free_name(team, shown_name), licence=licence
+    )
     # The lock keeps two uploads to one dataset from taking the same number.
     Dataset.objects.select_for_update().get(pk=target.pk)
     last = target.versions.aggregate(last=Max("number"))["last"] or 0

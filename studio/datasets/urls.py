@@ -8,6 +8,7 @@ urlpatterns = [
     path("", views.dataset_list, name="list"),
     path("upload/", views.upload, name="upload"),
     path("<int:dataset_id>/", views.detail, name="detail"),
+    path("<int:dataset_id>/licence/", views.change_licence, name="licence"),
     path("<int:dataset_id>/delete/", views.delete, name="delete"),
     path(_VERSION, views.version_page, name="version"),
     path(_VERSION + "inspection/", views.inspection, name="inspection"),

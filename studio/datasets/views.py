@@ -21,8 +21,9 @@ from django.views.decorators.http import require_GET, require_POST
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.datasets import showing
-from studio.datasets.forms import MappingForm, UploadForm
+from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
+from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.upload_handlers import SpoolingUploadHandler
@@ -31,6 +32,7 @@ from studio.query_values import whole_number
 from studio.storage import DiskFullError, StorageError, TooLargeError
 from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
+from workers.licences import choices as licence_choices
 
 PAGE_SIZE = 50
 MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -91,7 +93,7 @@ def upload(request: TeamRequest) -> HttpResponse:
         try:
             version = receive_upload(
                 team=request.team, user=request.user, file_name=file.name, chunks=file.chunks(1024**2),
-                dataset=dataset, name=form.cleaned_data["name"],
+                dataset=dataset, name=form.cleaned_data["name"], licence=form.cleaned_data["licence"],
             )  # fmt: skip
         except DatasetError as error:
             form.add_error("name" if error.field == "name" else "file", f"{error.message} {error.next_step}".strip())
@@ -127,6 +129,8 @@ def _render_tab(
         "tab": tab,
         "num_versions": version.num_versions,  # type: ignore[attr-defined]  # annotated by _version
         "may_change": request.membership.may(Role.TRAINER),
+        "licence_form": LicenceForm(initial={"licence": version.dataset.licence or "unknown"}),
+        "licence_label": dict(licence_choices()).get(version.dataset.licence, version.dataset.licence or "not known"),
     }
     return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})})
 
@@ -362,6 +366,20 @@ def remap(version: DatasetVersion, columns: dict[str, str]) -> None:
             error="", error_next_step="", queued_at=timezone.now(),
         )  # fmt: skip
         transaction.on_commit(lambda: queue_inspection(version.pk))
+
+
+@team_page(Role.TRAINER)
+@require_POST
+def change_licence(request: TeamRequest, dataset_id: int) -> HttpResponse:
+    """Say under which licence the rows came."""
+    dataset: Dataset = get_object_or_404(request.team.datasets, pk=dataset_id)
+    form = LicenceForm(request.POST)
+    if form.is_valid():
+        set_licence(dataset, form.cleaned_data["licence"], user=request.user)
+        messages.success(request, f"The licence of {dataset.name} is saved.")
+    else:
+        messages.error(request, "There is no such licence. Choose one of the list.")
+    return redirect("datasets:detail", dataset.pk)
 
 
 @team_page(Role.TRAINER)

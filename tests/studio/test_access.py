@@ -14,7 +14,7 @@ from studio.accounts.models import ApiToken, Membership, Team, User
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 
 # Pages for people who are not signed in, and probes for machines.
-PUBLIC = {"login/", "login/link/<str:secret>/", "livez", "readyz"}
+PUBLIC = {"login/", "login/link/<str:secret>/", "livez", "readyz", "webhooks/mail/stop/<str:token>/"}
 # Takes a POST and sends everybody to the login page.
 REDIRECTS = {"logout/"}
 
