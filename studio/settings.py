@@ -113,6 +113,7 @@ API_ROUTERS = [
     "studio.api.me.router",
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
+    "studio.catalogue.naming_api.router",
     "studio.catalogue.suite_api.router",
     "jobs.api.router",
     "jobs.machine_api.router",
