@@ -65,9 +65,7 @@ def move_alias(
         )
         before = None if is_new else alias.adapter
         if is_seen and (before.pk if before else None) != seen:
-            raise MovedMeanwhileError(
-                _was_moved(adapter.name, name), next_step="Look where it points now, then decide again."
-            )
+            raise _moved_meanwhile(adapter.name, name)
         if before == adapter:
             return None
         Alias.objects.filter(pk=alias.pk).update(adapter=adapter)
@@ -216,9 +214,7 @@ def _pointing_here(adapter: Adapter, name: str) -> Alias:
     found = Alias.objects.filter(team_id=adapter.team_id, adapter_name=adapter.name, name=name, adapter=adapter)
     alias = found.first()
     if alias is None:
-        raise MovedMeanwhileError(
-            _was_moved(adapter.name, name), next_step="Look where it points now, then decide again."
-        )
+        raise _moved_meanwhile(adapter.name, name)
     return alias
 
 
