@@ -138,10 +138,20 @@ def _orders(keys: Any) -> list[Any]:
 
 def measure(ask: Callable[[], Any], repeats: int) -> tuple[float, float, int]:
     """Median and 95th percentile in ms of a request's server time, and its queries."""
-    from django.db import connection
-    from django.test.utils import CaptureQueriesContext
+    from unittest.mock import patch
 
-    with CaptureQueriesContext(connection) as queries:
+    from django.db.backends.utils import CursorWrapper
+
+    # Middleware may run a view in another thread, whose connection is another: counted in the class of them all.
+    execute, num_queries = CursorWrapper.execute, 0
+
+    def counted(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_queries
+        num_queries += 1
+        return execute(cursor, *args, **kwargs)
+
+    ask()
+    with patch.object(CursorWrapper, "execute", counted):
         response = ask()
     assert response.status_code == 200, response.status_code
     times = []
@@ -149,7 +159,7 @@ def measure(ask: Callable[[], Any], repeats: int) -> tuple[float, float, int]:
         start = time.perf_counter()
         ask()
         times.append(1000 * (time.perf_counter() - start))
-    return median(times), sorted(times)[math.ceil(0.95 * repeats) - 1], len(queries)
+    return median(times), sorted(times)[math.ceil(0.95 * repeats) - 1], num_queries
 
 
 def main() -> None:
