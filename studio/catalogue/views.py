@@ -23,7 +23,6 @@ from workers.evaluations import evaluations
 from workers.measured import measured_methods
 from workers.methods import methods
 
-
 ARCHIVED = AdapterState.ARCHIVED
 
 
