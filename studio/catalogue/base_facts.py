@@ -75,7 +75,7 @@ def method_facts(base: BaseModel) -> list[MethodFacts]:
         found.append(
             MethodFacts(method.name, method.label, method.summary, ", ".join(method.precisions), count, share, refusal)
         )
-    return found
+    return list[Adapter](found)
 
 
 def users_of(adapters: QuerySet[Adapter], metric: str) -> list[Adapter]:
@@ -89,7 +89,7 @@ def users_of(adapters: QuerySet[Adapter], metric: str) -> list[Adapter]:
     for adapter in found:
         adapter.method_label = method_label(adapter.method)  # type: ignore[attr-defined]
         adapter.shown_score = next(iter(adapter.shown_scores), None)  # type: ignore[attr-defined]
-    return found
+    return list[Adapter](found)
 
 
 @dataclass(frozen=True)
