@@ -75,7 +75,7 @@ def method_facts(base: BaseModel) -> list[MethodFacts]:
         found.append(
             MethodFacts(method.name, method.label, method.summary, ", ".join(method.precisions), count, share, refusal)
         )
-    return list[Adapter](found)
+    return found
 
 
 def users_of(adapters: QuerySet[Adapter], metric: str) -> list[Adapter]:
