@@ -11,11 +11,11 @@ from django.views.decorators.http import require_http_methods
 from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role
 from studio.catalogue import aliases
-from studio.catalogue.models import Adapter, AdapterState, Alias
+from studio.catalogue.models import Adapter, AdapterState, Alias, AliasMove
 from studio.query_values import whole_number
 from workers.errors import ExplainedError
 
-SHOWN_MOVES = 50
+SHOWN_MOVES, READ_MOVES = 50, 1000
 ROLES = {"tag": Role.TRAINER, "untag": Role.TRAINER}
 
 
@@ -35,7 +35,7 @@ def naming(request: TeamRequest, adapter_id: int) -> HttpResponse:
         except ExplainedError as error:
             messages.error(request, f"{error.message} {error.next_step}".strip())
         return redirect("catalogue:naming", found.pk)
-    moves = list(aliases.moves_of(request.team, found.name)[:SHOWN_MOVES])
+    moves = list(aliases.moves_of(request.team, found.name)[:READ_MOVES])
     pointing = {
         one.name: one
         for one in Alias.objects.filter(team=request.team, adapter_name=found.name).select_related("adapter")
@@ -46,8 +46,8 @@ def naming(request: TeamRequest, adapter_id: int) -> HttpResponse:
         "catalogue/naming.html",
         {
             "adapter": found,
-            "aliases": [_row(name, pointing.get(name), found) for name in names],
-            "moves": moves,
+            "aliases": [_row(name, pointing.get(name), found, moves) for name in names],
+            "moves": moves[:SHOWN_MOVES],
             "is_archived": found.state == AdapterState.ARCHIVED,
             "may_tag": request.membership.may(Role.TRAINER),
             "may_move": request.membership.may(Role.LEAD),
@@ -56,9 +56,14 @@ def naming(request: TeamRequest, adapter_id: int) -> HttpResponse:
     )
 
 
-def _row(name: str, alias: Alias | None, adapter: Adapter) -> dict[str, object]:
+def _row(name: str, alias: Alias | None, adapter: Adapter, moves: list[AliasMove]) -> dict[str, object]:
     target = alias.adapter if alias else None
-    return {"name": name, "target": target, "is_here": target == adapter}
+    return {
+        "name": name,
+        "target": target,
+        "is_here": target == adapter,
+        "before": aliases.rollback_target(moves, adapter.pk, name),
+    }
 
 
 def _act(request: TeamRequest, found: Adapter, action: str) -> str:
