@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from django.db.models import Case, Exists, OuterRef, Q, QuerySet, When
+from django.db.models import Case, Exists, OuterRef, QuerySet, When
 from django.http import HttpResponse
 from django.shortcuts import render
 from django.urls import reverse
 from django.views.decorators.http import require_GET
 
 from jobs import showing
-from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.models import ACTIVE_STATES, LEASED_STATES, Job, JobState
 from jobs.scheduling import QUEUE_ORDER
 from jobs.views import job_row
 from studio.accounts.access import TeamRequest, team_page
@@ -68,11 +68,9 @@ def home(request: TeamRequest) -> HttpResponse:
     was_run_again = Exists(Job.objects.filter(parent=OuterRef("pk")))
     jobs = request.team.jobs
     newest_failed = jobs.filter(~was_run_again, state=JobState.FAILED).order_by("-created_at")
-    # Each is cut by itself, and one query reads both.
-    shown = [found.values("pk") for found in (newest_failed[: MAX_ROWS + 1], _next_active(request))]
-    rows = list(
-        showing.listed_jobs(jobs.filter(Q(pk__in=shown[0]) | Q(pk__in=shown[1]))).order_by(_RUNS_FIRST, *QUEUE_ORDER)
-    )
+    # Each is cut by itself, and one query reads both; an OR of the two would look at every job.
+    shown = newest_failed[: MAX_ROWS + 1].values("pk").union(_next_active(request).values("pk"))
+    rows = list(showing.listed_jobs(jobs.filter(pk__in=shown)).order_by(_RUNS_FIRST, *QUEUE_ORDER))
     failed = sorted((job for job in rows if job.is_final()), key=lambda job: job.created_at, reverse=True)
     adapters = (
         request.team.adapters.select_related("base_model", "dataset_version__dataset")
@@ -97,7 +95,7 @@ _RUNS_FIRST = Case(When(state__in=LEASED_STATES, then=0), default=1)
 
 def _next_active(request: TeamRequest) -> QuerySet[Job]:
     """What runs and what waits, one more than is shown."""
-    active: QuerySet[Job] = request.team.jobs.exclude(state__in=FINAL_STATES)
+    active: QuerySet[Job] = request.team.jobs.filter(state__in=ACTIVE_STATES)
     return active.order_by(_RUNS_FIRST, *QUEUE_ORDER)[: MAX_ROWS + 1]
 
 

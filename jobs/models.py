@@ -31,6 +31,8 @@ class JobState(models.TextChoices):
 
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 LEASED_STATES = (JobState.RUNNING, JobState.CANCELLING)
+ACTIVE_STATES = tuple(state for state in JobState if state not in FINAL_STATES)
+"""Named one by one, as the index of what is not final is: "not final" alone would look through every job there was."""
 
 
 class JobKind(models.TextChoices):
@@ -213,6 +215,8 @@ class Job(models.Model):
             ),
             models.Index(fields=["lease_until"], name="job_leases", condition=models.Q(state__in=LEASED_STATES)),
             models.Index(fields=["team", "-created_at"], name="job_list"),
+            models.Index(fields=["team"], name="job_active", condition=models.Q(state__in=ACTIVE_STATES)),
+            models.Index(fields=["team", "-created_at"], name="job_failed", condition=models.Q(state=JobState.FAILED)),
         ]
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from jobs.buttons import mark_ends
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.mending import actions_for
-from jobs.models import FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from jobs.settings_form import form_name
@@ -37,8 +37,8 @@ from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.methods import get_method
 
-MAX_LISTED = 200
-"""Rows of finished jobs on the page; the API has the rest."""
+MAX_LISTED = 50
+"""Rows of finished jobs on a page."""
 
 FILTERS = {
     "": ("All", Q()),
@@ -91,14 +91,21 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
     if is_mine:
         jobs = jobs.filter(created_by=request.user)
     # What runs or waits is never cut: hiding the next job would make the queue wrong.
-    active = list(jobs.exclude(state__in=FINAL_STATES).order_by(*QUEUE_ORDER))
-    ended = jobs.filter(state__in=FINAL_STATES).order_by("-created_at")[: MAX_LISTED + 1]
+    active = list(jobs.filter(state__in=ACTIVE_STATES).order_by(*QUEUE_ORDER))
+    ended = jobs.filter(state__in=FINAL_STATES).order_by("-created_at")
+    older_than = _moment(request.GET.get("older_than", ""))
+    if older_than is not None:
+        ended = ended.filter(created_at__lt=older_than)
+    ended = ended[: MAX_LISTED + 1]
     queue = look_at_queue(active)
     if not (state or is_mine):
         in_team = [job for job in active if job.state in WAITING_STATES]
         mark_ends(sorted(in_team, key=queue.position))
     rows = [job_row(job, queue) for job in active]
     finished = [job_row(job, None) for job in ended]
+    older = request.GET.copy()
+    if len(finished) > MAX_LISTED:
+        older["older_than"] = finished[MAX_LISTED - 1].job.created_at.isoformat()
     context = {
         "running": [row for row in rows if row.job.state in LEASED_STATES],
         "waiting": sorted(
@@ -109,7 +116,8 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
         "num_waiting": queue.num_waiting,
         "num_busy": queue.num_busy,
         "has_workers": queue.has_workers,
-        "is_cut": len(finished) > MAX_LISTED,
+        "older_url": f"?{older.urlencode()}" if len(finished) > MAX_LISTED else "",
+        "is_older": older_than is not None,
         "state": state,
         "is_mine": is_mine,
         "is_filtered": bool(state or is_mine),
@@ -119,6 +127,15 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
     }
     name = "jobs/_job_list.html" if request.headers.get("HX-Target", "").endswith("job-list") else "jobs/job_list.html"
     return render(request, name, context)
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    # A moment without a time zone, or in a year that no zone reaches, is none of ours.
+    return found if found.tzinfo is not None and 1900 < found.year < 9000 else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
@@ -37,7 +37,9 @@ class KeysetPage(Generic[T]):
     after: str
 
 
-def read_page(rows: QuerySet[T], keys: Sequence[Key], query: QueryDict, *, size: int) -> KeysetPage[T]:
+def read_page(
+    rows: QuerySet[T], keys: Sequence[Key], query: QueryDict | Mapping[str, str], *, size: int
+) -> KeysetPage[T]:
     """The page that `after` or `before` of a URL asks for; the first one where they say nothing that can be read."""
     backwards = read_cursor(query.get("before", ""), keys)
     forwards = read_cursor(query.get("after", ""), keys) if backwards is None else None

@@ -126,6 +126,7 @@ API_ROUTERS = [
     "studio.api.me.router",
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
+    "studio.catalogue.naming_api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
     "studio.webhooks.api.router",

@@ -749,8 +749,10 @@ def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
         return {row.line: row.loss_sum / row.num_tokens for row in scored if row.num_tokens}
 
     of_adapter = losses()
-    with model.disable_adapter():
-        of_base = losses()
+    of_base: dict[int, float] = {}
+    if not get_method(recipe.method).product.is_whole_model:  # then the base's own weights are gone
+        with model.disable_adapter():
+            of_base = losses()
     return tuple(
         SuspiciousRecord(
             line=one.line,

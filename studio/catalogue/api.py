@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from django.http import HttpResponseBase
 from django.shortcuts import get_object_or_404
@@ -15,7 +15,7 @@ from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out
-from studio.catalogue import blind
+from studio.catalogue import blind, listing
 from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
@@ -30,6 +30,8 @@ from studio.catalogue.model_card import (
     edit_card,
 )
 from studio.catalogue.models import Adapter, BaseModel, Sample
+from studio.keyset import read_cursor, read_page
+from workers.evaluations import evaluations
 from workers.verdicts import Verdict
 
 router = Router(tags=["catalogue"])
@@ -106,6 +108,10 @@ class AdapterOut(Out):
 
     id: int
     name: str
+    version: int
+    state: str
+    tags: list[str]
+    aliases: list[str]
     base_model_id: int
     dataset_version_id: int
     method: str
@@ -113,6 +119,10 @@ class AdapterOut(Out):
     num_bytes: int
     stopped_at_step: int | None
     created_at: datetime
+
+    @staticmethod
+    def resolve_aliases(adapter: Adapter) -> list[str]:
+        return sorted(alias.name for alias in adapter.aliases.all())
 
 
 class AdapterDetailOut(AdapterOut):
@@ -223,6 +233,14 @@ class AdapterFilters(PageQuery):
     base_model_id: int | None = None
     dataset_id: int | None = None
     method: str = Field("", max_length=40)
+    q: str = Field("", max_length=200, description="Beginnings of words of names, tags and cards; all must occur")
+    state: Literal["", "draft", "in_review", "approved", "rejected", "archived"] = Field(
+        "", description="Empty: all but the archived"
+    )
+    alias: str = Field("", max_length=40)
+    tag: str = Field("", max_length=40)
+    newest_versions: bool = Field(False, description="Only the newest version of each name")
+    sort: str = Field("updated", max_length=80, description="updated, name, size, or an evaluation: best first")
 
 
 class RegisterBody(Body):
@@ -234,16 +252,24 @@ class RegisterBody(Body):
     licence: str = Field("", max_length=80)
 
 
-@router.get("adapters/", response={200: Page[AdapterOut], **ERRORS}, summary="A team's adapters, the newest first")
-def list_adapters(request: ApiRequest, filters: Query[AdapterFilters]) -> dict[str, Any]:
-    rows = request.team.adapters.all()
-    if filters.base_model_id is not None:
-        rows = rows.filter(base_model_id=filters.base_model_id)
-    if filters.dataset_id is not None:
-        rows = rows.filter(dataset_version__dataset_id=filters.dataset_id)
-    if filters.method:
-        rows = rows.filter(method=filters.method)
-    return page_of(rows, filters)
+@router.get("adapters/", response={200: Page[AdapterOut], **ERRORS}, summary="A team's adapters")
+def list_adapters(request: ApiRequest, query: Query[AdapterFilters]) -> dict[str, Any]:
+    """The newest first unless `sort` says otherwise."""
+    if query.sort not in {*evaluations(), *listing.OTHER_SORTS}:
+        known = ", ".join([*listing.OTHER_SORTS, *evaluations()])
+        raise ApiError(422, "invalid", f"There is no order {query.sort}. There are: {known}.", field="sort")
+    filters = listing.Filters(
+        text=query.q, state=query.state, base=str(query.base_model_id or ""), dataset=str(query.dataset_id or ""),
+        method=query.method, alias=query.alias, tag=query.tag, is_every_version=not query.newest_versions,
+        sort=query.sort,
+    )  # fmt: skip
+    keys = listing.order_of(filters)
+    if query.after and read_cursor(query.after, keys) is None:
+        raise ApiError(400, "invalid_cursor", '"after" is not a cursor of this list.', field="after",
+                       help='Send the "next" of the page before, unchanged.')  # fmt: skip
+    rows = listing.with_columns(request.team.adapters.all(), filters).prefetch_related("aliases")
+    page = read_page(rows, keys, {"after": query.after}, size=query.limit)
+    return {"items": page.rows, "next": page.after or None}
 
 
 @router.get("adapters/{int:adapter_id}/", response={200: AdapterDetailOut, **ERRORS}, summary="One adapter")

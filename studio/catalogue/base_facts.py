@@ -7,8 +7,13 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-from studio.catalogue.models import BaseModel
+from django.db.models import Prefetch, QuerySet
+
+from studio.accounts.models import Team
+from studio.catalogue.listing import method_label
+from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Score, TestSet
 from workers.errors import ExplainedError
+from workers.evaluations import evaluations
 from workers.examples import Example, Message
 from workers.methods import methods
 from workers.rendering import Renderer
@@ -24,6 +29,7 @@ SAMPLE = Example(
     ),
 )
 PREVIEW_TOKENS = 4096
+SHOWN_USERS = 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,44 @@ def method_facts(base: BaseModel) -> list[MethodFacts]:
             MethodFacts(method.name, method.label, method.summary, ", ".join(method.precisions), count, share, refusal)
         )
     return found
+
+
+def users_of(adapters: QuerySet[Adapter], metric: str) -> list[Adapter]:
+    """The newest of these adapters, each with `method_label` and its held-out `shown_score` on a metric, or None."""
+    scores = Score.objects.filter(evaluation=metric, test_set=TestSet.HELD_OUT)
+    found = list(
+        adapters.only("team_id", "name", "version", "method", "state", "created_at")
+        .prefetch_related(Prefetch("scores", scores, to_attr="shown_scores"))
+        .order_by("-created_at", "-pk")[:SHOWN_USERS]
+    )
+    for adapter in found:
+        adapter.method_label = method_label(adapter.method)  # type: ignore[attr-defined]
+        adapter.shown_score = next(iter(adapter.shown_scores), None)  # type: ignore[attr-defined]
+    return list[Adapter](found)
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """A run of the base alone on a team's suite: figures are (label, value, low, high, number of rows)."""
+
+    run: EvaluationRun
+    figures: list[tuple[str, float, float, float, int]]
+
+
+def own_runs(team: Team, base: BaseModel) -> list[BaseRun]:
+    """The newest runs of a base alone on the team's suites."""
+    runs = EvaluationRun.objects.filter(team=team, base_model=base, adapter=None).select_related("suite")
+    known = evaluations()
+    return [
+        BaseRun(
+            run,
+            [
+                (known[name].label if name in known else name, one["value"], one["low"], one["high"], one["num_rows"])
+                for name, one in sorted(run.base_figures.items())
+            ],
+        )
+        for run in runs.order_by("-created_at", "-pk")[:SHOWN_USERS]
+    ]
 
 
 def template_preview(base: BaseModel) -> TemplatePreview:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from django.db.models import Exists, OuterRef
 from django.http import HttpResponse
 from django.shortcuts import render
 from django.views.decorators.http import require_GET
@@ -12,7 +14,7 @@ from django.views.decorators.http import require_GET
 from studio.accounts.access import TeamRequest, team_page
 from studio.catalogue.comparing import NotComparableError, compare_runs, verdicts
 from studio.catalogue.list_pages import adapters_by_id, chosen_ids, csv_line
-from studio.catalogue.models import Adapter, EvaluationRun, RunComparison, Score, TestSet
+from studio.catalogue.models import Adapter, EvaluationRun, RowCounts, RunComparison, Score, TestSet
 from studio.query_values import whole_number
 from workers.verdicts import Verdict
 
@@ -81,7 +83,9 @@ def score_figures(adapters: list[Adapter], baseline: Adapter) -> list[Figure]:
     """Every evaluation on held-out rows that one of the adapters has, compared with the baseline's by row."""
     runs = {
         run.adapter_id: run
-        for run in EvaluationRun.objects.filter(adapter__in=adapters, test_set=TestSet.HELD_OUT).order_by("pk")
+        for run in EvaluationRun.objects.filter(adapter__in=adapters, test_set=TestSet.HELD_OUT)
+        .annotate(has_rows=Exists(RowCounts.objects.filter(run=OuterRef("pk"))))
+        .order_by("pk")
     }
     scores: dict[str, dict[int, Score]] = {}
     for score in Score.objects.filter(adapter__in=adapters, test_set=TestSet.HELD_OUT).order_by("evaluation"):
@@ -98,7 +102,7 @@ def _figure(
     scores: dict[int, Score],
     adapters: list[Adapter],
     baseline: Adapter,
-    runs: dict[int | None, EvaluationRun],
+    runs: Mapping[int | None, EvaluationRun],
     known: dict[tuple[int, str], RunComparison],
 ) -> Figure:
     one = next(iter(scores.values()))
@@ -107,6 +111,13 @@ def _figure(
     for adapter in adapters:
         run = runs.get(adapter.pk)
         if adapter == baseline or adapter.pk not in scores or run is None or own is None or baseline.pk not in scores:
+            continue
+        lacking = next((one for one in (run, own) if not one.has_rows), None)  # type: ignore[attr-defined]
+        if lacking is not None and (run.pk, name) not in known:
+            # Found here for all pairs at once: to ask for each pair is two queries a figure and adapter.
+            problem = (
+                f"Not comparable with {adapter.name} v{adapter.version}: single rows of one of them were not kept."
+            )
             continue
         try:
             comparisons[adapter.pk] = known.get((run.pk, name)) or compare_runs(run, own, name)

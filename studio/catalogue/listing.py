@@ -145,8 +145,7 @@ def filtered(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]
         adapters = adapters.filter(aliases__name=filters.alias)
     if filters.tag:
         adapters = adapters.filter(tags__contains=[filters.tag])
-    if (search := search_query(filters.text)) is not None:
-        adapters = adapters.filter(search=search)
+    adapters = adapters.filter(matches(filters.text))
     if not (filters.is_every_version or filters.alias):
         newer = Adapter.objects.filter(
             team_id=OuterRef("team_id"), name=OuterRef("name"), version__gt=OuterRef("version")
@@ -155,13 +154,15 @@ def filtered(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]
     return adapters
 
 
-def search_query(text: str) -> SearchQuery | None:
-    """Every word of a text as the beginning of a word; None for a text without any, which asks for nothing."""
-    words = _WORD.findall(text)[:MAX_WORDS]
-    # Words alone, each in quotes: nothing of what a person types is syntax.
-    return (
-        SearchQuery(" & ".join(f"'{word}':*" for word in words), config="simple", search_type="raw") if words else None
-    )
+def matches(text: str) -> Q:
+    """Adapters with every word of a text as the beginning of a word of name or card, or as a tag; all for no words."""
+    found = Q()
+    for word in _WORD.findall(text)[:MAX_WORDS]:
+        # One word alone, in quotes: nothing of what a person types is syntax.
+        begins = SearchQuery(f"'{word}':*", config="simple", search_type="raw")
+        found &= Q(search=begins) | Q(tags__contains=[word.lower()])
+    # A tag may hold what parts words: v1.2, de-AT.
+    return (found | Q(tags__contains=[text.lower()])) if found else found
 
 
 def filter_choices(team: Team) -> dict[str, list[Choice]]:

@@ -84,10 +84,16 @@ def register_adapter(
     return adapter
 
 
+def lock_versions(team_id: int, name: str) -> None:
+    """Whoever else numbers, points at or archives versions of a team's adapters of this name waits for the end of the
+    caller's transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, %s))", [name, team_id])
+
+
 def _next_version(team: Team, name: str) -> int:
     """The number of the team's next adapter of a name. Others that ask at the same time wait for this transaction."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, %s))", [name, team.pk])
+    lock_versions(team.pk, name)
     newest = team.adapters.filter(name=name).aggregate(newest=Max("version"))["newest"]
     return (newest or 0) + 1
 

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.catalogue import adapter_pages, compare_pages, list_pages, suite_pages, views
+from studio.catalogue import adapter_pages, compare_pages, list_pages, naming_pages, suite_pages, views
 
 app_name = "catalogue"
 urlpatterns = [
@@ -13,6 +13,7 @@ urlpatterns = [
     path("models/<int:adapter_id>/samples/", adapter_pages.samples, name="samples"),
     path("models/<int:adapter_id>/blind/", adapter_pages.blind_choice, name="blind"),
     path("models/<int:adapter_id>/card/", adapter_pages.edit, name="edit_card"),
+    path("models/<int:adapter_id>/names/", naming_pages.naming, name="naming"),
     path("models/<int:adapter_id>/download/", views.download, name="download"),
     path("models/<int:adapter_id>/check/", views.check_files_now, name="check_files"),
     path("methods/", views.which_method, name="methods"),

@@ -11,16 +11,19 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.catalogue import listing
-from studio.catalogue.base_facts import method_facts, template_preview
+from studio.catalogue.base_facts import method_facts, own_runs, template_preview, users_of
 from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
 from studio.catalogue.forms import RegisterBaseModelForm
 from studio.catalogue.importing import allowed_folder, model_roots, register_base_model, suggested_folders
-from studio.catalogue.models import BaseModel
+from studio.catalogue.models import AdapterState, BaseModel
 from studio.catalogue.registering import DamagedAdapterError
 from workers.errors import ExplainedError
+from workers.evaluations import evaluations
 from workers.measured import measured_methods
 from workers.methods import methods
+
+ARCHIVED = AdapterState.ARCHIVED
 
 
 @require_GET
@@ -75,8 +78,14 @@ def base_models(request: TeamRequest) -> HttpResponse:
 @team_page()
 def base_model(request: TeamRequest, base_model_id: int) -> HttpResponse:
     """One base model: its numbers, its licence, how it reads a conversation, and what can be trained on it."""
-    base = get_object_or_404(BaseModel, pk=base_model_id)
-    used_by = request.team.adapters.filter(base_model=base)
+    # Of other teams' adapters nothing but their number.
+    counted = BaseModel.objects.annotate(
+        num_adapters=Count("adapters", filter=Q(adapters__team=request.team) & ~Q(adapters__state=ARCHIVED)),
+        num_others=Count("adapters", filter=~Q(adapters__team=request.team)),
+    )
+    base = get_object_or_404(counted, pk=base_model_id)
+    used_by = request.team.adapters.filter(base_model=base).exclude(state=ARCHIVED)
+    metric = evaluations()[listing.DEFAULT_SORT]
     return render(
         request,
         "catalogue/base_model.html",
@@ -85,8 +94,9 @@ def base_model(request: TeamRequest, base_model_id: int) -> HttpResponse:
             "shape": base.model_shape(),
             "methods": method_facts(base),
             "preview": template_preview(base),
-            "adapters": [(one, listing.method_label(one.method)) for one in used_by.order_by("-created_at")[:10]],
-            "num_adapters": used_by.count(),
+            "metric": metric,
+            "adapters": users_of(used_by, metric.name),
+            "runs": own_runs(request.team, base),
         },
     )
 

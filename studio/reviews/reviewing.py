@@ -322,9 +322,7 @@ def roll_back(review_id: int, actor: Actor) -> Review:
         if not Alias.objects.filter(team=review.team, adapter=adapter, name=review.alias).exists():
             raise ReviewError(f"The alias {review.alias} does not point at {review} any more.")
         try:
-            moved_to = roll_back_alias(
-                review.team, adapter.name, review.alias, expected=adapter, by=actor.user, token=actor.token
-            )
+            moved_to = roll_back_alias(adapter, review.alias, by=actor.user, token=actor.token)
         except AliasError as error:
             raise ReviewError(error.message, next_step=error.next_step) from error
         _record("review.rolled_back", review, actor, alias=review.alias, moved_to=moved_to.version)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import re
 from datetime import timedelta
 from typing import Any
@@ -405,7 +406,14 @@ def test_the_list_cuts_finished_jobs_only_and_keeps_the_order_of_the_queue(
     page = alice_client.get(reverse("jobs:list")).text
     shown = re.findall(r">(runs|first|second|third|oldest|older|newer)</a>", page)
     assert shown == ["runs", "first", "second", "third", "newer", "older"]
-    assert "The newest 2 are shown; the API lists all." in page
+    older = html.unescape(re.search(r'rel="next" href="([^"]+)"', page)[1])  # type: ignore[index]
+    page = alice_client.get(reverse("jobs:list") + older).text
+    assert re.findall(r">(runs|first|second|third|oldest|older|newer)</a>", page) == [
+        "runs", "first", "second", "third", "oldest",
+    ]  # fmt: skip
+    assert 'rel="next"' not in page
+    for nonsense in ("x", "2026-01-01", "0001-01-01T00:00:00+14:00", "2026-01-01T00:00:00%2B00:00"):
+        assert alice_client.get(f"{reverse('jobs:list')}?older_than={nonsense}").status_code == 200
     assert "are shown" not in alice_client.get(reverse("jobs:list"), {"state": "active"}).text
 
 

@@ -50,6 +50,10 @@ def test_every_word_of_a_search_begins_a_word_of_the_name_or_the_card(make: Any,
     assert names(alice_client, "?q=r16+support") == ["support-r16"]
     assert names(alice_client, "?q=leas") == ["legal_contracts"]
     assert names(alice_client, "?q=support+leases") == []
+    make("plain", tags=["german", "v1.2"])
+    assert names(alice_client, "?q=German") == names(alice_client, "?q=pla+german") == ["plain"]
+    assert names(alice_client, "?q=v1.2") == ["plain"]
+    assert names(alice_client, "?q=leas+german") == []
 
 
 @pytest.mark.parametrize(
