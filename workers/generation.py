@@ -16,7 +16,7 @@ def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Collection[int],
     batch_size: int | None = None,
     temperature: float = 0.0,
@@ -31,6 +31,7 @@ def generate(
     answer also ends where the model's context ends; a prompt that fills it gets an empty answer.
 
     Args:
+        max_new_tokens: of every answer, or one number per prompt.
         batch_size: rows at once; DEFAULT_BATCH_SIZE when None.
         temperature: 0 takes the most probable token; above, tokens are drawn from the sharpened or flattened
             distribution, with a generator of its own seeded by `seed`.
@@ -42,6 +43,10 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]
     room = context_room(model)
     fitting = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < room]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts: give one number, or one for each prompt.")
+    fitting = [index for index in fitting if limits[index] > 0]
     order = sorted(fitting, key=lambda index: len(prompts[index]), reverse=True)
     size = batch_size or DEFAULT_BATCH_SIZE
     generator: torch.Generator | None = None
@@ -55,8 +60,9 @@ def generate(
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 answers = _generate_batch(
-                    model, [prompts[index] for index in batch], max_new_tokens, room, frozenset(stop_ids),
-                    lambda logits_BV: _choose(logits_BV, temperature, top_p, generator), use_cache, device,
+                    model, [prompts[index] for index in batch], [limits[index] for index in batch], room,
+                    frozenset(stop_ids), lambda logits_BV: _choose(logits_BV, temperature, top_p, generator),
+                    use_cache, device,
                 )  # fmt: skip
                 for index, ids in zip(batch, answers, strict=True):
                     written[index] = ids
@@ -78,7 +84,7 @@ def context_room(model: Any) -> int:
 def _generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     room: int,
     stop_ids: frozenset[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
@@ -86,8 +92,6 @@ def _generate_batch(
     device: torch.device,
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    if max_new_tokens < 1:
-        return answers
     longest = max(len(prompt) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -115,7 +119,7 @@ def _generate_batch(
                 continue
             answers[alive[row]].append(token)
             index = alive[row]
-            if len(answers[index]) < max_new_tokens and len(prompts[index]) + len(answers[index]) < room:
+            if len(answers[index]) < limits[index] and len(prompts[index]) + len(answers[index]) < room:
                 going_on.append(row)
         if not going_on:
             return answers

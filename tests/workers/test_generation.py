@@ -70,3 +70,12 @@ def test_it_leaves_the_mode_as_it_was(model) -> None:
     generate(model, prompts()[:1], max_new_tokens=1, stop_ids=[])
     assert model.training
     model.eval()
+
+
+def test_each_prompt_may_have_a_limit_of_its_own(model) -> None:
+    whole = generate(model, prompts(), max_new_tokens=9, stop_ids=[])
+    limits = [9, 0, 3, 1, 5]
+    found = generate(model, prompts(), max_new_tokens=limits, stop_ids=[], batch_size=3)
+    assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
+    with pytest.raises(ValueError, match="2 limits for 5 prompts"):
+        generate(model, prompts(), max_new_tokens=[1, 2], stop_ids=[])
