@@ -388,7 +388,7 @@ class EvaluationSettings(_Part):
     general: bool = Field(
         True,
         title="General set",
-        description="Score base and adapter on the studio's general questions and texts as well, which shows what was "
+        description="Score both models on the studio's general questions and texts as well, which shows what was "
         "forgotten. Off, forgetting goes unseen; it takes as long as a few dozen held-out rows.",
         json_schema_extra={"source": "on: what an adapter has forgotten, its own held-out rows do not show"},
     )

@@ -53,7 +53,7 @@ def make_finished_jobs(team: Any, user: Any, number: int, *, seed: int, ended: d
         end = ended - timedelta(minutes=number - index)
         recipe = make_recipe("finished").to_dict() | {"method": method}
         adapter = Adapter.objects.create(
-            team=team, name="finished", version=index + 1, base_model=bases[base], dataset_version=version,
+            team=team, name="finished", version=Adapter.objects.filter(team=team).count() + 1, base_model=bases[base], dataset_version=version,
             method=method, recipe=recipe,
             folder="nowhere", created_by=user,
         )  # fmt: skip
