@@ -53,9 +53,8 @@ def make_finished_jobs(team: Any, user: Any, number: int, *, seed: int, ended: d
         end = ended - timedelta(minutes=number - index)
         recipe = make_recipe("finished").to_dict() | {"method": method}
         adapter = Adapter.objects.create(
-            team=team, name="finished", version=Adapter.objects.filter(team=team).count() + 1, base_model=bases[base], dataset_version=version,
-            method=method, recipe=recipe,
-            folder="nowhere", created_by=user,
+            team=team, name="finished", version=Adapter.objects.filter(team=team).count() + 1, base_model=bases[base],
+            dataset_version=version, method=method, recipe=recipe, folder="nowhere", created_by=user,
         )  # fmt: skip
         estimate = {
             "seconds_low": 0.5 * estimated, "seconds_high": 1.5 * estimated, "num_tokens": round(num_tokens),
