@@ -42,7 +42,9 @@ class SuiteForm(forms.Form):
         label="Rows",
         help_text="Every usable row of it is scored.",
     )
-    metrics = forms.MultipleChoiceField(widget=forms.CheckboxSelectMultiple, initial=list(DEFAULTS.metrics))
+    metrics = forms.MultipleChoiceField(
+        widget=forms.CheckboxSelectMultiple(attrs={"class": "checkbox checkbox-sm"}), initial=list(DEFAULTS.metrics)
+    )
     max_rows = forms.IntegerField(
         min_value=1,
         required=False,
