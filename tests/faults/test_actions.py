@@ -92,7 +92,8 @@ def test_a_worker_that_dies_before_it_can_pause_leaves_the_job_paused(
         resume_job(job, bob)
         job = wait_until_final(job)
     assert job.state == JobState.SUCCEEDED
-    assert job.attempts.latest("number").from_step == paused.checkpoint_step
+    # Not before it: a checkpoint that its worker had no time to tell of is found all the same.
+    assert job.attempts.latest("number").from_step >= paused.checkpoint_step
 
 
 def test_a_paused_job_can_be_finished_with_what_it_has_learned(
