@@ -146,6 +146,20 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUM_FILE).write_text("".join(lines), "utf-8")
 
 
+def damaged_file(folder: Path) -> str | None:
+    """The first file of a product that is missing or not what SHA256SUMS says; None when all are as it says."""
+    try:
+        lines = (folder / CHECKSUM_FILE).read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        path = folder / name.removeprefix("./")
+        if not path.is_file() or file_sha256(path) != digest:
+            return name
+    return None
+
+
 def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """Logits in float32 of the last tokens of a prompt, on the CPU."""
     was_training = model.training

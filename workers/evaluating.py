@@ -19,7 +19,7 @@ from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
 from workers.device_errors import is_out_of_memory
-from workers.errors import BaseModelError, DatasetError, OutOfMemoryError
+from workers.errors import BaseModelError, DatasetError, ExplainedError, OutOfMemoryError
 from workers.evaluations import ScoredRow, choose_evaluations
 from workers.events import MessageEvent, PhaseEvent, Report, ResultEvent, ShouldStop, StoppedEvent
 from workers.examples import Example, Problem
@@ -31,6 +31,12 @@ from workers.resolving import resolve
 from workers.results import Provenance, Result
 from workers.test_sets import rows_sha256, settings_sha256
 from workers.training import Folders, base_facts, dataset_facts, facts_of_device, versions
+
+
+class DamagedAdapterError(ExplainedError):
+    """A file of the adapter is not what the trainer wrote."""
+
+    code = "damaged_adapter"
 
 
 class _Stopped(Exception):  # noqa: N818 - an outcome, not an error
@@ -92,6 +98,11 @@ def evaluate(
             kept.put(key, base_rows)
         rows = base_rows
         if adapter is not None:
+            if (name := adapters.damaged_file(adapter)) is not None:
+                raise DamagedAdapterError(
+                    f'The file "{name}" of this adapter is missing or has changed since it was made.',
+                    next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
+                )
             model = adapters.load(model, adapter)
             rows = _score(model, renderer, examples, recipe, "evaluating", report, must_end)
     except _Stopped:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from workers.base_scores import BaseScores
 from workers.bases import Bases
 from workers.errors import BaseModelError, DatasetError
-from workers.evaluating import evaluate
+from workers.evaluating import DamagedAdapterError, evaluate
 from workers.evaluations import ScoredRow
 from workers.events import MessageEvent, PhaseEvent, ResultEvent, StoppedEvent
 from workers.recipe import Recipe
@@ -164,6 +165,16 @@ def test_an_adapter_of_another_base_is_refused_in_a_sentence(
     other = replace(folders, base_model=make_tiny_base(tmp_path / "other", "gpt2"))
     with pytest.raises(BaseModelError, match="does not fit this base model"):
         run(other, adapter=trained[1])
+
+
+def test_a_damaged_adapter_is_not_scored(trained: tuple[Folders, Path], folders: Folders, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained[1], tmp_path / "copy")
+    weights = copy / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DamagedAdapterError, match=r"adapter_model\.safetensors"):
+        run(folders, adapter=copy)
 
 
 def test_a_test_set_without_usable_rows_is_refused(folders: Folders, tmp_path: Path) -> None:
