@@ -97,7 +97,7 @@ def products_of_succeeded_jobs() -> Iterator[str]:
             yield f"I1: {_name(job)} is {job.state} and has a product."
         if product is not None and not any(storage.adapter_folder(product.folder).glob("*")):
             yield f"I1: the product of {_name(job)} has no files at {product.folder}."
-        strangers = [str(made) for made in registered[job.pk] if made != product]
+        strangers = [f"{type(made).__name__} {made.pk}" for made in registered[job.pk] if made != product]
         if strangers:
             yield f"I1: {_name(job)} is {job.state}, and {strangers} were registered beside its product."
     succeeded = JobAttempt.objects.filter(outcome="succeeded").values_list("job_id", flat=True)

@@ -104,7 +104,7 @@ def test_a_product_without_files_is_named(queued: Callable[[], Job]) -> None:
 def test_a_second_adapter_of_one_job_is_named(queued: Callable[[], Job]) -> None:
     job = succeed(claimed(queued()))
     second = Adapter.objects.get(pk=job.adapter.pk)
-    second.pk, second.folder = None, f"{job.team_id}/{job.pk}-7"
+    second.pk, second.version, second.folder = None, 2, f"{job.team_id}/{job.pk}-7"
     second.save()
     assert str(second.pk) in only(broken_invariants(), "I1")
 
