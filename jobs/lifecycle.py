@@ -156,10 +156,13 @@ def _upsert_points(points: Iterable[MetricPoint]) -> None:
 def succeed(job_id: UUID, attempt: int, product: Adapter | EvaluationRun) -> None:
     """The job has its product. Call it in the transaction that registers the product; raises FencedError."""
     is_adapter = isinstance(product, Adapter)
+    # The last steps of a quick training may not have been told before it was done.
+    num_steps = product.provenance.get("num_steps") if isinstance(product, Adapter) else None
     allowed = Q(state=JobState.RUNNING) | Q(state=JobState.CANCELLING, stop_mode="keep")
     ended = Job.objects.filter(allowed, pk=job_id, attempt=attempt).update(
         state=JobState.SUCCEEDED, phase="", lease_until=None, finished_at=Now(), seconds_left=None,
         stop_mode=WITHOUT_PAUSE, **{"adapter" if is_adapter else "evaluation_run": product},
+        **({"step": num_steps} if num_steps else {}),
     )  # fmt: skip
     if ended != 1:
         raise FencedError
