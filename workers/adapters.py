@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from workers.base_folders import hub_name
 from workers.device_errors import is_gpu_failure, is_out_of_memory
-from workers.digests import file_sha256
+from workers.digests import CHECKSUM_FILE, file_sha256
 from workers.errors import BaseModelError
 from workers.methods import get_method, method_of_type
 from workers.model_card import write_card
@@ -26,7 +26,6 @@ from workers.recipe import Recipe
 from workers.rendering import read_chat_template
 from workers.results import Result
 
-CHECKSUM_FILE = "SHA256SUMS"
 MAX_PROBE_TOKENS = 256
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of logits, as a share of the largest logit, that the order of additions explains."""
@@ -144,20 +143,6 @@ def write_checksums(folder: Path) -> None:
         if path.is_file() and path.name != CHECKSUM_FILE
     ]
     (folder / CHECKSUM_FILE).write_text("".join(lines), "utf-8")
-
-
-def damaged_file(folder: Path) -> str | None:
-    """The first file of a product that is missing or not what SHA256SUMS says; None when all are as it says."""
-    try:
-        lines = (folder / CHECKSUM_FILE).read_text("utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        path = folder / name.removeprefix("./")
-        if not path.is_file() or file_sha256(path) != digest:
-            return name
-    return None
 
 
 def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:

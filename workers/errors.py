@@ -91,3 +91,9 @@ class StorageError(ExplainedError):
     """The disk failed while it was read or written: not full, but broken or away."""
 
     code = "storage"
+
+
+class DamagedAdapterError(ExplainedError):
+    """A file of an adapter is missing or is not what its recorded checksum says."""
+
+    code = "damaged_adapter"

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from workers import adapters, checkpoints, devices, scoring
-from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
 from workers.device_errors import is_out_of_memory
-from workers.errors import BaseModelError, DatasetError, ExplainedError, OutOfMemoryError
-from workers.evaluations import ScoredRow, choose_evaluations
+from workers.digests import damaged_file, file_sha256
+from workers.errors import DamagedAdapterError, DatasetError, OutOfMemoryError
+from workers.evaluations import ScoredRow
 from workers.events import MessageEvent, PhaseEvent, Report, ResultEvent, ShouldStop, StoppedEvent
 from workers.examples import Example, Problem
 from workers.memory import GIB
@@ -30,13 +30,7 @@ from workers.rendering import Renderer
 from workers.resolving import resolve
 from workers.results import Provenance, Result
 from workers.test_sets import rows_sha256, settings_sha256
-from workers.training import Folders, base_facts, dataset_facts, facts_of_device, versions
-
-
-class DamagedAdapterError(ExplainedError):
-    """A file of the adapter is not what the trainer wrote."""
-
-    code = "damaged_adapter"
+from workers.training import Folders, base_facts, check_revision, dataset_facts, facts_of_device, versions
 
 
 class _Stopped(Exception):  # noqa: N818 - an outcome, not an error
@@ -73,14 +67,11 @@ def evaluate(
     bases = bases or Bases()
     kept = base_scores or BaseScores(folders.out / "base_scores")
 
-    def must_end() -> object:
-        return should_stop()
-
     try:
         report(PhaseEvent(phase="preparing"))
         folders.out.mkdir(parents=True, exist_ok=True)
         base = bases.read(folders.base_model)
-        _check_revision(recipe, base)
+        check_revision(recipe, base)
         renderer = Renderer(folders.base_model, max_length=recipe.training.max_length, loss_on=recipe.training.loss_on)
         examples, num_left_out = read_rows(recipe, folders, renderer, max_rows, report)
         lengths = [len(renderer.render(example).ids) for example in examples]
@@ -90,21 +81,21 @@ def evaluate(
         base_rows = kept.get(key)
         model: Any = None
         if base_rows is None or adapter is not None:
-            _end_if_asked(must_end)
+            _end_if_asked(should_stop)
             report(PhaseEvent(phase="loading"))
             model = bases.load(base, recipe.precision, device, say=lambda text: report(MessageEvent(text=text)))
         if base_rows is None:
-            base_rows = _score(model, renderer, examples, recipe, "scoring_base", report, must_end)
+            base_rows = _score(model, renderer, examples, recipe, "scoring_base", report, should_stop)
             kept.put(key, base_rows)
         rows = base_rows
         if adapter is not None:
-            if (name := adapters.damaged_file(adapter)) is not None:
+            if (name := damaged_file(adapter, lambda name: _digest(adapter / name))) is not None:
                 raise DamagedAdapterError(
                     f'The file "{name}" of this adapter is missing or has changed since it was made.',
                     next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
                 )
             model = adapters.load(model, adapter)
-            rows = _score(model, renderer, examples, recipe, "evaluating", report, must_end)
+            rows = _score(model, renderer, examples, recipe, "evaluating", report, should_stop)
     except _Stopped:
         report(StoppedEvent(mode=should_stop() or "now", step=0))
         return None
@@ -184,16 +175,6 @@ def write(folder: Path, result: Result) -> Path:
     return aside.replace(folder)
 
 
-def _check_revision(recipe: Recipe, base: BaseFolder) -> None:
-    if recipe.base_model.revision and recipe.base_model.revision != base.revision:
-        raise BaseModelError(
-            f"The base model's folder has changed: its revision is {base.revision[:12]}, and "
-            f"{recipe.base_model.revision[:12]} was to be scored.",
-            next_step="Register the folder again, and evaluate an adapter of that revision.",
-            field="base_model.revision",
-        )
-
-
 def _score(
     model: Any,
     renderer: Renderer,
@@ -201,27 +182,22 @@ def _score(
     recipe: Recipe,
     phase: Any,
     report: Report,
-    must_end: Any,
+    should_stop: ShouldStop,
 ) -> list[ScoredRow]:
     report(PhaseEvent(phase=phase, done=0))
-    rows = scoring.score_rows(
-        model,
-        renderer,
-        examples,
-        generate_lines=[example.line for example in examples[: recipe.evaluation.num_generated]],
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        stop_ids=renderer.stop_ids,
-        evaluations=choose_evaluations(recipe.evaluation.metrics),
-        report=report,
-        phase=phase,
-        should_stop=must_end,
+    rows = scoring.score_test_set(
+        model, renderer, examples, recipe.evaluation, report=report, phase=phase, should_stop=should_stop
     )
-    _end_if_asked(must_end)
+    _end_if_asked(should_stop)
     return rows
 
 
-def _end_if_asked(must_end: Any) -> None:
-    if must_end() is not None:
+def _digest(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None
+
+
+def _end_if_asked(should_stop: ShouldStop) -> None:
+    if should_stop() is not None:
         raise _Stopped
 
 

@@ -13,7 +13,7 @@ from workers.events import PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
-from workers.recipe import MetricChoice
+from workers.recipe import EvaluationSettings, MetricChoice
 from workers.results import HeldOutRecord, RowCountsRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
 from workers.verdicts import rows_needed, rows_recommended
@@ -62,6 +62,25 @@ def score_rows(
             )  # fmt: skip
     finally:
         model.train(was_training)
+
+
+def score_test_set(
+    model: Any, renderer: Renderer, examples: Sequence[Example], evaluation: EvaluationSettings, **progress: Any
+) -> list[ScoredRow]:
+    """Every example as a recipe's evaluation has it scored: the first ones answered, the options of its metrics too.
+
+    `progress` as for `score_rows`.
+    """
+    return score_rows(
+        model,
+        renderer,
+        examples,
+        generate_lines=[example.line for example in examples[: evaluation.num_generated]],
+        max_new_tokens=evaluation.max_new_tokens,
+        stop_ids=renderer.stop_ids,
+        evaluations=choose_evaluations(evaluation.metrics),
+        **progress,
+    )
 
 
 def _score_rows(

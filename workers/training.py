@@ -218,13 +218,7 @@ def prepare(
     report(PhaseEvent(phase="preparing"))
     folders.out.mkdir(parents=True, exist_ok=True)
     base = bases.read(folders.base_model)
-    if recipe.base_model.revision and recipe.base_model.revision != base.revision:
-        raise BaseModelError(
-            f"The base model's folder has changed: its revision is {base.revision[:12]}, the recipe was made for "
-            f"{recipe.base_model.revision[:12]}.",
-            next_step="Register the folder again and start a new job.",
-            field="base_model.revision",
-        )
+    check_revision(recipe, base)
     max_length = recipe.training.max_length
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
@@ -236,6 +230,17 @@ def prepare(
         resolved, folders, attempt, device, base, renderer, data, facts, device_facts, report, should_stop,
         BaseScores(folders.out / "base_scores"), bases=bases, visits=Visits(len(data.tokens)),
     )  # fmt: skip
+
+
+def check_revision(recipe: Recipe, base: BaseFolder) -> None:
+    """Raises BaseModelError when the recipe was made for another revision of the base model."""
+    if recipe.base_model.revision and recipe.base_model.revision != base.revision:
+        raise BaseModelError(
+            f"The base model's folder has changed: its revision is {base.revision[:12]}, the recipe was made for "
+            f"{recipe.base_model.revision[:12]}.",
+            next_step="Register the folder again and start a new job.",
+            field="base_model.revision",
+        )
 
 
 def dataset_facts(lengths: Sequence[int]) -> DatasetFacts:
@@ -401,19 +406,10 @@ def attach(run: Run, model: Any) -> Any:
 
 def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
     run.report(PhaseEvent(phase=phase, done=0))
-    examples = run.data.held_out
-    rows = scoring.score_rows(
-        model,
-        run.renderer,
-        examples,
-        generate_lines=[example.line for example in examples[: run.recipe.evaluation.num_generated]],
-        max_new_tokens=run.recipe.evaluation.max_new_tokens,
-        stop_ids=run.renderer.stop_ids,
-        evaluations=choose_evaluations(run.recipe.evaluation.metrics),
-        report=run.report,
-        phase=phase,
-        should_stop=run.must_end,
-    )
+    rows = scoring.score_test_set(
+        model, run.renderer, run.data.held_out, run.recipe.evaluation,
+        report=run.report, phase=phase, should_stop=run.must_end,
+    )  # fmt: skip
     _end_if_asked(run, step=step)
     return rows
 

@@ -14,8 +14,9 @@ from django.utils.text import slugify
 
 from studio.catalogue.model_card import CARD_FILE, edited_readme
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import CHECKSUM_FILE, DamagedAdapterError
 from studio.storage import adapter_file_size, open_adapter_file
+from workers.digests import CHECKSUM_FILE
+from workers.errors import DamagedAdapterError
 
 CHUNK_BYTES = 1 << 20
 # Up to this size every file is checked before the first byte leaves; a larger one is checked while it is sent.

@@ -10,8 +10,8 @@ from studio.accounts.models import ApiToken, User, record
 from studio.catalogue.bundles import check_files, entries, folder_name, manifest_sha256, stream_zip, zip_size
 from studio.catalogue.file_checks import note_check
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import DamagedAdapterError
 from studio.streaming import stream
+from workers.errors import DamagedAdapterError
 
 
 def download_response(

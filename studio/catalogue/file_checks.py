@@ -11,7 +11,7 @@ from django.utils import timezone
 from studio.accounts.models import ApiToken, User, record
 from studio.catalogue.bundles import check_files
 from studio.catalogue.models import Adapter, FileCheck
-from studio.catalogue.registering import DamagedAdapterError
+from workers.errors import DamagedAdapterError
 
 EVERY = timedelta(days=7)
 """Between two looks at an adapter's files: bits rot slowly, and reading all of them takes the disk's time."""

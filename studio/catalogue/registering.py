@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from django.db import connection
 from django.db.models import Max
@@ -22,17 +21,10 @@ from studio.catalogue.models import (
 from studio.catalogue.sample_figures import figure_of, measure
 from studio.datasets.models import DatasetVersion
 from studio.storage import adapter_folder, file_digests
-from workers.errors import ExplainedError
+from workers.digests import damaged_file
+from workers.errors import DamagedAdapterError
 from workers.recipe import Recipe
 from workers.results import Result, ScoreRecord
-
-CHECKSUM_FILE = "SHA256SUMS"
-
-
-class DamagedAdapterError(ExplainedError):
-    """A file of an adapter is missing or is not what its recorded checksum says."""
-
-    code = "damaged_adapter"
 
 
 def register_adapter(
@@ -156,18 +148,10 @@ def checked_files(folder_key: str) -> list[dict[str, str | int]]:
     """
     folder = adapter_folder(folder_key)
     files = file_digests(folder)
-    _compare_with_checksums(folder, {str(file["name"]): str(file["sha256"]) for file in files})
+    # Without a list, the digests that are recorded now are the first.
+    if (name := damaged_file(folder, {str(file["name"]): str(file["sha256"]) for file in files}.get)) is not None:
+        raise DamagedAdapterError(
+            f'"{name}" is not what the trainer wrote: its checksum differs, or it is missing.',
+            next_step="Check the disk of the data folder, then run the job again.",
+        )
     return files
-
-
-def _compare_with_checksums(folder: Path, digests: dict[str, str]) -> None:
-    checksums = folder / CHECKSUM_FILE
-    if not checksums.exists():
-        return  # then the digests that are recorded now are the first
-    for line in checksums.read_text("utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if digests.get(name.removeprefix("./")) != digest:
-            raise DamagedAdapterError(
-                f'"{name}" is not what the trainer wrote: its checksum differs, or it is missing.',
-                next_step="Check the disk of the data folder, then run the job again.",
-            )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from django.db import connection, transaction
+from django.db import transaction
 from django.db.models import Max
 from django.utils import timezone
 from pydantic import ValidationError
 
 from studio.accounts.models import ApiToken, Team, User, record
 from studio.catalogue.models import EvaluationRun, Score, Suite
+from studio.catalogue.registering import lock_versions
 from studio.datasets.models import DatasetVersion, VersionState
 from workers.errors import RecipeError
 from workers.evaluations import choose_evaluations
@@ -64,8 +65,7 @@ def make_suite(
                 field="evaluation.num_generated",
             )
     with transaction.atomic():
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, %s))", [f"suite {name}", team.pk])
+        lock_versions(team.pk, f"suite {name}")
         newest = team.suites.filter(name=name).aggregate(newest=Max("version"))["newest"] or 0
         suite = Suite.objects.create(
             team=team, name=name, version=newest + 1, description=description, dataset_version=dataset_version,

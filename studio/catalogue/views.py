@@ -17,8 +17,7 @@ from studio.catalogue.file_checks import check_now
 from studio.catalogue.forms import RegisterBaseModelForm
 from studio.catalogue.importing import allowed_folder, model_roots, register_base_model, suggested_folders
 from studio.catalogue.models import AdapterState, BaseModel
-from studio.catalogue.registering import DamagedAdapterError
-from workers.errors import ExplainedError
+from workers.errors import DamagedAdapterError, ExplainedError
 from workers.evaluations import evaluations
 from workers.measured import measured_methods
 from workers.methods import methods

@@ -20,13 +20,13 @@ from jobs.files import CheckpointStore, fetch_checkpoint
 from studio import storage
 from studio.accounts.models import Team, User
 from studio.catalogue import base_files
-from studio.catalogue.registering import DamagedAdapterError
 from studio.storage import NotStoredError, StorageError, fetching
 from studio.storage.backends import backend
 from tests.factories import make_adapter, make_base_model
 from tests.s3_server import S3Server, s3_server
 from workers.checkpoint_names import DAMAGED
 from workers.digests import file_sha256
+from workers.errors import DamagedAdapterError
 from workers.events import CheckpointEvent, PhaseEvent
 
 

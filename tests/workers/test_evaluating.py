@@ -12,8 +12,8 @@ import pytest
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from workers.base_scores import BaseScores
 from workers.bases import Bases
-from workers.errors import BaseModelError, DatasetError
-from workers.evaluating import DamagedAdapterError, evaluate
+from workers.errors import BaseModelError, DamagedAdapterError, DatasetError
+from workers.evaluating import evaluate
 from workers.evaluations import ScoredRow
 from workers.events import MessageEvent, PhaseEvent, ResultEvent, StoppedEvent
 from workers.recipe import Recipe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from studio.catalogue.bundles import check_files
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import DamagedAdapterError
 from studio.reviews.gates import Found, Gate, Settings, failed, passed, unknown
+from workers.errors import DamagedAdapterError
 
 
 class Download(Gate):

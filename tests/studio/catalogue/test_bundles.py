@@ -14,9 +14,9 @@ from django.urls import reverse
 from studio.accounts.models import AuditEvent, Team, User
 from studio.catalogue.bundles import CHUNK_BYTES, folder_name, stream_zip, zip_size
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import DamagedAdapterError
 from studio.storage import adapter_folder
 from tests.factories import make_adapter
+from workers.errors import DamagedAdapterError
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 

@@ -16,10 +16,10 @@ from studio.accounts.models import ApiToken, AuditEvent, Role, Team, User
 from studio.catalogue.bundles import entries, manifest_sha256, stream_zip, zip_size
 from studio.catalogue.model_card import MAX_EDITED_CHARACTERS, card_version, generated_body
 from studio.catalogue.models import Adapter, EvaluationRun
-from studio.catalogue.registering import DamagedAdapterError
 from studio.storage import adapter_folder
 from tests.conftest import make_member, signed_in
 from tests.factories import make_adapter
+from workers.errors import DamagedAdapterError
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 HOSTILE = "<script>alert(1)</script>\n\n[x](javascript:alert(1)) ![y](https://evil.example/pixel.png)\n"

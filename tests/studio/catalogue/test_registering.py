@@ -8,7 +8,7 @@ import pytest
 
 from studio.accounts.models import Team, User
 from studio.catalogue.models import Adapter
-from studio.catalogue.registering import DamagedAdapterError, checked_files
+from studio.catalogue.registering import checked_files
 from studio.storage import adapter_folder, file_digests
 from tests.factories import (
     make_adapter,
@@ -17,6 +17,7 @@ from tests.factories import (
     make_sample,
     make_score,
 )
+from workers.errors import DamagedAdapterError
 from workers.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("data_dir")

@@ -17,10 +17,11 @@ from studio.reviews import judging, reviewing
 from studio.reviews.models import BlindItem, Review
 from studio.reviews.policies import PolicySettings, change_policy, default_settings
 from studio.reviews.reviewing import ReviewError
-from studio.reviews.tally import exact_interval, tally
+from studio.reviews.tally import tally
 from tests.conftest import signed_in
 from tests.studio.reviews.conftest import actor, submitted
 from tests.studio.reviews.test_reviewing import at_once
+from workers.proportions import clopper_pearson
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_undo_takes_back_ones_own_newest_verdict(review: Review, lena: User, lud
 
 @pytest.mark.parametrize(("won", "total"), [(0, 5), (5, 5), (3, 7), (120, 200), (1, 1)])
 def test_the_interval_is_that_of_clopper_and_pearson(won: int, total: int) -> None:
-    low, high = exact_interval(won, total)
+    low, high = clopper_pearson(won, total)
     assert low == pytest.approx(0.0 if won == 0 else beta.ppf(0.025, won, total - won + 1), abs=1e-9)
     assert high == pytest.approx(1.0 if won == total else beta.ppf(0.975, won + 1, total - won), abs=1e-9)
 
