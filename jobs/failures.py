@@ -156,6 +156,11 @@ KINDS = {
             "Have an admin copy its folder again and register it.",
         ),
         Kind(
+            "damaged_adapter",
+            "A file of the adapter is missing or has changed since it was made.",
+            "Restore the file that the message names, or train the adapter again.",
+        ),
+        Kind(
             "unrenderable_row",
             "The base model's chat template cannot render a row.",
             "Mend the row that the message names, or choose a base model whose template takes such rows.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 import re
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from django.db.models.functions import Now
 from django.test import Client
 from django.urls import reverse
 
+import workers
 from jobs import failures, lifecycle, scheduling
 from jobs.failures import KINDS, Ending, backoff_seconds, explain
 from jobs.host_memory import HostMemoryWatch, own_groups
@@ -37,6 +40,12 @@ def said(code: str, message: str = "It broke.", **values: object) -> Ending:
     return Ending(reported=FailedEvent(code=code, message=message, **values), exit_status=1)  # type: ignore[arg-type]
 
 
+def import_everything() -> None:
+    for module in pkgutil.walk_packages(workers.__path__, "workers."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
 def subclasses(kind: type[errors.ExplainedError]) -> set[str]:
     return {kind.code}.union(
         *(subclasses(one) for one in kind.__subclasses__() if one.__module__.startswith("workers"))
@@ -47,9 +56,10 @@ def subclasses(kind: type[errors.ExplainedError]) -> set[str]:
 
 
 def test_every_error_that_a_trainer_can_raise_is_in_the_table() -> None:
+    import_everything()
     assert DiskFullError.code in KINDS
-    # Merging is a command of its own: no trainer does it.
-    assert subclasses(errors.ExplainedError) - {"cannot_merge"} <= KINDS.keys()
+    # Commands of their own, which no trainer runs: merging, and the evaluation harness.
+    assert subclasses(errors.ExplainedError) - {"cannot_merge", "harness", "unreadable_harness_results"} <= KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.code)
