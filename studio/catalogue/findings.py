@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from django.conf import settings
+from django.utils.module_loading import import_string
+
+from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, FileCheck, Score, TestSet
+from workers.evaluations import evaluations
 from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
 from workers.results import OverlapRecord
 from workers.verdicts import Verdict
 
-PRIMARY = "loss"
-"""The evaluation that is asked first whether an adapter is better than its base."""
+LOSS, PRIMARY = "loss", "primary"
+"""What is asked whether an adapter is better than its base: the held-out loss, or the first metric of its recipe."""
 NUM_SHOWN = 20
 
 
@@ -30,13 +35,30 @@ class Thresholds:
     """From where on something counts. The defaults hold where a team's policy says nothing.
 
     `overlap_share`: of the held-out rows among the training rows; any makes the scores flatter, one in a hundred moves
-    them by less than their intervals. `suspicious_share`: of the training rows that may be wrong; data sets that people
+    them by less than their intervals. `figure`: the evaluation that decides whether it is better than its base, or
+    PRIMARY. `suspicious_share`: of the training rows that may be wrong; data sets that people
     rely on hold 3 % wrong labels (Northcutt et al. 2021, "Pervasive label errors in test sets").
     """
 
     allowed_rise: float = ALLOWED_RISE
     overlap_share: float = 0.01
+    figure: str = LOSS
     suspicious_share: float = 0.03
+
+
+def thresholds_of(team: Team) -> Thresholds:
+    """By the team's policy; one query. Policies belong to reviews, which know this module, so a setting names them."""
+    found: Thresholds = import_string(settings.THRESHOLDS_OF_TEAM)(team)
+    return found
+
+
+def evaluation_of(adapter: Adapter, figure: str) -> str:
+    """The evaluation that decides, by name: PRIMARY is the first of this adapter's recipe beside the loss."""
+    if figure != PRIMARY:
+        return figure
+    metrics = (adapter.recipe.get("evaluation") or {}).get("metrics") or []
+    names = [str(metric.get("name", "")) if isinstance(metric, dict) else str(metric) for metric in metrics]
+    return next((name for name in names if name and name != LOSS), LOSS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,12 @@ def shown_details(adapter: Adapter, thresholds: Thresholds | None = None) -> dic
         "suspicious_rows": adapter.suspicious[:NUM_SHOWN],
         "file_check": file_check_of(adapter),
     }
+
+
+def evaluation_label(name: str) -> str:
+    """An evaluation as people call it."""
+    known = evaluations().get(name)
+    return known.label if known else name
 
 
 def overlap_of(adapter: Adapter) -> OverlapRecord | None:
@@ -150,11 +178,18 @@ def _forgetting(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
     return Finding("forgets", Level.BAD, title, found.sentence(), advice, "forgetting")
 
 
-def _gain(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
-    scores = adapter.held_out_scores()
-    score = next((one for one in scores if one.evaluation == PRIMARY), scores[0] if scores else None)
+def _gain(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
+    scores = sorted(adapter.held_out_scores(), key=lambda score: -score.pk)
+    figure = evaluation_of(adapter, thresholds.figure)
+    score = next((one for one in scores if one.evaluation == figure), None)
+    if score is None and thresholds.figure == LOSS:
+        score = min(scores, key=lambda one: one.evaluation, default=None)
     if score is None:
-        sentence = "Its recipe asked for no evaluation, so nobody knows whether it is any good."
+        sentence = (
+            f"The policy decides by {evaluation_label(figure)}, which was not measured on held-out rows."
+            if scores
+            else "Its recipe asked for no evaluation, so nobody knows whether it is any good."
+        )
         return Finding("unmeasured", Level.WARNING, "Not measured", sentence, "Evaluate it on a suite.", "scores")
     sentence = _gain_sentence(score)
     verdict = score.verdict()
