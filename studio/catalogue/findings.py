@@ -14,6 +14,7 @@ from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, FileCheck, Score, TestSet
 from workers.evaluations import evaluations
 from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
+from workers.proportions import clopper_pearson
 from workers.results import OverlapRecord
 from workers.verdicts import Verdict
 
@@ -80,6 +81,9 @@ def findings_of(adapter: Adapter, thresholds: Thresholds | None = None) -> list[
         _damage, _reload, _overlap, _forgetting, _gain, _incomplete, _suspicious,
     )  # fmt: skip
     found = [finding for look in looks if (finding := look(adapter, thresholds)) is not None]
+    if any(one.code == "overlap" and one.level == Level.BAD for one in found):
+        # A gain on rows that were trained on is none to boast of.
+        found = [one for one in found if not (one.code == "no_gain" and one.level == Level.OK)]
     order = (Level.BAD, Level.WARNING, Level.OK)
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -228,7 +232,9 @@ def _suspicious(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
     num, num_rows = len(adapter.suspicious), adapter.provenance.get("num_train_rows") or 0
     if not num or not num_rows:
         return None
-    level = Level.WARNING if num > thresholds.suspicious_share * num_rows else Level.OK
+    # The whole interval decides, as for forgetting: of 100 faultless rows a few stand out by chance alone.
+    share_low, _share_high = clopper_pearson(min(num, num_rows), num_rows)
+    level = Level.WARNING if share_low > thresholds.suspicious_share else Level.OK
     noun = "row that may be wrong" if num == 1 else "rows that may be wrong"
     sentence = f"Of {num_rows:,} training rows these stood out by their losses, or contradict others."
     title = f"{num:,} training {noun}"
