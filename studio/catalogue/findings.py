@@ -213,8 +213,21 @@ def _gain(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
 def _gain_sentence(score: Score) -> str:
     return (
         f"{score.label}: {score.base_value:.3g} by the base, {score.value:.3g} by this (95 % interval of the "
-        f"difference {score.difference_low:+.3g} to {score.difference_high:+.3g}, n = {score.num_rows:,})."
+        f"difference {difference_interval(score)}, n = {score.num_rows:,}{too_small(score)})."
     )
+
+
+def difference_interval(score: Score) -> str:
+    """The bounds of the difference, with three digits and true minus signs."""
+    return f"{score.difference_low:+.3g} to {score.difference_high:+.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def too_small(score: Score) -> str:
+    """For the end of a parenthesis: why a difference that is certain counts for nothing; else empty."""
+    is_certain = not score.difference_low <= 0 <= score.difference_high
+    if score.verdict() != Verdict.NO_DIFFERENCE or not is_certain or score.smallest_effect is None:
+        return ""
+    return f"; less than {score.smallest_effect:.2g} is not worth telling"
 
 
 def _incomplete(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
@@ -234,8 +247,13 @@ def _suspicious(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
         return None
     # The whole interval decides, as for forgetting: of 100 faultless rows a few stand out by chance alone.
     share_low, _share_high = clopper_pearson(min(num, num_rows), num_rows)
-    level = Level.WARNING if share_low > thresholds.suspicious_share else Level.OK
+    if share_low <= thresholds.suspicious_share:
+        title = f"{num:,} of {num_rows:,} training rows {'stands' if num == 1 else 'stand'} out"
+        sentence = "By their losses, or because they contradict others: no more than some do in any dataset."
+        return Finding("suspicious_rows", Level.OK, title, sentence, anchor="suspicious")
     noun = "row that may be wrong" if num == 1 else "rows that may be wrong"
     sentence = f"Of {num_rows:,} training rows these stood out by their losses, or contradict others."
     title = f"{num:,} training {noun}"
-    return Finding("suspicious_rows", level, title, sentence, "Look at them and mend the dataset.", "suspicious")
+    return Finding(
+        "suspicious_rows", Level.WARNING, title, sentence, "Look at them and mend the dataset.", "suspicious"
+    )

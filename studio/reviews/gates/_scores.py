@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from studio.catalogue.findings import LOSS, PRIMARY
+from studio.catalogue.findings import LOSS, PRIMARY, difference_interval, too_small
 from studio.catalogue.models import Adapter, Score
 from studio.reviews.gates import Threshold
 from workers.evaluations import evaluations
@@ -32,8 +32,9 @@ def figure(value: float) -> str:
 
 def move(score: Score) -> str:
     """From the base's figure to the adapter's, with the interval of the difference."""
-    interval = f"95 % interval of the difference {score.difference_low:+.3g} to {score.difference_high:+.3g}"
-    return f"{score.label} {figure(score.base_value)} → {figure(score.value)} ({interval}, {score.num_rows:,} rows)"
+    interval = f"95 % interval of the difference {difference_interval(score)}"
+    move = f"{figure(score.base_value)} → {figure(score.value)}"
+    return f"{score.label} {move} ({interval}, {score.num_rows:,} rows{too_small(score)})"
 
 
 def figures_of(score: Score) -> dict[str, object]:
