@@ -133,8 +133,9 @@ def test_recorded_steps_give_the_same_answers(bases: dict[str, Path], method: st
     if method is None:
         model = base_models.load(bases["llama"], "float32", "cuda").model
     else:
-        model = attach(method, bases["llama"], "float32").cuda().eval()
+        model = attach(method, bases["llama"], "float32").eval()
         disturb(model)
+        model = model.cuda()
     assert_as_if_alone(model, num_slots=4)
 
 
