@@ -9,8 +9,9 @@ from typing import Any
 from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet
 
 from studio.accounts.models import Team, User
+from studio.catalogue.findings import Thresholds
 from studio.catalogue.models import Adapter, Score
-from studio.reviews.gates import gates, label_of
+from studio.reviews.gates import forgetting, gates, label_of, overlap
 from studio.reviews.models import GateOutcome, GateState, Review, Reviewer, ReviewState
 from studio.reviews.policies import PolicySettings
 from workers.verdicts import Verdict
@@ -69,6 +70,29 @@ def reviews_of(team: Team) -> QuerySet[Review]:
     ).defer("adapter__recipe", "adapter__files", "adapter__suspicious")
 
 
+def reviews_for_page(team: Team) -> QuerySet[Review]:
+    """A team's reviews with what one's own page shows besides: what was measured of the adapter and found in it."""
+    scores = Prefetch("adapter__scores", Score.objects.select_related("run__suite").order_by("pk"))
+    return (
+        reviews_of(team)
+        .select_related("adapter__file_check")
+        .prefetch_related(scores)
+        .defer(None)
+        .defer("adapter__recipe", "adapter__files", "adapter__card", "adapter__search")
+    )
+
+
+def thresholds_of(settings: PolicySettings) -> Thresholds:
+    """From where on something in an adapter counts, by a policy's gates; the defaults where it has not their gate."""
+    usual = Thresholds()
+    rise = settings.gates.get(forgetting.PLUGIN.name, {}).get("max_rise_percent")
+    leaked = settings.gates.get(overlap.PLUGIN.name, {}).get("max_percent")
+    return Thresholds(
+        allowed_rise=usual.allowed_rise if rise is None else rise / 100,
+        overlap_share=usual.overlap_share if leaked is None else leaked / 100,
+    )
+
+
 def inbox(team: Team, user: User, tab: str) -> QuerySet[Review]:
     """The reviews of a tab, with their outcomes and reviewers at hand."""
     rows = reviews_of(team).prefetch_related(
@@ -108,8 +132,8 @@ def summarise(review: Review) -> dict[str, Any]:
 
 
 def scores_worst_first(adapter: Adapter) -> list[Score]:
-    """Every score of an adapter's newest runs, regressions first; one query."""
+    """Every score of an adapter's newest runs, regressions first; from the scores that `reviews_for_page` fetched."""
     newest: dict[tuple[str, int | None, str], Score] = {}
-    for score in Score.objects.filter(adapter=adapter).select_related("run__suite").order_by("pk"):
+    for score in adapter.scores.all():
         newest[score.test_set, score.run.suite_id, score.evaluation] = score
     return sorted(newest.values(), key=lambda score: (_WORST_FIRST.index(score.verdict()), score.test_set, score.label))

@@ -15,6 +15,7 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.api.errors import ApiError
 from studio.api.paging import PageQuery, page_of
+from studio.catalogue.findings import findings_of
 from studio.catalogue.models import Adapter
 from studio.reviews import reviewing, showing
 from studio.reviews.forms import AssignForm, SubmitForm
@@ -88,13 +89,14 @@ def count(request: TeamRequest) -> HttpResponse:
 @require_safe
 @team_page()
 def review(request: TeamRequest, review_id: int) -> HttpResponse:
-    """One review: gates first, then scores and people."""
-    return _review_page(request, find_review(request, review_id))
+    """One review: what was found in the adapter, then gates, scores and people."""
+    return _review_page(request, review_id)
 
 
 def _review_page(
-    request: TeamRequest, found: Review, *, errors: dict[str, str] | None = None, status: int = 200
+    request: TeamRequest, review_id: int, *, errors: dict[str, str] | None = None, status: int = 200
 ) -> HttpResponse:
+    found = get_object_or_404(showing.reviews_for_page(request.team), pk=review_id)
     people = list(found.reviewers.select_related("user").order_by("user__username"))
     rows = showing.gate_rows(found, list(found.outcomes.select_related("waived_by")))
     settings = PolicySettings.from_dict(found.policy.settings)
@@ -112,6 +114,7 @@ def _review_page(
             "approvals": [one for one in people if one.approved_at],
             "assigned": [one for one in people if one.is_assigned],
             "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),
+            "findings": findings_of(found.adapter, showing.thresholds_of(settings)),
             "scores": showing.scores_worst_first(found.adapter),
             "may": allowed_actions(actor_of(request), found.adapter, found.state),
             "errors": errors,
@@ -133,7 +136,7 @@ def _does(act: Act, done: str) -> Callable[..., HttpResponseBase]:
         try:
             act(found.pk, actor_of(request), request.POST)
         except MissingReasonError as error:
-            return _review_page(request, found, errors={error.field or "": error.message}, status=422)
+            return _review_page(request, review_id, errors={error.field or "": error.message}, status=422)
         except ReviewError as error:
             return refused(request, error, found.get_absolute_url())
         messages.success(request, done)

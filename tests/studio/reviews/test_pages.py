@@ -14,10 +14,11 @@ from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.catalogue.models import Adapter
 from studio.reviews import commenting, judging, reviewing
 from studio.reviews.models import Comment, Review
-from studio.reviews.policies import current_policy
+from studio.reviews.policies import PolicySettings, change_policy, current_policy
 from studio.reviews.reviewing import NotAllowedError
 from tests.conftest import signed_in
 from tests.studio.reviews.conftest import actor, submitted
+from workers.results import OverlapRecord
 
 HOSTILE = "<script>alert(1)</script> [x](javascript:alert(2)) ![y](http://host/z) **bold** @lena"
 
@@ -181,3 +182,24 @@ def test_the_policy_and_a_review_by_the_api(team: Team, make_good: Any, lena: Us
     assert told["winner"] == ("base" if item["a"].startswith("base") else "adapter")
     listed = client.get("/api/v1/reviews/?tab=waiting").json()["items"]
     assert [(one["adapter_name"], one["adapter_version"]) for one in listed] == [("support", 1)]
+
+
+def test_the_review_begins_with_what_was_found_in_the_adapter_by_its_policys_thresholds(
+    make_good: Callable[..., Adapter], lena: User, team: Team
+) -> None:
+    leaked = OverlapRecord(num_held_out_rows=100, num_exact=3, num_near=0)
+    review = submitted(make_good(overlap=leaked))
+    page = " ".join(signed_in(lena).get(f"/reviews/{review.pk}/").text.split())
+    assert page.index("Trained on its test rows: 3 of 100") < page.index("Test rows were not trained on: failed")
+    assert f'href="/models/{review.adapter_id}/#overlap"' in page
+    _, secret = ApiToken.issue(team=team, user=lena, name="x", scopes=["read"])
+    api = Client(headers={"authorization": f"Bearer {secret}"})
+    told = api.get(f"/api/v1/reviews/{review.pk}/").json()["findings"]
+    assert (told[0]["code"], told[0]["level"]) == ("overlap", "bad")
+    policy = current_policy(review.team)
+    settings = PolicySettings.from_dict(policy.settings)
+    changed = {**settings.gates, "overlap": {"max_percent": 5.0}}
+    change_policy(review.team, PolicySettings.cleaned(settings.approvals, changed), by=lena)
+    milder = submitted(make_good("milder", overlap=leaked))
+    told = api.get(f"/api/v1/reviews/{milder.pk}/").json()["findings"]
+    assert (told[0]["code"], told[0]["level"]) == ("overlap", "warning")
