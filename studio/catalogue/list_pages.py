@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.contrib import messages
-from django.db.models import Prefetch, Q
+from django.db.models import Prefetch
 from django.http import HttpResponse, HttpResponseBase, QueryDict, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
@@ -34,10 +34,9 @@ COLUMNS = (
 @team_page()
 def adapters(request: TeamRequest) -> HttpResponse:
     """The team's adapters, the best first."""
-    choices = listing.filter_choices(request.team)
+    choices, views = listing.choices_and_views(request.team, request.user)
     filters = listing.Filters.from_query(request.GET, choices)
     page = listing.list_adapters(request.team, filters, request.GET)
-    views = request.team.saved_views.filter(Q(user=request.user) | Q(is_shared=True))
     shown = request.GET.copy()
     for name in ("after", "before"):
         shown.pop(name, None)
@@ -50,7 +49,7 @@ def adapters(request: TeamRequest) -> HttpResponse:
             "metric": evaluations()[filters.metric],
             "choices": choices,
             "sorts": listing.sort_choices(),
-            "views": list(views),
+            "views": views,
             "shown_query": shown.urlencode(),
             "previous_url": listing.page_url(request.GET, before=page.before),
             "next_url": listing.page_url(request.GET, after=page.after),

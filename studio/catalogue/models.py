@@ -96,6 +96,9 @@ class Adapter(models.Model):
         ]
         indexes: ClassVar = [
             models.Index(fields=["team", "-created_at"], name="adapter_list"),
+            # What a list can be filtered by is read out of these.
+            models.Index(fields=["team", "base_model"], name="adapter_bases"),
+            models.Index(fields=["team", "method"], name="adapter_methods"),
             GinIndex(fields=["search"], name="adapter_search"),
             GinIndex(fields=["tags"], name="adapter_tags"),
         ]
@@ -338,7 +341,10 @@ class Score(models.Model):
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["run", "evaluation"], name="one_score_per_evaluation")]
-        indexes: ClassVar = [models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup")]
+        indexes: ClassVar = [
+            models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup"),
+            models.Index(fields=["test_set", "evaluation", "difference"], include=["adapter"], name="score_ranking"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.label} of {self.adapter}"

@@ -14,7 +14,7 @@ from django.urls import reverse
 
 from studio.accounts.models import Team, User
 from studio.catalogue import listing
-from studio.catalogue.models import Adapter, AdapterState, Alias, SavedView
+from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, SavedView, Score, TestSet
 from tests.conftest import signed_in
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_result, make_score
 
@@ -115,6 +115,58 @@ def test_pages_show_every_adapter_once_and_lead_back(
     back = re.search(r'rel="prev" href="(\?[^"]+)"', alice_client.get(f"/models/{pages[2]}").text)
     assert back is not None
     assert names(alice_client, back.group(1).replace("&amp;", "&")) == seen[3:6]
+
+
+@pytest.mark.parametrize("sort", ["loss", "token_f1"])
+def test_an_order_by_score_is_right_in_both_directions_and_over_the_border_to_those_not_scored(
+    sort: str, make: Any, team: Team, alice_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE_SIZE", 3)
+    differences = [0.3, -0.2, None, -0.2, 0.1, None, -0.4, None]
+    made = [make(f"adapter-{number}", difference) for number, difference in enumerate(differences)]
+    for adapter in made:
+        for score in adapter.scores.all():
+            score.pk, score.evaluation = None, "token_f1"
+            score.save()
+    best_first = -1 if sort == "token_f1" else 1
+    expected = [
+        f"adapter-{number}"
+        for number in sorted(
+            range(8),
+            key=lambda n: (differences[n] is None, best_first * (differences[n] or 0), -made[n].created_at.timestamp()),
+        )
+    ]
+    query, pages = f"?sort={sort}", []
+    while query:
+        with CaptureQueriesContext(connection) as caught:
+            page = alice_client.get(f"/models/{query}").text
+        assert len(caught) <= 8, query
+        pages.append(names(alice_client, query))
+        previous = re.search(r'rel="prev" href="(\?[^"]+)"', page)
+        found = re.search(r'rel="next" href="(\?[^"]+)"', page)
+        query = found.group(1).replace("&amp;", "&") if found else ""
+    assert [name for page in pages for name in page] == expected
+    backwards = [pages[-1]]
+    while previous:
+        page = alice_client.get("/models/" + previous.group(1).replace("&amp;", "&")).text
+        backwards.insert(0, names(alice_client, previous.group(1).replace("&amp;", "&")))
+        previous = re.search(r'rel="prev" href="(\?[^"]+)"', page)
+    assert backwards == pages
+
+
+def test_an_adapter_that_was_scored_again_stands_once_by_its_newest_score(
+    make: Any, team: Team, alice_client: Client
+) -> None:
+    first, second = make("first", -0.3), make("second", -0.2)
+    run = EvaluationRun.objects.create(
+        team=team, adapter=second, base_model=second.base_model, test_set=TestSet.HELD_OUT, num_rows=9, num_scored=9
+    )
+    Score.objects.create(adapter=second, run=run, test_set=TestSet.HELD_OUT, **make_score(-0.7).model_dump())
+    page = alice_client.get("/models/")
+    assert names(alice_client) == ["second", "first"]
+    assert [(one.pk, one.shown_score.difference) for one in page.context["page"].adapters] == [
+        (second.pk, -0.7), (first.pk, -0.3),
+    ]  # fmt: skip
 
 
 def test_a_page_stays_where_it_is_when_others_are_added(
