@@ -52,6 +52,11 @@ app.conf.update(
             "schedule": 300.0,
             "options": {"expires": 300},
         },
+        "check-base-files": {
+            "task": "studio.catalogue.tasks.check_base_files",
+            "schedule": 300.0,
+            "options": {"expires": 300},
+        },
         "check-gates": {
             "task": "studio.reviews.tasks.check_waiting",
             "schedule": 30.0,

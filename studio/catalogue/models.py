@@ -144,6 +144,18 @@ class FileCheck(models.Model):
         return f"files of {self.adapter_id}"
 
 
+class BaseFileCheck(models.Model):
+    """The last look at a base model's files, and what was found; `asked_at` while somebody waits for the next one."""
+
+    base_model = models.OneToOneField(BaseModel, on_delete=models.CASCADE, primary_key=True, related_name="file_check")
+    asked_at = models.DateTimeField(null=True, db_index=True)
+    checked_at = models.DateTimeField(null=True, db_index=True)
+    damage = models.TextField(blank=True, help_text="What was found, for people; empty: all is whole.")
+
+    def __str__(self) -> str:
+        return f"files of {self.base_model_id}"
+
+
 class Alias(models.Model):
     """A name such as "champion" that points at one version of the adapters of one name, and can move."""
 
