@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Generic, TypeVar
 
 from django.db.models import F, Model, Q, QuerySet
@@ -73,7 +73,7 @@ def read_page(
 def write_cursor(row: Model, keys: Sequence[Key]) -> str:
     """A row's place in the order, for a URL."""
     values = [getattr(row, key.name) for key in keys]
-    plain = [value.isoformat() if isinstance(value, datetime) else value for value in values]
+    plain = [value.isoformat() if isinstance(value, date) else value for value in values]
     return base64.urlsafe_b64encode(json.dumps(plain).encode()).decode().rstrip("=")
 
 
@@ -95,6 +95,8 @@ def _read(value: Any, key: Key) -> Any:
         raise ValueError("a missing value")
     if isinstance(value, str) and key.name.endswith("_at"):
         return datetime.fromisoformat(value)
+    if isinstance(value, str) and key.name.endswith("_on"):
+        return date.fromisoformat(value)
     # No column holds an integer beyond its range, and no text a zero character.
     is_usable = (
         value is None

@@ -15,10 +15,11 @@ from pydantic import Field
 from studio.accounts.models import Role, Scope
 from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
-from studio.api.paging import Page, PageQuery, page_of
+from studio.api.paging import Page, PageQuery, page_of, require_cursor
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.api import FindingOut
 from studio.catalogue.findings import Finding, findings_of
+from studio.keyset import read_page
 from studio.reviews import commenting, judging, reviewing, showing
 from studio.reviews.blind_pages import export_response
 from studio.reviews.gates import gates, label_of
@@ -341,12 +342,18 @@ def post_policy(request: ApiRequest, body: PolicyBody) -> tuple[int, Policy]:
     return 201, change_policy(request.team, settings, by=request.user, note=body.note, token=request.token)
 
 
-@router.get("reviews/", response={200: Page[ReviewOut], **ERRORS}, summary="The team's reviews, the newest first")
+@router.get("reviews/", response={200: Page[ReviewOut], **ERRORS}, summary="The team's reviews")
 def list_reviews(request: ApiRequest, filters: Query[ReviewFilters]) -> dict[str, Any]:
+    """The newest first; with a `tab` in its order on the page: what waits by due date, then the longest waiting."""
     rows = showing.inbox(request.team, request.user, filters.tab) if filters.tab else showing.reviews_of(request.team)
     if filters.adapter_id is not None:
         rows = rows.filter(adapter_id=filters.adapter_id)
-    return page_of(rows, filters)
+    if not filters.tab:
+        return page_of(rows, filters)
+    keys = showing.inbox_order(filters.tab)
+    require_cursor(filters.after, keys)
+    page = read_page(rows, keys, {"after": filters.after}, size=filters.limit)
+    return {"items": page.rows, "next": page.after or None}
 
 
 @router.post("reviews/", response={201: ReviewDetailOut, **ERRORS}, auth=may_write, summary="Submit an adapter")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet
+from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, Value
+from django.db.models.functions import Coalesce
 
 from studio.accounts.models import Team, User
 from studio.catalogue.findings import Thresholds
 from studio.catalogue.models import Adapter, Score
+from studio.keyset import Key
 from studio.reviews.gates import forgetting, gates, label_of, overlap
 from studio.reviews.models import GateOutcome, GateState, Review, Reviewer, ReviewState
 from studio.reviews.policies import PolicySettings
@@ -94,14 +97,22 @@ def thresholds_of(settings: PolicySettings) -> Thresholds:
 
 
 def inbox(team: Team, user: User, tab: str) -> QuerySet[Review]:
-    """The reviews of a tab, with their outcomes and reviewers at hand."""
+    """The reviews of a tab, with their outcomes and reviewers at hand, in the order of `inbox_order`."""
     rows = reviews_of(team).prefetch_related(
         "outcomes", Prefetch("reviewers", Reviewer.objects.select_related("user").order_by("user__username"))
     )
     if tab == DONE:
         return rows.exclude(state=ReviewState.OPEN)
-    rows = rows.filter(state=ReviewState.OPEN)
+    # Those that nobody has set a date for come after all that have one.
+    rows = rows.filter(state=ReviewState.OPEN).annotate(wanted_on=Coalesce("due_on", Value(date.max)))
     return rows.filter(_assigned_to(user)) if tab == ASSIGNED else rows
+
+
+def inbox_order(tab: str) -> list[Key]:
+    """What waits: by the date that it is wanted on, then the longest waiting first. What is done: the last first."""
+    if tab == DONE:
+        return [Key("decided_at", is_descending=True), Key("pk", is_descending=True)]
+    return [Key("wanted_on"), Key("created_at"), Key("pk")]
 
 
 def inbox_counts(team: Team, user: User) -> dict[str, int]:

@@ -13,10 +13,9 @@ from django.views.decorators.http import require_http_methods, require_POST, req
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
-from studio.api.errors import ApiError
-from studio.api.paging import PageQuery, page_of
 from studio.catalogue.findings import findings_of
 from studio.catalogue.models import Adapter
+from studio.keyset import read_cursor, read_page
 from studio.reviews import reviewing, showing
 from studio.reviews.forms import AssignForm, SubmitForm
 from studio.reviews.models import Review, ReviewState
@@ -51,15 +50,14 @@ def inbox(request: TeamRequest) -> HttpResponse:
     tab = request.GET.get("tab", first)
     tab = tab if tab in showing.TABS else first
     rows = showing.inbox(request.team, request.user, tab)
-    by = "decided_at" if tab == showing.DONE else "created_at"
-    try:
-        page = page_of(rows, PageQuery(limit=PAGE_SIZE, after=request.GET.get("after", "")[:400]), newest_by=by)
-    except ApiError:
+    keys, after = showing.inbox_order(tab), request.GET.get("after", "")
+    if after and read_cursor(after, keys) is None:
         return redirect("reviews:inbox")
+    page = read_page(rows, keys, {"after": after}, size=PAGE_SIZE)
     next_url = ""
-    if page["next"]:
+    if page.after:
         query = QueryDict(mutable=True)
-        query.update({"tab": tab, "after": page["next"]})
+        query.update({"tab": tab, "after": page.after})
         next_url = f"?{query.urlencode()}"
     return render(
         request,
@@ -67,9 +65,9 @@ def inbox(request: TeamRequest) -> HttpResponse:
         {
             "tab": tab,
             "tabs": [(name, label, counts.get(name)) for name, label in showing.TABS.items()],
-            "rows": [(review, showing.summarise(review)) for review in page["items"]],
+            "rows": [(review, showing.summarise(review)) for review in page.rows],
             "next_url": next_url,
-            "first_url": f"?tab={tab}" if request.GET.get("after") else "",
+            "first_url": f"?tab={tab}" if after else "",
         },
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.catalogue.models import Adapter
@@ -203,3 +206,31 @@ def test_the_review_begins_with_what_was_found_in_the_adapter_by_its_policys_thr
     milder = submitted(make_good("milder", overlap=leaked))
     told = api.get(f"/api/v1/reviews/{milder.pk}/").json()["findings"]
     assert (told[0]["code"], told[0]["level"]) == ("overlap", "warning")
+
+
+def test_what_waits_is_ordered_by_due_date_and_then_the_longest_waiting_first(
+    make_good: Callable[..., Adapter], lena: User, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.reviews.views.PAGE_SIZE", 2)
+    today = timezone.localdate()
+    due = {"old": None, "late": today + timedelta(days=9), "soon": today + timedelta(days=1), "new": None}
+    for name, day in due.items():
+        submitted(make_good(name), check=False, due_on=day)
+    client, seen, path = signed_in(lena), [], "/reviews/?tab=waiting"
+    assert "By due date, then the longest waiting first." in client.get(path).text
+    while path:
+        page = client.get(path).text
+        seen += re.findall(r">(\w+) v1</a></h2>", page)
+        after = re.search(r'rel="next" href="([^"]+)"', page)
+        path = "/reviews/" + after.group(1).replace("&amp;", "&") if after else ""
+    assert seen == ["soon", "late", "old", "new"]
+    _, secret = ApiToken.issue(team=team, user=lena, name="x", scopes=["read"])
+    api = Client(headers={"authorization": f"Bearer {secret}"})
+    told, url = [], "/api/v1/reviews/?tab=waiting&limit=3"
+    while url:
+        answer = api.get(url).json()
+        told += [one["adapter_name"] for one in answer["items"]]
+        url = f"/api/v1/reviews/?tab=waiting&limit=3&after={answer['next']}" if answer["next"] else ""
+    assert told == seen
+    refused = api.get("/api/v1/reviews/?tab=waiting&after=nonsense")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_cursor")
