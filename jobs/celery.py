@@ -42,6 +42,11 @@ app.conf.update(
             "schedule": 10.0,
             "options": {"expires": 10},
         },
+        "prune-deliveries": {
+            "task": "studio.webhooks.tasks.prune_deliveries",
+            "schedule": 3600.0,
+            "options": {"expires": 3600},
+        },
         "share-bases": {
             "task": "studio.catalogue.tasks.share_bases",
             "schedule": 60.0,

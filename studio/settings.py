@@ -133,6 +133,7 @@ API_ROUTERS = [
     "studio.reviews.api.router",
     "studio.webhooks.api.router",
     "jobs.api.router",
+    "jobs.base_needs.router",
     "jobs.machine_api.router",
     "jobs.quotas.router",
 ]
