@@ -129,6 +129,7 @@ API_ROUTERS = [
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.naming_api.router",
+    "studio.catalogue.views_api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
     "studio.webhooks.api.router",

@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import record
-from studio.catalogue import listing
+from studio.catalogue import listing, saved_views
 from studio.catalogue.models import Adapter, SavedView, Score, TestSet
 from studio.query_values import whole_number
 from workers.evaluations import evaluations
@@ -49,6 +49,10 @@ def adapters(request: TeamRequest) -> HttpResponse:
             "metric": evaluations()[filters.metric],
             "choices": choices,
             "sorts": listing.sort_choices(),
+            "column_choices": listing.column_choices(),
+            "other_query": [
+                (name, value) for name in shown if name not in ("col", "cols") for value in shown.getlist(name)
+            ],
             "views": views,
             "shown_query": shown.urlencode(),
             "previous_url": listing.page_url(request.GET, before=page.before),
@@ -80,19 +84,18 @@ def export(request: TeamRequest, kind: str) -> HttpResponseBase:
 @require_POST
 @team_page()
 def save_view(request: TeamRequest) -> HttpResponse:
-    """Keep the filters of the list under a name; a name that the person has used keeps the new ones."""
-    name = request.POST.get("name", "").replace("\0", "").strip()[:60]
-    query = QueryDict(request.POST.get("query", "")[:1000]).copy()
-    for left_out in ("after", "before"):
-        query.pop(left_out, None)
-    if not name:
-        messages.error(request, "The view was not saved: it needs a name.")
+    """Keep the filters and columns of the list under a name."""
+    query = request.POST.get("query", "")
+    try:
+        view = saved_views.save_view(
+            team=request.team, user=request.user, name=request.POST.get("name", ""), query=query,
+            is_shared="shared" in request.POST,
+        )  # fmt: skip
+    except saved_views.ViewError as error:
+        messages.error(request, f"{error.message} {error.next_step}".strip())
     else:
-        request.team.saved_views.update_or_create(
-            user=request.user, name=name, defaults={"query": query.urlencode(), "is_shared": "shared" in request.POST}
-        )
-        messages.success(request, f"The view “{name}” is saved.")
-    return redirect(f"{reverse('catalogue:adapters')}?{query.urlencode()}")
+        messages.success(request, f"The view “{view.name}” is saved.")
+    return redirect(f"{reverse('catalogue:adapters')}?{saved_views.kept_query(query)}")
 
 
 @require_POST

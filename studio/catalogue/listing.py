@@ -17,13 +17,19 @@ from studio.catalogue.models import Adapter, AdapterState, Alias, BaseModel, Sav
 from studio.datasets.models import Dataset
 from studio.keyset import Key, read_page
 from studio.query_values import whole_number
-from workers.evaluations import evaluations
+from workers.evaluations import Evaluation, evaluations
 from workers.methods import ADAPTER, Product, methods
 
 PAGE_SIZE = 50
 MAX_WORDS = 8
 DEFAULT_SORT = "loss"
 OTHER_SORTS = {"updated": "Newest first", "name": "Name", "size": "Size"}
+FACTS = {
+    "base": "Base", "method": "Method", "dataset": "Dataset", "parameters": "Trained parameters", "size": "Size",
+    "by": "Made by", "made": "Made",
+}  # fmt: skip
+"""Columns that a list can have beside its metrics, by name."""
+DEFAULT_COLUMNS = ("base", "method", "dataset", "size", "made")
 _WORD = re.compile(r"\w+")
 
 
@@ -48,11 +54,15 @@ class Filters:
     tag: str
     is_every_version: bool
     sort: str
+    columns: tuple[str, ...] = DEFAULT_COLUMNS
+    """Of FACTS, and evaluations whose difference is shown beside that of the sort."""
+    are_columns_chosen: bool = False
 
     @classmethod
     def from_query(cls, query: QueryDict, choices: dict[str, list[Choice]]) -> Filters:
         """The filters that a URL names, of what is installed or `filter_choices` offers."""
         sort, method = query.get("sort", DEFAULT_SORT), query.get("method", "")
+        columns = [name for name in (*FACTS, *evaluations()) if name in query.getlist("col")]
 
         def offered(name: str) -> str:
             value = query.get(name, "")
@@ -68,12 +78,20 @@ class Filters:
             tag=query.get("tag", "").replace("\0", "")[:40],
             is_every_version="every" in query,
             sort=sort if sort in evaluations() or sort in OTHER_SORTS else DEFAULT_SORT,
+            # Without `cols`, nobody has said that no column is wanted.
+            columns=tuple(columns) if "cols" in query else DEFAULT_COLUMNS,
+            are_columns_chosen="cols" in query,
         )
 
     @property
     def metric(self) -> str:
         """The evaluation whose difference is shown."""
         return self.sort if self.sort in evaluations() else DEFAULT_SORT
+
+    @property
+    def more_metrics(self) -> list[Evaluation]:
+        """The evaluations that have a column of their own beside the first."""
+        return [evaluations()[name] for name in self.columns if name in evaluations() and name != self.metric]
 
     def are_set(self) -> bool:
         return bool(self.text or self.state or self.base or self.method or self.dataset or self.alias or self.tag)
@@ -85,7 +103,8 @@ def _number(text: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterPage:
-    """Adapters with `shown_score` set to their score on the chosen metric, or None, and `alias_names`."""
+    """Adapters with `shown_score` set to their score on the chosen metric, or None, `more_scores` to those on the other
+    columns' metrics, and `alias_names`."""
 
     adapters: list[Adapter]
     before: str
@@ -97,16 +116,19 @@ class AdapterPage:
 def list_adapters(team: Team, filters: Filters, query: QueryDict) -> AdapterPage:
     """One page of a team's adapters; at most three queries whatever their number."""
     page = read_page(with_columns(team.adapters.all(), filters), order_of(filters), query, size=PAGE_SIZE)
+    more = [one.name for one in filters.more_metrics]
     scores = {
-        score.adapter_id: score
+        (score.adapter_id, score.evaluation): score
         for score in Score.objects.filter(
-            adapter__in=page.rows, evaluation=filters.metric, test_set=TestSet.HELD_OUT
+            adapter__in=page.rows, evaluation__in=[filters.metric, *more], test_set=TestSet.HELD_OUT
         ).order_by("pk")
     }
     for adapter in page.rows:
         adapter.method_label = method_label(adapter.method)  # type: ignore[attr-defined]
-        adapter.shown_score = scores.get(adapter.pk)  # type: ignore[attr-defined]
-    ends = [abs(end) for score in scores.values() for end in (score.difference_low, score.difference_high)]
+        adapter.shown_score = scores.get((adapter.pk, filters.metric))  # type: ignore[attr-defined]
+        adapter.more_scores = [scores.get((adapter.pk, name)) for name in more]  # type: ignore[attr-defined]
+    shown = [score for (_adapter, name), score in scores.items() if name == filters.metric]
+    ends = [abs(end) for score in shown for end in (score.difference_low, score.difference_high)]
     return AdapterPage(page.rows, page.before, page.after, max(ends, default=0) or 1.0)
 
 
@@ -234,6 +256,13 @@ def sort_choices() -> list[Choice]:
     """The evaluations, then the other orders."""
     measured = [Choice(name, f"{one.label}, best first") for name, one in evaluations().items()]
     return measured + [Choice(value, label) for value, label in OTHER_SORTS.items()]
+
+
+def column_choices() -> list[Choice]:
+    """What columns a list can have: facts, then metrics."""
+    return [Choice(name, label) for name, label in FACTS.items()] + [
+        Choice(name, one.label) for name, one in evaluations().items()
+    ]
 
 
 def page_url(query: QueryDict, **cursor: str) -> str:

@@ -12,7 +12,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from studio.accounts.models import Team, User
+from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue import listing
 from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, SavedView, Score, TestSet
 from tests.conftest import signed_in
@@ -259,3 +259,73 @@ def test_list_and_comparison_keep_to_eight_queries(make: Any, alice_client: Clie
         ) as queries:
             alice_client.get(url)
         assert len(queries) <= 8, url
+
+
+def headers(page: str) -> list[str]:
+    head = page.split("<thead>")[1].split("</thead>")[0]
+    return [" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in re.findall(r"<th .*?</th>", head, re.DOTALL)]
+
+
+def test_the_columns_that_are_chosen_are_shown_and_stay_in_the_url_and_in_saved_views(
+    team: Team, alice: User, alice_client: Client
+) -> None:
+    scores = [make_score(-0.1), make_score(0.25, evaluation="token_f1")]
+    make_adapter(team, alice, name="both", result=make_result(scores=scores))
+    make_adapter(team, alice, name="loss only", result=make_result(scores=scores[:1]))
+    usual = headers(alice_client.get("/models/").text)
+    assert usual[5:] == ["Base", "Method", "Dataset", "Size", "Made"]
+    assert headers(alice_client.get("/models/?col=by").text) == usual, "nobody has chosen yet"
+    query = "sort=loss&cols=1&col=by&col=token_f1&col=parameters&col=nonsense&col=loss"
+    with CaptureQueriesContext(connection) as caught:
+        page = alice_client.get(f"/models/?{query}").text
+    assert len(caught) <= 8
+    assert headers(page)[5:] == ["Token F1 ↑", "Parameters", "By"]
+    rows = {name: row for row in page.split('<tr id="adapter-row-')[1:] for name in ("both", "loss only")
+            if f">{name}</a>" in row}  # fmt: skip
+    assert "+0.250 [" in rows["both"]
+    assert '<span class="muted">\N{EN DASH}</span>' in rows["loss only"]
+    assert "4,884,480" in rows["both"]
+    assert headers(alice_client.get("/models/?cols=1").text)[5:] == []
+    # The filters' form keeps the columns, and the columns' form the filters.
+    filtering, choosing = (page.split(f'aria-label="{label}"')[1].split("</form>")[0]
+                           for label in ("Filter and sort", "Columns"))  # fmt: skip
+    assert 'name="col" value="token_f1"' in filtering
+    assert 'type="hidden" name="sort" value="loss"' in choosing
+    assert re.search(r'value="token_f1" checked', choosing)
+    assert not re.search(r'value="size" checked', choosing)
+    alice_client.post(reverse("catalogue:save_view"), {"name": "Wide", "query": query + "&after=abc"})
+    kept = SavedView.objects.get().query
+    assert headers(alice_client.get(f"/models/?{kept}").text)[5:] == ["Token F1 ↑", "Parameters", "By"]
+
+
+def test_saved_views_can_be_listed_made_and_deleted_by_the_api(
+    team: Team, alice: User, bob: User, charlie: User
+) -> None:
+    def api(user: User) -> Client:
+        own = user.memberships.get().team
+        _, secret = ApiToken.issue(team=own, user=user, name="x", scopes=["read", "write"])
+        return Client(headers={"authorization": f"Bearer {secret}"})
+
+    def save(client: Client, **body: object) -> Any:
+        return client.post("/api/v1/adapters/views/", body, content_type="application/json")
+
+    hers, his, others = api(alice), api(bob), api(charlie)
+    made = save(hers, name="Best", query="?sort=token_f1&after=x", is_shared=True)
+    assert made.status_code == 201
+    assert (made.json()["query"], made.json()["user"]) == ("sort=token_f1", "alice")
+    assert save(hers, name="Best", query="state=approved", is_shared=True).json()["id"] == made.json()["id"]
+    save(hers, name="Mine")
+    assert [one["name"] for one in hers.get("/api/v1/adapters/views/").json()] == ["Best", "Mine"]
+    assert [(one["name"], one["query"]) for one in his.get("/api/v1/adapters/views/").json()] == [
+        ("Best", "state=approved"),
+    ]
+    assert others.get("/api/v1/adapters/views/").json() == []
+    url = f"/api/v1/adapters/views/{made.json()['id']}/"
+    assert his.delete(url).status_code == 404, "only who saved it forgets it"
+    assert others.delete(url).status_code == 404
+    assert hers.delete(url).status_code == 204
+    assert save(hers, name="  ").json()["error"]["field"] == "name"
+    refused = save(hers, name="Long", query="q=" + "x" * 1500)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "query")
+    read_only = ApiToken.issue(team=team, user=bob, name="r", scopes=["read"])[1]
+    assert save(Client(headers={"authorization": f"Bearer {read_only}"}), name="x").status_code == 403
