@@ -66,8 +66,10 @@ def curves_of(request: TeamRequest) -> list[Curve]:
     by_adapter = {job.adapter_id: job for job in jobs}
     rows = MetricPoint.objects.filter(job__in=list(by_adapter.values())).order_by("step", "attempt")
     points: dict[UUID, list[Point]] = defaultdict(list)
-    for job_id, *values in rows.values_list("job_id", "step", "attempt", "loss", "validation_loss").iterator(2000):
-        points[job_id].append(Point(*values))
+    for job_id, step, attempt, loss, validation in rows.values_list(
+        "job_id", "step", "attempt", "loss", "validation_loss"
+    ).iterator(2000):
+        points[job_id].append(Point(step, attempt, loss, validation))
     return [Curve(by_adapter[pk], merge(points[by_adapter[pk].pk])) for pk in ids if pk in by_adapter]
 
 
