@@ -42,9 +42,10 @@ def known_devices() -> list[tuple[DeviceFacts, int]]:
 
     Where no worker lives, that of the worker seen last; this machine's CPU where there never was one.
     """
-    live = list(live_workers())
+    # A worker of an older version may not have said how much memory its device has.
+    live = list(live_workers().filter(memory_bytes__gt=0))
     kinds: dict[tuple[str, str, int], list[Worker]] = {}
-    for worker in live or Worker.objects.order_by("-last_seen")[:1]:
+    for worker in live or Worker.objects.filter(memory_bytes__gt=0).order_by("-last_seen")[:1]:
         # Two cards of a kind differ by what their drivers keep for themselves.
         kinds.setdefault((worker.device_kind, worker.device, worker.memory_bytes >> 28), []).append(worker)
     found = [

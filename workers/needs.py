@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from workers.errors import ExplainedError
+from workers.errors import ExplainedError, RecipeError
 from workers.memory import DatasetFacts, DeviceFacts, estimate
-from workers.methods import methods
+from workers.methods import get_method, methods
 from workers.recipe import BaseModelRef, DatasetRef, Recipe, TrainingSettings
 from workers.resolving import resolve
 from workers.shapes import ModelShape
@@ -69,11 +69,19 @@ def needs_of(shape: ModelShape, device: DeviceFacts, lengths: Sequence[int]) -> 
 
 
 def _need(method: str, shape: ModelShape, device: DeviceFacts, length: int) -> tuple[Recipe, Need]:
-    rows = DatasetFacts(num_rows=NUM_ROWS, total_tokens=NUM_ROWS * length, longest=length)
+    plugin = get_method(method)
+    # What a method puts before each row takes its place from the longest rows.
+    row = min(length, shape.context_length - plugin.num_virtual_tokens(plugin.Settings()))
+    if row < 1:
+        raise RecipeError(
+            f"The base reads {shape.context_length} tokens, and at its defaults {plugin.label} takes all of them.",
+            next_step="Choose fewer virtual tokens.",
+        )
+    rows = DatasetFacts(num_rows=NUM_ROWS, total_tokens=NUM_ROWS * row, longest=row)
     asked = Recipe(
         name=method, method=method, base_model=BaseModelRef(name=shape.family),
-        dataset=DatasetRef(name=f"rows of {length} tokens", format="messages"),
-        training=TrainingSettings(max_length=length),
+        dataset=DatasetRef(name=f"rows of {row} tokens", format="messages"),
+        training=TrainingSettings(max_length=row),
     )  # fmt: skip
     # On a device of no size nothing fits, so that the smallest way of training it is chosen, and nothing is refused
     # for its size.

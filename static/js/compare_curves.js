@@ -34,7 +34,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const axis = { stroke: ink(0.75), grid, ticks: grid, font: "12px system-ui, sans-serif" };
     const value = (_plot, found) => figure(found);
     const series = curves.flatMap((one, index) => [
-      { label: `${one.label}, training`, stroke: colour(index, 0.55), width: 1.5, spanGaps: true, points: { show: false }, value },
+      { label: `${one.label}, training`, stroke: colour(index, 0.4), width: 1.25, spanGaps: true, points: { show: false }, value },
       { label: `${one.label}, validation`, stroke: colour(index), width: 2, dash: [6, 4], spanGaps: true, points: { show: true, size: 6, fill: colour(index) }, value },
     ]);
     plot = new uPlot(

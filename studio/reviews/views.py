@@ -108,6 +108,7 @@ def _review_page(
             "gates": rows,
             "num_hindrances": sum(row.is_hindrance for row in rows),
             "num_failed": sum(row.has_failed for row in rows),
+            "num_open": sum(row.is_hindrance and not row.has_failed for row in rows),
             "approvals_needed": settings.approvals,
             "approvals": [one for one in people if one.approved_at],
             "assigned": [one for one in people if one.is_assigned],

@@ -10,7 +10,7 @@ from tests.tiny import make_tiny_base
 from workers.base_folders import read_base_folder
 from workers.memory import DatasetFacts, DeviceFacts, estimate
 from workers.methods import methods
-from workers.needs import LENGTHS, NUM_ROWS, lengths_for, needs_of
+from workers.needs import NUM_ROWS, lengths_for, needs_of
 from workers.recipe import Recipe
 from workers.resolving import resolve
 from workers.shapes import LinearShape, ModelShape
@@ -73,7 +73,10 @@ def test_a_base_that_reads_less_than_a_short_answer_is_told_of_at_its_own_length
     assert max(lengths) <= shape.context_length
     short = shape.model_copy(update={"context_length": 100})
     assert lengths_for(short) == (100,)
-    prompts = {one.name: one.needs[0] for one in needs_of(short, CARD, (100,))}["prompt_tuning"]
-    assert prompts.verdict == "impossible"
-    assert "taken by virtual tokens" in prompts.refusal
-    assert LENGTHS[0] > 100
+    found = {one.name: one.needs[0] for one in needs_of(short, CARD, (100,))}
+    assert {need.verdict for need in found.values()} == {"fits"}, "virtual tokens leave the rows what room there is"
+    tiny = shape.model_copy(update={"context_length": 20})
+    found = {one.name: one.needs[0] for one in needs_of(tiny, CARD, lengths_for(tiny))}
+    assert found["lora"].verdict == "fits"
+    assert found["prompt_tuning"].verdict == "impossible"
+    assert "takes all of them" in found["prompt_tuning"].refusal
