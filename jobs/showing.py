@@ -109,9 +109,9 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
 
 def listed_jobs(jobs: QuerySet[Job]) -> QuerySet[Job]:
     """Jobs with what a row of a list shows, the recipes left out."""
-    return jobs.select_related("dataset_version__dataset", "base_model", "created_by", "worker", "adapter").defer(
-        "asked_recipe", "estimate", "plan", "dataset_version__statistics", "base_model__files", "base_model__shape",
-        "adapter__recipe", "adapter__files", "adapter__provenance",
+    return jobs.select_related("dataset_version__dataset", "base_model", "created_by").defer(
+        "recipe", "asked_recipe", "estimate", "plan", "dataset_version__statistics", "base_model__files",
+        "base_model__shape",
     )  # fmt: skip
 
 
