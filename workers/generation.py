@@ -24,6 +24,7 @@ def generate(
     seed: int = 17,
     use_cache: bool = True,
     on_finished: Callable[[int], object] | None = None,
+    should_stop: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt, without the token that ended the answer.
 
@@ -39,6 +40,8 @@ def generate(
         use_cache: False recomputes the whole row for every token: slow, for checking only.
         on_finished: told how many rows were finished since the last call; a true answer ends generation early,
             and rows not begun come back empty.
+        should_stop: asked before every token; a true answer ends generation at once, and rows of the batch under way
+            come back empty, too.
     """
     written: list[list[int]] = [[] for _ in prompts]
     room = context_room(model)
@@ -62,8 +65,10 @@ def generate(
                 answers = _generate_batch(
                     model, [prompts[index] for index in batch], [limits[index] for index in batch], room,
                     frozenset(stop_ids), lambda logits_BV: _choose(logits_BV, temperature, top_p, generator),
-                    use_cache, device,
+                    use_cache, device, should_stop or (lambda: False),
                 )  # fmt: skip
+                if answers is None:
+                    break
                 for index, ids in zip(batch, answers, strict=True):
                     written[index] = ids
                 if on_finished is not None and on_finished(len(batch)):
@@ -90,7 +95,9 @@ def _generate_batch(
     choose: Callable[[torch.Tensor], torch.Tensor],
     use_cache: bool,
     device: torch.device,
-) -> list[list[int]]:
+    should_stop: Callable[[], object],
+) -> list[list[int]] | None:
+    """The answers of one batch; None when it was ended before they were all written."""
     answers: list[list[int]] = [[] for _ in prompts]
     longest = max(len(prompt) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -104,6 +111,8 @@ def _generate_batch(
     cache: Any = None
     new_ids_BT, new_positions_BT = ids_BT, positions_BT
     while True:
+        if should_stop():
+            return None
         inputs = {"attention_mask": mask_BT}
         if use_cache:
             inputs |= {"input_ids": new_ids_BT, "position_ids": new_positions_BT, "past_key_values": cache}

@@ -79,3 +79,19 @@ def test_each_prompt_may_have_a_limit_of_its_own(model) -> None:
     assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
     with pytest.raises(ValueError, match="2 limits for 5 prompts"):
         generate(model, prompts(), max_new_tokens=[1, 2], stop_ids=[])
+
+
+def test_a_stop_is_obeyed_before_the_next_token(model) -> None:
+    calls: list[object] = []
+    first, second = prompts()[1], prompts()[0]
+
+    def stop_in_the_second_batch() -> bool:
+        calls.append(None)
+        return len(calls) == 7  # four tokens of the first batch, then the third of the second
+
+    found = generate(
+        model, [first, second], max_new_tokens=4, stop_ids=[], batch_size=1, should_stop=stop_in_the_second_batch
+    )  # fmt: skip
+    assert len(calls) == 7
+    assert (len(found[0]), found[1]) == (4, [])
+    assert model.training is False
