@@ -21,7 +21,7 @@ from studio.accounts.models import Role
 from studio.query_values import whole_number
 from workers.recipe import EvaluationSettings
 
-STEPS_ON_JOB_PAGE = 5
+STEPS_ON_JOB_PAGE = 3
 STEPS_ON_PAGE = 20
 
 

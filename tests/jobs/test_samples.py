@@ -133,9 +133,9 @@ def test_the_page_shows_prompt_expected_base_and_the_newest_steps_first(trained:
     page = alice_client.get(trained.get_absolute_url()).text
     section = page[page.index('id="job-samples"') :]
     section = section[: section.index("</section>")]
-    places = [section.index(text) for text in ("What is one?", "expected 0", "base one", "one at 80", "one at 40")]
+    places = [section.index(text) for text in ("What is one?", "expected 0", "base one", "one at 80", "one at 60")]
     assert places == sorted(places)
-    assert "one at 30" not in section
+    assert "one at 50" not in section
     assert "(empty)" in section
     assert reverse("jobs:samples", args=[trained.pk]) in section
 
