@@ -117,6 +117,8 @@ class FixedPrompts:
             self._renderer,
             self._examples,
             max_new_tokens=self._max_new_tokens,
+            # Beside what training holds there may be no memory for the many rows that would pay.
+            batch_size=len(self._examples),
             should_stop=self._must_end,
         )
         if self._must_end():

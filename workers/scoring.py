@@ -71,12 +71,14 @@ def write_answers(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] | None = None,
+    batch_size: int | None = None,
     on_finished: Callable[[int], object] | None = None,
     should_stop: Callable[[], object] | None = None,
 ) -> list[str | None]:
     """The model's greedy answer to every example; None where the prompt fills the context.
 
-    `stop_ids`, `on_finished` and `should_stop` as for `workers.generation.generate`; those of the renderer when None.
+    The other arguments are those of `workers.generation.generate`; answers end as the renderer says when `stop_ids` is
+    None.
     """
     room = context_room(model)
     prompts = [renderer.prompt_ids(example) for example in examples]
@@ -85,6 +87,7 @@ def write_answers(
         prompts,
         max_new_tokens=max_new_tokens,
         stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
+        batch_size=batch_size,
         on_finished=on_finished,
         should_stop=should_stop,
     )

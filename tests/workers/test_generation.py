@@ -81,17 +81,19 @@ def test_each_prompt_may_have_a_limit_of_its_own(model) -> None:
         generate(model, prompts(), max_new_tokens=[1, 2], stop_ids=[])
 
 
-def test_a_stop_is_obeyed_before_the_next_token(model) -> None:
-    calls: list[object] = []
-    first, second = prompts()[1], prompts()[0]
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stop_is_obeyed_before_the_next_token(model, use_cache: bool) -> None:
+    told: list[int] = []
+    asked: list[object] = []
 
-    def stop_in_the_second_batch() -> bool:
-        calls.append(None)
-        return len(calls) == 7  # four tokens of the first batch, then the third of the second
+    def stop_in_the_second_row() -> bool:
+        asked.append(None)
+        return bool(told)
 
     found = generate(
-        model, [first, second], max_new_tokens=4, stop_ids=[], batch_size=1, should_stop=stop_in_the_second_batch
+        model, [prompts()[1], prompts()[0]], max_new_tokens=4, stop_ids=[], batch_size=1, use_cache=use_cache,
+        on_finished=lambda n: told.append(n), should_stop=stop_in_the_second_row,
     )  # fmt: skip
-    assert len(calls) == 7
-    assert (len(found[0]), found[1]) == (4, [])
+    assert (len(found[0]), found[1], told) == (4, [], [1])
+    assert 3 <= len(asked) <= 5, "before each token of the first row, and once more"
     assert model.training is False
