@@ -184,15 +184,19 @@ def get_evaluation(chosen: str | MetricChoice, *, field: str = "evaluation.metri
 
 
 def choose_evaluations(metrics: Sequence[str | MetricChoice]) -> list[Evaluation]:
-    """The evaluations of a recipe's `evaluation.metrics`, in its order; raises as `get_evaluation` does."""
-    return [get_evaluation(one, field=f"evaluation.metrics.{at}") for at, one in enumerate(metrics)]
+    """The evaluations of a recipe's `evaluation.metrics`, in its order and each once; raises as `get_evaluation` does.
+
+    Once, because two choices that mean the same figure are one.
+    """
+    found = [get_evaluation(one, field=f"evaluation.metrics.{at}") for at, one in enumerate(metrics)]
+    return list({one.key: one for one in found}.values())
 
 
 def named_by(key: str, metrics: Sequence[str | MetricChoice]) -> str | MetricChoice:
     """The chosen metric that has this key or, failing that, this name; the key itself when none has."""
     name = name_of_key(key)
     same = [one for one in metrics if name == (one if isinstance(one, str) else one.name)]
-    exact = (one for one, evaluation in zip(same, choose_evaluations(same), strict=True) if evaluation.key == key)
+    exact = (one for one in same if get_evaluation(one).key == key)
     return next(exact, same[0] if same and name == key else key)
 
 
