@@ -129,6 +129,13 @@ class Evaluation(ABC):
         """The options of each row, for an evaluation that needs choices; none where a row has no part in it."""
         return [() for _ in rows]
 
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """For each row why it has no part in the figure, as a sentence; empty for one that has, whatever a model says.
+
+        The rows are those that are scored together: what makes an option may depend on the others.
+        """
+        return ["" for _ in rows]
+
     def effect_at(self, base_value: float) -> float:
         """`smallest_effect` in units of the figure where the base has this one."""
         return self.smallest_effect
