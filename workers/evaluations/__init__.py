@@ -191,12 +191,8 @@ def get_evaluation(chosen: str | MetricChoice, *, field: str = "evaluation.metri
 
 
 def choose_evaluations(metrics: Sequence[str | MetricChoice]) -> list[Evaluation]:
-    """The evaluations of a recipe's `evaluation.metrics`, in its order and each once; raises as `get_evaluation` does.
-
-    Once, because two choices that mean the same figure are one.
-    """
-    found = [get_evaluation(one, field=f"evaluation.metrics.{at}") for at, one in enumerate(metrics)]
-    return list({one.key: one for one in found}.values())
+    """The evaluations of a recipe's `evaluation.metrics`, in its order; raises as `get_evaluation` does."""
+    return [get_evaluation(one, field=f"evaluation.metrics.{at}") for at, one in enumerate(metrics)]
 
 
 def named_by(key: str, metrics: Sequence[str | MetricChoice]) -> str | MetricChoice:

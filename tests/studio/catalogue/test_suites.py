@@ -69,6 +69,7 @@ def test_a_name_that_exists_makes_the_next_version_and_the_one_before_stays(team
         ({"evaluation": EVALUATION | {"num_generated": 0}}, "evaluation.num_generated"),
         ({"evaluation": EVALUATION | {"max_new_tokens": 0}}, "evaluation.max_new_tokens"),
         ({"evaluation": EVALUATION | {"metrics": ["vibes"]}}, "evaluation.metrics"),
+        ({"evaluation": EVALUATION | {"metrics": ["loss", "exact_match", "loss"]}}, "evaluation.metrics.2"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], field: str, team: Team, bob: User) -> None:
