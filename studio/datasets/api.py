@@ -42,6 +42,8 @@ class VersionOut(Out):
     num_bytes: int
     carrier: str
     format: str
+    example_type: str
+    why_not_trainable: str
     columns: dict[str, str]
     column_names: list[str]
     num_rows: int
@@ -53,6 +55,14 @@ class VersionOut(Out):
     error_next_step: str
     created_at: datetime
     already_stored: bool
+
+    @staticmethod
+    def resolve_example_type(version: DatasetVersion) -> str:
+        return version.example_type()
+
+    @staticmethod
+    def resolve_why_not_trainable(version: DatasetVersion) -> str:
+        return version.why_not_trainable()
 
 
 class DatasetOut(Out):
@@ -74,6 +84,7 @@ class ProblemOut(Out):
     """Something wrong with a row, at its line."""
 
     line: int | None
+    turn: int | None
     field: str
     rule: str
     level: str
@@ -90,15 +101,38 @@ class ProblemPage(Out):
     next: int | None
 
 
+class ToolCallOut(Out):
+    """A call of a tool; `arguments` is JSON as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class MessageOut(Out):
     role: str
     content: str
     train: bool | None
+    weight: float
+    reasoning: str
+    tool_call_id: str
+    tool_calls: list[ToolCallOut]
 
 
 class ExampleOut(Out):
+    """A usable row. `messages` are all its turns; `prompt`, `chosen` and `rejected` those of a preference pair,
+    `prompt`, `completion` and `label` those of an answer with a verdict, `text` that of plain text."""
+
     line: int
+    type: str
+    tools: str = ""
     messages: list[MessageOut]
+    prompt: list[MessageOut] | None = None
+    chosen: list[MessageOut] | None = None
+    rejected: list[MessageOut] | None = None
+    completion: list[MessageOut] | None = None
+    label: bool | None = None
+    text: str | None = None
 
 
 class DatasetFilters(PageQuery):

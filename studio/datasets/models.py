@@ -13,7 +13,9 @@ from django.utils import timezone
 from studio.accounts.models import Team
 from studio.storage import fetch_blob
 from workers.carriers import CARRIER_LABELS
+from workers.examples import EXAMPLE_TYPE_LABELS, ExampleType, turn_of
 from workers.formats import formats
+from workers.objectives import is_trainable
 
 
 class Dataset(models.Model):
@@ -98,6 +100,20 @@ class DatasetVersion(models.Model):
         plugin = formats().get(self.format)
         return plugin.label if plugin else "not recognised"
 
+    def example_type(self) -> ExampleType:
+        """What its rows are: conversations, preference pairs, ...; a format that is gone counts as conversations."""
+        plugin = formats().get(self.format)
+        return plugin.example_type if plugin else "chat"
+
+    def example_type_label(self) -> str:
+        return EXAMPLE_TYPE_LABELS[self.example_type()]
+
+    def why_not_trainable(self) -> str:
+        """Why no job can learn from its rows, as a sentence; empty when one can."""
+        if is_trainable(self.example_type()):
+            return ""
+        return f"{self} holds {self.example_type_label()}, and no objective that learns from them is installed yet."
+
     def carrier_label(self) -> str:
         return CARRIER_LABELS.get(self.carrier, self.carrier)
 
@@ -142,3 +158,8 @@ class DatasetProblem(models.Model):
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.rule}"
+
+    @property
+    def turn(self) -> int | None:
+        """Which turn of a conversation it is in, counted from 1."""
+        return turn_of(self.field)

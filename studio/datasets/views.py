@@ -33,6 +33,7 @@ from studio.storage import DiskFullError, StorageError, TooLargeError
 from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
 from workers.licences import choices as licence_choices
+from workers.rules import RULES
 
 PAGE_SIZE = 50
 MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -256,13 +257,15 @@ def guard_cell(text: object) -> str:
 def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The stored problems as a table."""
     version = _version(request, dataset_id, number)
-    columns = ("line", "level", "rule", "field", "message", "fix", "excerpt")
+    columns = ("file", "line", "turn", "field", "level", "rule", "title", "message", "fix", "excerpt")
     writer = csv.writer(_Echo())
 
     def lines() -> Iterator[str]:
         yield writer.writerow(columns)
-        for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
-            yield writer.writerow([guard_cell(cell) for cell in row])
+        for problem in version.problems.order_by("line", "pk").iterator(chunk_size=1000):
+            cells = (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
+                     RULES.get(problem.rule, ""), problem.message, problem.fix, problem.excerpt)  # fmt: skip
+            yield writer.writerow([guard_cell(cell) for cell in cells])
 
     response = stream(request, lines(), content_type="text/csv; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from workers.examples import Example, Message, Problem
+from workers.examples import AnyExample, Example, Message, Problem
 from workers.formats import Format
 from workers.formats._rules import check_text, missing_fields
 from workers.strict_json import excerpt_of
@@ -68,7 +68,7 @@ class Mapped(Format):
                 return 0.9 * num / len(head), columns
         return _guess([name for name in counts if name != system], extra)
 
-    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[Example | None, list[Problem]]:
+    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[AnyExample | None, list[Problem]]:
         """The chosen columns as system, user and assistant turns. Numbers become text as JSON writes them."""
         chosen = {field: _take(row, columns.get(field, "")) for field in ("prompt", "completion")}
         if all(value is _MISSING for value in chosen.values()):
