@@ -23,8 +23,8 @@ class Alpaca(Format):
     name = "alpaca"
     label = "Alpaca (instruction, input, output)"
     help = (
-        'Rows like {"instruction": "...", "input": "...", "output": "..."}; input may be empty, output may be '
-        "called response. The prompt is the instruction, a blank line and the input."
+        'Rows like {"instruction": "...", "input": "...", "output": "..."}; input may be empty or called context, '
+        "output may be called response. The prompt is the instruction, a blank line and the input."
     )
 
     def recognise(self, head: Sequence[dict[str, Any]]) -> tuple[float, dict[str, str]]:
@@ -48,8 +48,10 @@ class Alpaca(Format):
         answer, problem = check_text(row, answer_column, line)
         problems += [problem] if problem else []
         context = ""
-        if row.get("input") is not None:
-            context, problem = check_text(row, "input", line, may_be_empty=True)
+        # Dolly's rows call it context.
+        context_column = "input" if "input" in row else "context"
+        if row.get(context_column) is not None:
+            context, problem = check_text(row, context_column, line, may_be_empty=True)
             problems += [problem] if problem else []
         history = row.get("history")
         messages = [Message("system", system)] if system.strip() else []

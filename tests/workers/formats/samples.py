@@ -18,6 +18,7 @@ SAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("alpaca", "system and history"): {
         "instruction": "Add.", "input": "", "output": "3", "system": "Count.", "history": [["hi", "hello"]],
     },
+    ("alpaca", "context"): {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "sums"},
     ("messages", "plain"): {"messages": [USER, ASSISTANT]},
     ("messages", "developer"): {"messages": [{"role": "developer", "content": "Be brief."}, USER, ASSISTANT]},
     ("messages", "weights"): {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]},

@@ -259,6 +259,28 @@ def test_a_column_may_lie_inside_a_row() -> None:
     assert example.messages[1].content == "42"
 
 
+def test_the_first_guess_enters_nested_instances_and_leaves_the_choice_to_a_person() -> None:
+    row = {"id": "1", "name": "sum", "instruction": "Add.", "instances": [{"input": "1 and 2", "output": "3"}]}
+    found = recognise_rows([row] * 4)
+    assert found is not None
+    assert found.confidence < SURE
+    assert found.columns == {
+        "prompt": "instruction", "context": "instances[0].input", "completion": "instances[0].output",
+    }  # fmt: skip
+    example, _ = get_format("mapped").parse(row, 1, found.columns)
+    assert example is not None
+    assert said(example.messages) == [("user", "Add.\n\n1 and 2"), ("assistant", "3")]
+
+
+def test_columns_that_are_added_to_the_prompt_may_be_empty() -> None:
+    columns = {"prompt": "q", "context": "c", "more_context": "d", "completion": "a", "system": "s"}
+    row = {"q": "ask", "c": "", "d": "more", "a": "said", "s": "Be brief."}
+    example, problems = get_format("mapped").parse(row, 1, columns)
+    assert problems == []
+    assert example is not None
+    assert said(example.messages) == [("system", "Be brief."), ("user", "ask\n\nmore"), ("assistant", "said")]
+
+
 def test_usable_and_quarantined_are_all_rows_where_errors_are_planted(tmp_path: Path) -> None:
     planted = {5: "C102", 17: "F002", 18: "F003", 40: "F004", 77: "C102", 100: "F010"}
     bad = {
