@@ -51,7 +51,6 @@ CATALOGUE: dict[str, Rule] = {
         Rule("F020", "Wrong number of cells", _E, "Quote cells that hold the delimiter."),
         Rule("F021", "Broken quotes", _E, "Write the file with a CSV library."),
         Rule("F022", "Cell too long", _E, "Split texts that are longer than any context."),
-        Rule("F023", "A value that no text can hold", _E, "Export the column as text."),
         Rule("C101", "Unknown role", _E, "Use system, user, assistant or tool.",
              "A role that differs from a known one in a letter or two is corrected."),
         Rule("C102", "Missing, empty or non-text content", _E, "Fill it in, or remove the row."),
