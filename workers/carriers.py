@@ -227,15 +227,19 @@ def _too_long(line: int, raw: bytes) -> Problem:
 def _jsonl_rows(path: Path) -> Iterator[Row | Problem]:
     with open_unpacked(path) as file:
         for number, offset, raw in _lines(file):
-            if len(raw) > MAX_ROW_BYTES:
-                yield _too_long(number, raw)
-                continue
-            value, problem = parse_object(raw, number, offset)
-            if value is not None:
-                yield Row(number, value)
-            elif raw.strip():  # only a line that failed can be blank
-                assert problem is not None
-                yield problem
+            item = jsonl_row(number, offset, raw)
+            if item is not None:
+                yield item
+
+
+def jsonl_row(number: int, offset: int, raw: bytes) -> Row | Problem | None:
+    """What a line of JSON Lines holds; None when it is blank."""
+    if len(raw) > MAX_ROW_BYTES:
+        return _too_long(number, raw)
+    value, problem = parse_object(raw, number, offset)
+    if value is not None:
+        return Row(number, value)
+    return problem if raw.strip() else None  # only a line that failed can be blank
 
 
 # -- JSON: one list of rows, by itself or inside an object -----------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from workers.carriers import sniff
+from workers.carriers import jsonl_row, sniff
 from workers.errors import DatasetError, ExplainedError
 from workers.examples import (
     AnyExample,
@@ -31,8 +31,9 @@ from workers.examples import (
     TextExample,
     UnpairedExample,
 )
+from workers.formats import get_format
 from workers.quality import fingerprint
-from workers.reading import SURE, column_names, read_head, read_rows, recognise_rows
+from workers.reading import SURE, column_names, read_head, read_row, read_rows, recognise_rows
 
 MEMORY_BYTES = 2 * 1024**3
 MAX_PROBLEMS = 10_000
@@ -40,6 +41,9 @@ PROGRESS_SECONDS = 0.5
 MAX_TURNS = 20
 MAX_COMPARED_ROWS = 1_000_000
 """Different rows that are remembered, in about 100 MB, to find those that come again."""
+FAST_FORMATS = frozenset({"messages", "sharegpt"})
+FAST_FROM_BYTES = 2 * 1024**2
+"""Formats whose ordinary rows `workers/fast_rows.py` counts, in files from this size on."""
 MIN_USABLE = 10
 MIN_PAIRS, MUCH = 20, 0.9
 """Pairs from which a share of longer chosen answers says something, and the share that is remarked on."""
@@ -124,8 +128,18 @@ def inspect_rows(path: Path, format_name: str, columns: dict[str, str]) -> None:
 
 def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
     tally = Tally()
-    for example, problems in read_rows(path, format_name, columns, remark=True):
-        tally.add(example, problems)
+    is_large = path.stat().st_size >= FAST_FROM_BYTES
+    if is_large and format_name in FAST_FORMATS and sniff(path).partition(".")[0] == "jsonl":
+        from workers.fast_rows import ordinary_rows  # numpy takes longer to load than small files to read
+
+        plugin = get_format(format_name)
+        for number, offset, raw in ordinary_rows(path, format_name, tally.add_usable):
+            item = jsonl_row(number, offset, raw)
+            if item is not None:
+                tally.add(*read_row(item, plugin, columns, remark=True))
+    else:
+        for example, problems in read_rows(path, format_name, columns, remark=True):
+            tally.add(example, problems)
     tally.finish()
 
 
@@ -159,7 +173,8 @@ class Tally:
                 self._labels[example.label] += 1
         elif any(problem.level == "error" for problem in problems):
             self.num_quarantined += 1
-            self._show()
+            if not self.num_quarantined & 255:
+                self._show()
         for problem in problems:
             self.say(problem)
 
@@ -168,8 +183,9 @@ class Tally:
         self.num_usable += 1
         self._turns[num_turns if num_turns < MAX_TURNS else MAX_TURNS] += 1
         self._characters.add(num_characters)
-        first = self._first_lines.get(print_of_row)
-        if first is not None:
+        is_full = len(self._first_lines) >= MAX_COMPARED_ROWS
+        first = (self._first_lines.get if is_full else self._first_lines.setdefault)(print_of_row, line)
+        if first is not None and first != line:
             self.say(
                 Problem(
                     "Q501",
@@ -179,9 +195,8 @@ class Tally:
                     level="warning",
                 )
             )
-        elif len(self._first_lines) < MAX_COMPARED_ROWS:
-            self._first_lines[print_of_row] = line
-        self._show()
+        if not self.num_usable & 255:
+            self._show()
 
     def say(self, problem: Problem) -> None:
         """Count a problem, and emit it while there are not too many."""
@@ -191,7 +206,7 @@ class Tally:
             emit("problem", **asdict(problem))
 
     def _show(self) -> None:
-        if self.num_rows % 256 == 0 and time.monotonic() - self._shown_at > PROGRESS_SECONDS:
+        if time.monotonic() - self._shown_at > PROGRESS_SECONDS:
             self._shown_at = time.monotonic()
             emit("progress", stage="rows", num_rows=self.num_rows)
 

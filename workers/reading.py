@@ -10,7 +10,7 @@ from typing import Any
 from workers.carriers import Row, open_rows
 from workers.errors import DatasetError
 from workers.examples import EXAMPLE_TYPE_LABELS, AnyExample, Example, Problem, Recognition
-from workers.formats import formats, get_format
+from workers.formats import Format, formats, get_format
 from workers.quality import remarks
 
 HEAD_ROWS = 200
@@ -97,13 +97,19 @@ def read_rows(
 
     A pair without an Example and without an error is a remark about the file and no row.
     """
-    parse = get_format(format_name).parse
+    plugin = get_format(format_name)
     for item in open_rows(path):
-        if isinstance(item, Problem):
-            yield None, [item]
-            continue
-        example, problems = parse(item.value, item.line, columns)
-        assert example is not None or any(problem.level == "error" for problem in problems), "a row was lost"
-        if example is not None and remark:
-            problems = [*problems, *remarks(example, item.value)]
-        yield example, problems
+        yield read_row(item, plugin, columns, remark=remark)
+
+
+def read_row(
+    item: Row | Problem, plugin: Format, columns: dict[str, str], *, remark: bool
+) -> tuple[AnyExample | None, list[Problem]]:
+    """What `read_rows` says of one row."""
+    if isinstance(item, Problem):
+        return None, [item]
+    example, problems = plugin.parse(item.value, item.line, columns)
+    assert example is not None or any(problem.level == "error" for problem in problems), "a row was lost"
+    if example is not None and remark:
+        problems = [*problems, *remarks(example, item.value)]
+    return example, problems
