@@ -196,7 +196,7 @@ def _is_utf8(line: bytes) -> bool:
 # -- JSON Lines --------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """(line number, byte offset, line without its end) of each line; a line over the limit is cut to the limit + 1."""
     number, offset = 0, 0
     while raw := file.readline(MAX_ROW_BYTES + 1):
@@ -226,7 +226,7 @@ def _too_long(line: int, raw: bytes) -> Problem:
 
 def _jsonl_rows(path: Path) -> Iterator[Row | Problem]:
     with open_unpacked(path) as file:
-        for number, offset, raw in _lines(file):
+        for number, offset, raw in numbered_lines(file):
             item = jsonl_row(number, offset, raw)
             if item is not None:
                 yield item
@@ -505,7 +505,7 @@ def _json_kind(path: Path) -> Carrier:
     with open_unpacked(path) as file:
         lines: list[tuple[int, int, bytes]] = []
         num_bytes = 0
-        for number, offset, raw in _lines(file):
+        for number, offset, raw in numbered_lines(file):
             if raw.strip():
                 lines.append((number, offset, raw.strip()))
                 num_bytes += len(raw)
@@ -597,7 +597,7 @@ class _Records:
     own first line: the rest is read again."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._lines = _lines(file)
+        self._lines = numbered_lines(file)
         self._again: deque[tuple[int, int, bytes]] = deque()
         self.current: list[tuple[int, int, bytes]] = []
         self.num_bytes = 0
@@ -777,7 +777,7 @@ def _text_rows(path: Path) -> Iterator[Row | Problem]:
     with open_unpacked(path) as file:
         held: list[str] = []
         start = num_chars = 0
-        for number, offset, raw in _lines(file):
+        for number, offset, raw in numbered_lines(file):
             if len(raw) > MAX_ROW_BYTES:
                 yield _too_long(number, raw)
                 continue

@@ -17,7 +17,7 @@ _MOJIBAKE = re.compile(
     "[\u00c2\u00c3][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]"
     "|\u00e2[\u0080\u20ac][\u0080-\u00bf\u0152\u0153\u0161\u017e\u0178\u02dc\u02c6\u2013-\u203a\u20ac\u2122]"
 )
-_CONTROLS = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROLS = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _TOKENS = re.compile(r"<\|[a-z_]{2,30}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<<SYS>>")
 _TOKEN_PIECES = ("<|", "INST]", "<s>", "</s>", "_of_turn>", "<<SYS>>")
 _SECRETS = re.compile(
@@ -107,7 +107,7 @@ def look_at(text: str) -> Iterator[tuple[str, str, str, str]]:
                 "F014", "holds the mark of a character that was lost (U+FFFD)",
                 "Export the text again from where it is whole.", text[max(0, text.index("\ufffd") - 40) :],
             )  # fmt: skip
-    if found := _CONTROLS.search(text):
+    if found := CONTROLS.search(text):
         yield (
             "F015", f"holds the control character U+{ord(found[0]):04X}", "Remove it, or make a corrected version.",
             _around(text, found),

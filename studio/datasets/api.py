@@ -20,6 +20,7 @@ from studio.datasets import showing
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.repairing import NothingToRepairError, queue_repair
 from studio.datasets.uploads import receive_upload
 from studio.datasets.views import remap
 from workers.formats import get_format
@@ -53,6 +54,7 @@ class VersionOut(Out):
     statistics: dict[str, Any]
     error: str
     error_next_step: str
+    correction: dict[str, Any]
     created_at: datetime
     already_stored: bool
 
@@ -282,6 +284,20 @@ def map_version(request: ApiRequest, dataset_id: int, number: int, body: Mapping
                        help="Upload the file as a new dataset.")  # fmt: skip
     remap(version, body.columns)
     record("dataset.mapped", team=request.team, user=request.user, token=request.token, target=version)
+    version.refresh_from_db()
+    return Status(202, version)
+
+
+@router.post(
+    "datasets/{int:dataset_id}/versions/{int:number}/repair/", response={202: VersionOut, **ERRORS}, auth=may_write
+)
+def repair_version(request: ApiRequest, dataset_id: int, number: int) -> Status[DatasetVersion]:
+    """Ask for a corrected version; `correction` says how it is going, and then its number."""
+    version = _version(request, dataset_id, number)
+    try:
+        queue_repair(version, user=request.user, token=request.token)
+    except NothingToRepairError as error:
+        raise ApiError(409, "nothing_to_repair", str(error)) from error
     version.refresh_from_db()
     return Status(202, version)
 

@@ -16,6 +16,7 @@ from workers.carriers import CARRIER_LABELS
 from workers.examples import EXAMPLE_TYPE_LABELS, ExampleType, turn_of
 from workers.formats import formats
 from workers.objectives import is_trainable
+from workers.rules import CATALOGUE
 
 
 class Dataset(models.Model):
@@ -69,6 +70,7 @@ class DatasetVersion(models.Model):
     error = models.TextField(blank=True, help_text="Why the file cannot be read, for people.")
     error_next_step = models.TextField(blank=True)
     progress = models.JSONField(default=dict, help_text='How far an inspection is: {"stage": "rows", "num_rows": 12}.')
+    correction = models.JSONField(default=dict, help_text="How a corrected version is made or was; see repairing.py.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When an inspection was last asked for.")
     heartbeat_at = models.DateTimeField(null=True, help_text="When the running inspection was last alive.")
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
@@ -126,6 +128,14 @@ class DatasetVersion(models.Model):
     def num_problems(self) -> int:
         """Problems of every rule, those beyond the stored ones included."""
         return sum(self.problem_counts.values())
+
+    def repairs(self) -> list[dict[str, Any]]:
+        """What a corrected version would do: {rule, title, repair, count} of each rule that has a remedy."""
+        return [
+            {"rule": code, "title": CATALOGUE[code].title, "repair": CATALOGUE[code].repair, "count": count}
+            for code, count in sorted(self.problem_counts.items())
+            if code in CATALOGUE and CATALOGUE[code].repair
+        ]
 
     def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
         """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
