@@ -350,6 +350,8 @@ def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
             next_step="Wait for its inspection, or mend what it names.",
             field="dataset_version",
         )
+    if reason := version.why_not_trainable():
+        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset_version")
     return version
 
 

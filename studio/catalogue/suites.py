@@ -49,6 +49,11 @@ def make_suite(
         raise RecipeError(
             "Choose a version of a dataset of your team that was inspected and is ready.", field="dataset_version"
         )
+    if dataset_version.example_type() != "chat":
+        raise RecipeError(
+            f"{dataset_version} holds {dataset_version.example_type_label()}; a suite scores answers in conversations.",
+            field="dataset_version",
+        )
     if max_rows is not None and max_rows < 1:
         raise RecipeError("A suite has at least one row.", field="max_rows")
     try:
