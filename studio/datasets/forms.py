@@ -11,8 +11,8 @@ from workers.formats import get_format
 from workers.licences import choices
 
 
-class UploadForm(forms.Form):
-    """A file and what to call it."""
+class TargetForm(forms.Form):
+    """What a new dataset is to be called."""
 
     name = forms.CharField(
         max_length=120, required=False, help_text="Empty: the file's name without its ending.", label="Name"
@@ -20,6 +20,11 @@ class UploadForm(forms.Form):
     licence = forms.ChoiceField(
         choices=choices, required=False, label="Licence of the data", help_text="Decides what adapters may be shared."
     )
+
+
+class UploadForm(TargetForm):
+    """A file and what to call it."""
+
     file = forms.FileField(
         label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
     )

@@ -1,12 +1,16 @@
 from django.urls import path
 
-from studio.datasets import views
+from studio.datasets import upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
 urlpatterns = [
     path("", views.dataset_list, name="list"),
     path("upload/", views.upload, name="upload"),
+    path("uploads/", upload_views.uploads, name="uploads"),
+    path("uploads/<uuid:upload_id>/", upload_views.upload_item, name="upload_item"),
+    path("uploads/<uuid:upload_id>/target/", upload_views.upload_target, name="upload_target"),
+    path("uploads/<uuid:upload_id>/cancel/", upload_views.upload_cancel, name="upload_cancel"),
     path("<int:dataset_id>/", views.detail, name="detail"),
     path("<int:dataset_id>/licence/", views.change_licence, name="licence"),
     path("<int:dataset_id>/delete/", views.delete, name="delete"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlencode
 
+from django.conf import settings
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
@@ -26,6 +27,7 @@ from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.resumable import unfinished_uploads
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -79,8 +81,13 @@ def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
     chosen = request.POST.get("dataset") or request.GET.get("dataset")
     dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
+    context = {
+        "dataset": dataset,
+        "max_bytes": settings.MAX_UPLOAD_BYTES,
+        "unfinished": unfinished_uploads(request.team),
+    }
     if request.method != "POST":
-        return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
+        return render(request, "datasets/upload.html", {**context, "form": UploadForm()})
     form = UploadForm(request.POST, request.FILES)
     handler = next((one for one in request.upload_handlers if isinstance(one, SpoolingUploadHandler)), None)
     status = 422
@@ -104,7 +111,7 @@ def upload(request: TeamRequest) -> HttpResponse:
             if version.already_stored:
                 messages.info(request, f"This very file is stored already, as {version}. Nothing was uploaded twice.")
             return redirect(version)
-    return render(request, "datasets/upload.html", {"form": form, "dataset": dataset}, status=status)
+    return render(request, "datasets/upload.html", {**context, "form": form}, status=status)
 
 
 def _status_of(error: OSError) -> int:
