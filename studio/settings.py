@@ -128,6 +128,7 @@ API_ROUTERS = [
     "studio.api.me.router",
     "studio.datasets.api.router",
     "studio.datasets.upload_api.router",
+    "studio.datasets.adding_api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.naming_api.router",
     "studio.catalogue.suite_api.router",

@@ -30,6 +30,18 @@ class UploadForm(TargetForm):
     )
 
 
+class PasteForm(TargetForm):
+    """Rows as text, and what to call them."""
+
+    # Stripped rows would have other line numbers than the person sees.
+    rows = forms.CharField(
+        label="Rows", widget=forms.Textarea(attrs={"rows": 14, "class": "font-mono text-sm", "spellcheck": "false"}),
+        strip=False, help_text="JSON Lines, a JSON list, or a table with a header: copied cells of a spreadsheet work.",
+    )  # fmt: skip
+
+    field_order = ("rows", "name", "licence")
+
+
 class LicenceForm(forms.Form):
     """Under which licence a dataset's rows came."""
 

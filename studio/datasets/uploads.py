@@ -62,6 +62,20 @@ def receive_upload(
         )
 
 
+def receive_pasted(
+    rows: str, *, team: Team, user: User, dataset: Dataset | None = None, name: str = "", licence: str = ""
+) -> DatasetVersion:
+    """Store pasted text as a file and register it as `receive_upload` does; raises what that raises."""
+    # A browser ends every line of a text field with two characters; a file that is uploaded has one.
+    text = rows.replace("\r\n", "\n")
+    first_line = text.lstrip().partition("\n")[0]
+    ending = {"{": "jsonl", "[": "json"}.get(first_line[:1], "tsv" if "\t" in first_line else "csv")
+    return receive_upload(
+        team=team, user=user, file_name=f"pasted rows.{ending}", chunks=[text.encode()], dataset=dataset, name=name,
+        licence=licence,
+    )  # fmt: skip
+
+
 def register_file(
     blob: IncomingBlob,
     *,

@@ -1,12 +1,13 @@
 from django.urls import path
 
-from studio.datasets import upload_views, views
+from studio.datasets import adding_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
 urlpatterns = [
     path("", views.dataset_list, name="list"),
     path("upload/", views.upload, name="upload"),
+    path("upload/paste/", adding_views.paste, name="paste"),
     path("uploads/", upload_views.uploads, name="uploads"),
     path("uploads/<uuid:upload_id>/", upload_views.upload_item, name="upload_item"),
     path("uploads/<uuid:upload_id>/target/", upload_views.upload_target, name="upload_target"),

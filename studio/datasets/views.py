@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlencode
 
-from django.conf import settings
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import transaction
@@ -22,12 +21,12 @@ from django.views.decorators.http import require_GET, require_POST
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.datasets import showing
+from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
-from studio.datasets.resumable import unfinished_uploads
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -79,13 +78,8 @@ def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
 @team_page(Role.TRAINER)
 def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
-    chosen = request.POST.get("dataset") or request.GET.get("dataset")
-    dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
-    context = {
-        "dataset": dataset,
-        "max_bytes": settings.MAX_UPLOAD_BYTES,
-        "unfinished": unfinished_uploads(request.team),
-    }
+    dataset = chosen_dataset(request)
+    context = adding_context(request, dataset) | {"way": "file"}
     if request.method != "POST":
         return render(request, "datasets/upload.html", {**context, "form": UploadForm()})
     form = UploadForm(request.POST, request.FILES)
@@ -103,7 +97,7 @@ def upload(request: TeamRequest) -> HttpResponse:
                 dataset=dataset, name=form.cleaned_data["name"], licence=form.cleaned_data["licence"],
             )  # fmt: skip
         except DatasetError as error:
-            form.add_error("name" if error.field == "name" else "file", f"{error.message} {error.next_step}".strip())
+            explain_in(form, error, "file")
         except StorageError as error:
             form.add_error("file", error.strerror or str(error))
             status = _status_of(error)
