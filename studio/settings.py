@@ -67,6 +67,8 @@ STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
 WARM_SECONDS = float(os.environ.get("STUDIO_WARM_SECONDS", 600))
 # Folders (separated by colons) below which an admin may register base models.
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
+# Folders (separated by colons) below which an admin may make datasets of files, where web and workers see them.
+DATASET_ROOTS = [Path(p) for p in os.environ.get("STUDIO_DATASET_ROOTS", "").split(":") if p]
 # The studio's address as people reach it, for links in mails.
 PUBLIC_URL = os.environ.get("STUDIO_PUBLIC_URL", f"http://{HOST}:{PORT or 8000}").rstrip("/")
 # The mail server. Without a host no mail is sent.

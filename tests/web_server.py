@@ -26,7 +26,8 @@ class WebServer:
 
     def __init__(self, folder: Path) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.root = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.port: int = self._listener.getsockname()[1]
+        self.root = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / "web.log"
         self.process: subprocess.Popen[bytes]
         self.is_special = False
@@ -72,8 +73,8 @@ class WebServer:
 def web_server(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[WebServer]:
     """A running one, which is gone afterwards."""
     server = WebServer(folder)
-    server.start(environment)
     try:
+        server.start(environment)
         yield server
     finally:
         server.close()

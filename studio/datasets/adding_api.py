@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
+from django.conf import settings
 from django.shortcuts import get_object_or_404
 from ninja import Router, Status
 from pydantic import Field
 
-from studio.api.auth import ApiRequest, may_write
-from studio.api.errors import ERRORS
-from studio.api.schemas import Body
+from studio.accounts.models import Role, Scope
+from studio.api.auth import ApiRequest, Token, may_write
+from studio.api.errors import ERRORS, ApiError
+from studio.api.schemas import Body, Out
 from studio.datasets.api import VersionOut
-from studio.datasets.models import Dataset, DatasetVersion
-from studio.datasets.resumable import refuse_unknown_licence
+from studio.datasets.fetching import start_folder_import
+from studio.datasets.folders import OfferedFile, offered_files
+from studio.datasets.models import Dataset, DatasetVersion, Upload
+from studio.datasets.resumable import TooManyUploadsError, refuse_unknown_licence
+from studio.datasets.tus import too_many_uploads
+from studio.datasets.upload_api import UploadOut
 from studio.datasets.uploads import receive_pasted
 
 router = Router(tags=["datasets"])
@@ -35,6 +43,47 @@ class RowsBody(TargetBody):
     """Rows as the text of a JSON Lines, JSON, CSV or TSV file."""
 
     rows: str
+
+
+class FolderBody(TargetBody):
+    """A file of the server's folders by its full path."""
+
+    path: str = Field(max_length=4000)
+
+
+class OfferedFileOut(Out):
+    """A file that may be named."""
+
+    path: str
+    num_bytes: int
+    changed_at: datetime
+
+
+def _refuse_without_folders() -> None:
+    if not settings.DATASET_ROOTS:
+        raise ApiError(404, "no_folders", "This studio offers no files of its server.",
+                       help="Whoever runs it can set STUDIO_DATASET_ROOTS.")  # fmt: skip
+
+
+@router.get("server-files/", response={200: list[OfferedFileOut], **ERRORS}, auth=Token(Scope.READ, Role.ADMIN))
+def list_server_files(request: ApiRequest) -> list[OfferedFile]:
+    """Files of the server that an admin may make datasets of."""
+    _refuse_without_folders()
+    return offered_files()[0]
+
+
+@router.post("datasets/from-server/", response={202: UploadOut, **ERRORS}, auth=Token(Scope.WRITE, Role.ADMIN))
+def import_server_file(request: ApiRequest, body: FolderBody) -> Status[Upload]:
+    """Have a file of the server become a dataset version; ask for the upload until its state is finished."""
+    _refuse_without_folders()
+    try:
+        upload = start_folder_import(
+            team=request.team, user=request.user, path=body.path, dataset=body.dataset(request), name=body.name,
+            licence=body.licence,
+        )  # fmt: skip
+    except TooManyUploadsError as error:
+        raise too_many_uploads() from error
+    return Status(202, upload)
 
 
 @router.post("datasets/rows/", response={201: VersionOut, 200: VersionOut, **ERRORS}, auth=may_write)

@@ -42,6 +42,12 @@ class PasteForm(TargetForm):
     field_order = ("rows", "name", "licence")
 
 
+class FolderForm(TargetForm):
+    """A file of the server, and what to call it."""
+
+    path = forms.CharField(max_length=4000, label="File", widget=forms.HiddenInput)
+
+
 class LicenceForm(forms.Form):
     """Under which licence a dataset's rows came."""
 

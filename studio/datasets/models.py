@@ -186,6 +186,7 @@ class Upload(models.Model):
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
     touched_at = models.DateTimeField(default=timezone.now, help_text="When it last got on.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the worker that fetches it was last alive.")
 
     class Meta:
         constraints: ClassVar = [

@@ -89,16 +89,19 @@ def create(request: TeamRequest, address: Callable[[Upload], str]) -> HttpRespon
             licence=metadata.get("licence", ""), declared_sha256=declared,
         )  # fmt: skip
     except TooManyUploadsError as error:
-        raise ApiError(
-            429, "too_many_uploads", f"The team has {resumable.MAX_UNFINISHED} uploads that are not finished.",
-            help="Finish or cancel one of them.",
-        ) from error  # fmt: skip
+        raise too_many_uploads() from error
     if num_bytes == 0:
         with Receiver(upload, 0) as receiver:
             receiver.settle()
     response = HttpResponse(status=201)
     response["Location"] = address(upload)
     return _described(response, upload)
+
+
+def too_many_uploads() -> ApiError:
+    """What is said to a TooManyUploadsError."""
+    sentence = f"The team has {resumable.MAX_UNFINISHED} uploads that are not finished."
+    return ApiError(429, "too_many_uploads", sentence, help="Finish or cancel one of them.")
 
 
 def head(request: TeamRequest, upload_id: UUID) -> HttpResponse:

@@ -9,7 +9,7 @@ from django.contrib import messages
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, HttpResponseNotAllowed
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
-from django.views.decorators.http import require_POST
+from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
@@ -98,6 +98,17 @@ def _show(request: TeamRequest, upload: Upload, form: TargetForm | None = None) 
         form = TargetForm(initial={"name": upload.name, "licence": upload.licence or "unknown"})
     context = {"upload": upload, "form": form, "problem": problem, "has_expired": has_expired(upload)}
     return render(request, "datasets/upload_item.html", context, status=422 if form.is_bound else 200)
+
+
+@team_page(Role.TRAINER)
+@require_GET
+def upload_progress(request: TeamRequest, upload_id: UUID) -> HttpResponse:
+    """The fragment that shows how far a worker is with a file, and asks for itself again until it is over."""
+    upload = _upload(request, upload_id)
+    response = render(request, "datasets/_upload_progress.html", {"upload": upload})
+    if not upload.is_receiving():
+        response["HX-Redirect"] = upload.get_absolute_url()
+    return response
 
 
 @team_page(Role.TRAINER)

@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 from studio.accounts.models import LoginLink, User
 from studio.datasets.models import DatasetVersion, Upload
 from tests.end_to_end.browsing import CHROMIUM, SECOND, Browser, open_browser
+from tests.faults.cutting import TcpProxy
 from tests.processes import wait_for
 from tests.web_server import WebServer, web_server
 
@@ -31,9 +32,17 @@ def server(transactional_db: None, tmp_path: Path) -> Iterator[WebServer]:
 
 
 @pytest.fixture
-def browser(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
+def way(server: WebServer) -> Iterator[TcpProxy]:
+    """Between the browser and the server."""
+    proxy = TcpProxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def browser(way: TcpProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
     monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")  # as in conftest.py
-    with open_browser(server.root) as browser:
+    with open_browser(way.root) as browser:
         yield browser
 
 
@@ -82,7 +91,7 @@ def expect_stored(browser: Browser, file: Path) -> None:
 
 
 def test_an_upload_goes_on_after_a_pause_a_cut_connection_and_a_killed_server(
-    server: WebServer, browser: Browser, bob: User, file: Path
+    server: WebServer, way: TcpProxy, browser: Browser, bob: User, file: Path
 ) -> None:
     page = browser.page
     browser.sign_in(LoginLink.create_for(bob))
@@ -94,10 +103,9 @@ def test_an_upload_goes_on_after_a_pause_a_cut_connection_and_a_killed_server(
     expect_progress(page)
 
     before = Upload.objects.get().num_received
-    page.context.set_offline(True)
+    way.cut()
     expect(page.locator("[data-progress-text]")).to_contain_text("The connection broke", timeout=30 * SECOND)
-    page.context.set_offline(False)
-    network.may_send(BYTES_PER_SECOND)
+    way.mend()
     wait_for(lambda: page.wait_for_timeout(50) or Upload.objects.get().num_received > before, what="going on")
 
     server.kill()

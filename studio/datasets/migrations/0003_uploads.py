@@ -80,6 +80,10 @@ class Migration(migrations.Migration):
                     models.DateTimeField(default=django.utils.timezone.now, help_text="When it last got on."),
                 ),
                 (
+                    "heartbeat_at",
+                    models.DateTimeField(help_text="When the worker that fetches it was last alive.", null=True),
+                ),
+                (
                     "created_by",
                     models.ForeignKey(
                         on_delete=django.db.models.deletion.PROTECT, related_name="+", to=settings.AUTH_USER_MODEL
