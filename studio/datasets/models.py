@@ -74,6 +74,7 @@ class DatasetVersion(models.Model):
         default=dict,
         help_text='Where the rows came from: {"kind": "hub", "id": "..."}; empty: a person sent them.',
     )
+    changes = models.JSONField(default=dict, help_text="Against the version before, once asked for; see changes.py.")
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 

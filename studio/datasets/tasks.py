@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import fetching, inspecting, resumable
+from studio.datasets import changes, fetching, inspecting, resumable
 
 
 @shared_task
@@ -35,3 +35,9 @@ def fetch_upload(upload_id: str) -> None:
 def fetch_waiting() -> None:
     """Queue fetches whose message was lost or whose worker died."""
     fetching.fetch_waiting()
+
+
+@shared_task
+def find_changes(version_id: int) -> None:
+    """Compare a version with the one before it."""
+    changes.find_changes(version_id)

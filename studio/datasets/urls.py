@@ -23,6 +23,7 @@ urlpatterns = [
     path(_VERSION + "problems/", views.problems, name="problems"),
     path(_VERSION + "problems.csv", views.problems_csv, name="problems_csv"),
     path(_VERSION + "versions/", views.versions, name="versions"),
+    path(_VERSION + "changes/", views.changes, name="changes"),
     path(_VERSION + "used-by/", views.used_by, name="used_by"),
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
     path(_VERSION + "rows/<int:line>/", views.row, name="row"),

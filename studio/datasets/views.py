@@ -22,6 +22,7 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.datasets import showing
 from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
+from studio.datasets.changes import changes_of
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
@@ -281,6 +282,17 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         "versions",
         {"versions": version.dataset.versions.select_related("created_by").order_by("-number")},
     )
+
+
+@team_page()
+@require_GET
+def changes(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Which rows were added, removed and edited since the version before; the fragment asks until that is known."""
+    version = _version(request, dataset_id, number)
+    found = changes_of(version)
+    if request.htmx:  # type: ignore[attr-defined]
+        return render(request, "datasets/_changes.html", {"version": version, "changes": found})
+    return _render_tab(request, version, "changes", {"changes": found})
 
 
 @team_page()

@@ -24,6 +24,13 @@ class Migration(migrations.Migration):
                 help_text='Where the rows came from: {"kind": "hub", "id": "..."}; empty: a person sent them.',
             ),
         ),
+        migrations.AddField(
+            model_name="datasetversion",
+            name="changes",
+            field=models.JSONField(
+                default=dict, help_text="Against the version before, once asked for; see changes.py."
+            ),
+        ),
         migrations.CreateModel(
             name="Upload",
             fields=[
