@@ -24,16 +24,20 @@ def make_file(path: Path, num_rows: int, *, seed: int = 1) -> None:
     dice = random.Random(seed)
     words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 9))) for _ in range(20_000)]
     weights = [1 / (index + 3) for index in range(len(words))]
-    drawn = dice.choices(words, weights, k=1_000_000)
+    drawn: list[str] = []
+    at = 0
     kept: list[bytes] = []
     with path.open("wb") as file:
         for _ in range(num_rows):
             if kept and dice.random() < 0.01:
                 file.write(dice.choice(kept))
                 continue
-            asked, at = dice.randint(10, 40), dice.randrange(len(drawn) - 200)
-            said = drawn[at + asked : at + asked + dice.randint(30, 110)]
+            if len(drawn) - at < 200:
+                drawn, at = dice.choices(words, weights, k=1_000_000), 0
+            asked, told = dice.randint(10, 40), dice.randint(30, 110)
+            said = drawn[at + asked : at + asked + told]
             row = {"prompt": " ".join(drawn[at : at + asked]) + "?", "completion": f"{' '.join(said).capitalize()}."}
+            at += asked + told
             line = orjson.dumps(row) + b"\n"
             if len(kept) < 1000:
                 kept.append(line)

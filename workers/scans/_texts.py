@@ -78,3 +78,8 @@ def beginning(example: AnyExample) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def masked(secret: str) -> str:
+    """A secret as it may be shown and stored: at most four of its characters, and never more than a quarter."""
+    return f"{secret[: min(4, len(secret) // 4)]}… ({len(secret)} characters)"
