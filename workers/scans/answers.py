@@ -62,10 +62,9 @@ class Answers(Scan):
             for digest, text in _long(texts):
                 if counts[digest] >= MIN_ROWS:
                     first = first_lines.setdefault(digest, example.line)
-                    yield Finding(
-                        example.line, "same answer", f"The same answer stands in {counts[digest]:,} rows.",
-                        excerpt_of(text.strip()), first if first != example.line else None,
-                    )  # fmt: skip
+                    message = f"The same answer stands in {counts[digest]:,} rows, the first at line {first:,}."
+                    other = first if first != example.line else None
+                    yield Finding(example.line, "same answer", message, excerpt_of(text.strip()), other)
                     break
         if num_not_counted:
             yield Note(
