@@ -127,6 +127,14 @@ def test_the_sentence_gives_the_rise_in_per_cent() -> None:
     )
 
 
+def test_a_rise_that_rounds_to_nothing_is_none() -> None:
+    sentence = forgetting(make_score(-0.0002, width=0.0004, base_value=2.0, num_rows=144)).sentence()
+    assert sentence == (
+        "The loss on general text stayed the same (95 % interval of the rise 0.0 % to 0.0 %, n = 144), within the "
+        "5.0 % that are allowed."
+    )
+
+
 def test_a_base_without_loss_has_no_share_of_it() -> None:
     with pytest.raises(ValueError, match="no rise"):
         forgetting(make_score(base_value=0.0))
