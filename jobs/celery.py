@@ -37,10 +37,25 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "fetch-waiting": {
+            "task": "studio.datasets.tasks.fetch_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
+        "throw-away-old-uploads": {
+            "task": "studio.datasets.tasks.throw_away_old_uploads",
+            "schedule": 600.0,
+            "options": {"expires": 600},
+        },
         "deliver-due": {
             "task": "studio.webhooks.tasks.deliver_due",
             "schedule": 10.0,
             "options": {"expires": 10},
+        },
+        "prune-deliveries": {
+            "task": "studio.webhooks.tasks.prune_deliveries",
+            "schedule": 3600.0,
+            "options": {"expires": 3600},
         },
         "share-bases": {
             "task": "studio.catalogue.tasks.share_bases",
@@ -49,6 +64,11 @@ app.conf.update(
         },
         "check-adapter-files": {
             "task": "studio.catalogue.tasks.check_adapter_files",
+            "schedule": 300.0,
+            "options": {"expires": 300},
+        },
+        "check-base-files": {
+            "task": "studio.catalogue.tasks.check_base_files",
             "schedule": 300.0,
             "options": {"expires": 300},
         },

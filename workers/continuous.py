@@ -49,7 +49,7 @@ class ContinuousBatch:
     Args:
         choose: one token per row from logits, (N, V) to (N,).
         num_slots: rows at once; None takes as many as fit.
-        on_finished: as `workers.generation.generate` has it.
+        on_finished, should_stop: as `workers.generation.generate` has them.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ContinuousBatch:
         *,
         num_slots: int | None = None,
         on_finished: Callable[[int], object] | None = None,
+        should_stop: Callable[[], object] = lambda: False,
     ) -> None:
         self._model = model
         self._device = next(model.parameters()).device
@@ -67,6 +68,7 @@ class ContinuousBatch:
         self._stop_ids = frozenset(stop_ids)
         self._choose = choose
         self._on_finished = on_finished
+        self._should_stop = should_stop
         self._wanted_slots = num_slots or (SLOTS_ON_GPU if self._is_gpu else SLOTS_ON_CPU)
         self._prompt_tokens = PROMPT_TOKENS_ON_GPU if self._is_gpu else PROMPT_TOKENS_ON_CPU
         self._graphs = StepGraphs(self._device)
@@ -80,13 +82,13 @@ class ContinuousBatch:
     def write(self, prompts: Sequence[tuple[int, Sequence[int], int]]) -> dict[int, list[int]]:
         """The answers by index, of prompts given as (index, ids, most new tokens), the longest first.
 
-        When `on_finished` ended it, rows that were not finished are left out.
+        When it was ended before its end, rows that were not finished are left out.
         """
         waiting = deque(_Row(index, ids, limit, []) for index, ids, limit in prompts)
         self._num_columns = _up(max((len(row.prompt) + row.limit for row in waiting), default=0) + 1)
         rows = list(waiting)
         with grouped_attention(self._model):
-            while True:
+            while not self._should_stop():
                 self._join(waiting)
                 self._step()
                 while len(self._pending) > self._lag():

@@ -27,6 +27,7 @@ def generate(
     seed: int = 17,
     use_cache: bool = True,
     on_finished: Callable[[int], object] | None = None,
+    should_stop: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt, without the token that ended the answer.
 
@@ -44,6 +45,7 @@ def generate(
         use_cache: False recomputes the whole row for every token: slow, for checking only.
         on_finished: told how many rows were finished since the last call; a true answer ends generation early,
             and rows not finished come back empty.
+        should_stop: asked before every token; a true answer does the same.
     """
     room = context_room(model)
     fitting = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < room]
@@ -52,6 +54,7 @@ def generate(
         raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts: give one number, or one for each prompt.")
     fitting = [index for index in fitting if limits[index] > 0]
     order = sorted(fitting, key=lambda index: len(prompts[index]), reverse=True)
+    should_stop = should_stop or (lambda: False)
     generator: torch.Generator | None = None
     was_training = model.training
     model.eval()
@@ -66,12 +69,15 @@ def generate(
 
             asked = [(index, prompts[index], min(limits[index], room - len(prompts[index]))) for index in order]
             if use_cache and takes_slots(model):
-                batch = ContinuousBatch(model, stop_ids, choose, num_slots=batch_size, on_finished=on_finished)
+                batch = ContinuousBatch(
+                    model, stop_ids, choose, num_slots=batch_size, on_finished=on_finished, should_stop=should_stop
+                )
                 answers = batch.write(asked)
             else:
                 answers = _write_in_batches(
-                    model, asked, frozenset(stop_ids), choose, batch_size or DEFAULT_BATCH_SIZE, use_cache, on_finished
-                )
+                    model, asked, frozenset(stop_ids), choose, batch_size or DEFAULT_BATCH_SIZE, use_cache, on_finished,
+                    should_stop,
+                )  # fmt: skip
     finally:
         model.train(was_training)
     return [answers.get(index, []) for index in range(len(prompts))]
@@ -93,14 +99,18 @@ def _write_in_batches(
     size: int,
     use_cache: bool,
     on_finished: Callable[[int], object] | None,
+    should_stop: Callable[[], object],
 ) -> dict[int, list[int]]:
     """The answers by index, of prompts given as (index, ids, most new tokens)."""
     answers: dict[int, list[int]] = {}
     for start in range(0, len(asked), size):
         batch = asked[start : start + size]
         found = _generate_batch(
-            model, [ids for _, ids, _ in batch], [limit for *_, limit in batch], stop_ids, choose, use_cache
-        )
+            model, [ids for _, ids, _ in batch], [limit for *_, limit in batch], stop_ids, choose, use_cache,
+            should_stop,
+        )  # fmt: skip
+        if found is None:
+            break
         answers |= {index: ids for (index, *_), ids in zip(batch, found, strict=True)}
         if on_finished is not None and on_finished(len(batch)):
             break
@@ -114,7 +124,9 @@ def _generate_batch(
     stop_ids: frozenset[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
     use_cache: bool,
-) -> list[list[int]]:
+    should_stop: Callable[[], object],
+) -> list[list[int]] | None:
+    """The answers of one batch; None when it was ended before they were all written."""
     answers: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
@@ -129,6 +141,8 @@ def _generate_batch(
     cache: Any = None
     new_ids_BT, new_positions_BT = ids_BT, positions_BT
     while True:
+        if should_stop():
+            return None
         inputs = {"attention_mask": mask_BT}
         if use_cache:
             inputs |= {"input_ids": new_ids_BT, "position_ids": new_positions_BT, "past_key_values": cache}

@@ -86,8 +86,13 @@ def stored_policy(team: Team) -> Policy:
 
 
 def thresholds_of(team: Team) -> Thresholds:
-    """From where on something counts against the team's adapters; of a gate that is off, the defaults. One query."""
-    asked = PolicySettings.from_dict(current_policy(team).settings).gates
+    """From where on something counts against the team's adapters, by its newest policy. One query."""
+    return thresholds_in(PolicySettings.from_dict(current_policy(team).settings))
+
+
+def thresholds_in(settings: PolicySettings) -> Thresholds:
+    """From where on something counts by a policy; of a gate that is off, the defaults."""
+    asked = settings.gates
     first = Thresholds()
     forgetting, overlap, base = (asked.get(name, {}) for name in ("forgetting", "overlap", "beats_base"))
     return Thresholds(

@@ -12,6 +12,7 @@ import torch
 from tests.factories import make_score
 from tests.taught import make_taught_base
 from tests.tiny import make_tiny_base, write_rows
+from workers.base_scores import BaseScores
 from workers.bundled import prepare_smollm2
 from workers.forgetting import ALLOWED_RISE, Forgetting, Keeping, forgetting
 from workers.general import FILE, SHA256, general_rows
@@ -51,7 +52,9 @@ def general_verdict(base: Path, folder: Path, rows: list[dict[str, str]], **trai
     )
     folder.mkdir()
     folders = Folders(base, write_rows(folder / "rows.jsonl", rows), folder / "out")
-    product = train(recipe, folders, report=lambda event: None, should_stop=lambda: None)
+    # The base is the same for every run of a test, and so are its scores.
+    scores = BaseScores(folder.parent / "base_scores")
+    product = train(recipe, folders, report=lambda event: None, should_stop=lambda: None, base_scores=scores)
     assert product is not None
     general = {score.evaluation: score for score in Result.from_folder(product).general}
     assert set(general) == {"loss", "byte_perplexity"}

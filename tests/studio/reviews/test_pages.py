@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.catalogue.models import Adapter
@@ -224,3 +227,52 @@ def test_the_policy_and_a_review_by_the_api(team: Team, make_good: Any, lena: Us
     assert told["winner"] == ("base" if item["a"].startswith("base") else "adapter")
     listed = client.get("/api/v1/reviews/?tab=waiting").json()["items"]
     assert [(one["adapter_name"], one["adapter_version"]) for one in listed] == [("support", 1)]
+
+
+def test_the_review_begins_with_what_was_found_in_the_adapter_by_its_policys_thresholds(
+    make_good: Callable[..., Adapter], lena: User, team: Team
+) -> None:
+    leaked = OverlapRecord(num_held_out_rows=100, num_exact=3, num_near=0)
+    review = submitted(make_good(overlap=leaked))
+    page = " ".join(signed_in(lena).get(f"/reviews/{review.pk}/").text.split())
+    assert page.index("Trained on its test rows: 3 of 100") < page.index("Test rows were not trained on: failed")
+    assert f'href="/models/{review.adapter_id}/#overlap"' in page
+    _, secret = ApiToken.issue(team=team, user=lena, name="x", scopes=["read"])
+    api = Client(headers={"authorization": f"Bearer {secret}"})
+    told = api.get(f"/api/v1/reviews/{review.pk}/").json()["findings"]
+    assert (told[0]["code"], told[0]["level"]) == ("overlap", "bad")
+    policy = current_policy(review.team)
+    settings = PolicySettings.from_dict(policy.settings)
+    changed = {**settings.gates, "overlap": {"max_percent": 5.0}}
+    change_policy(review.team, PolicySettings.cleaned(settings.approvals, changed), by=lena)
+    milder = submitted(make_good("milder", overlap=leaked))
+    told = api.get(f"/api/v1/reviews/{milder.pk}/").json()["findings"]
+    assert (told[0]["code"], told[0]["level"]) == ("overlap", "warning")
+
+
+def test_what_waits_is_ordered_by_due_date_and_then_the_longest_waiting_first(
+    make_good: Callable[..., Adapter], lena: User, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.reviews.views.PAGE_SIZE", 2)
+    today = timezone.localdate()
+    due = {"old": None, "late": today + timedelta(days=9), "soon": today + timedelta(days=1), "new": None}
+    for name, day in due.items():
+        submitted(make_good(name), check=False, due_on=day)
+    client, seen, path = signed_in(lena), [], "/reviews/?tab=waiting"
+    assert "By due date, then the longest waiting first." in client.get(path).text
+    while path:
+        page = client.get(path).text
+        seen += re.findall(r">(\w+) v1</a></h2>", page)
+        after = re.search(r'rel="next" href="([^"]+)"', page)
+        path = "/reviews/" + after.group(1).replace("&amp;", "&") if after else ""
+    assert seen == ["soon", "late", "old", "new"]
+    _, secret = ApiToken.issue(team=team, user=lena, name="x", scopes=["read"])
+    api = Client(headers={"authorization": f"Bearer {secret}"})
+    told, url = [], "/api/v1/reviews/?tab=waiting&limit=3"
+    while url:
+        answer = api.get(url).json()
+        told += [one["adapter_name"] for one in answer["items"]]
+        url = f"/api/v1/reviews/?tab=waiting&limit=3&after={answer['next']}" if answer["next"] else ""
+    assert told == seen
+    refused = api.get("/api/v1/reviews/?tab=waiting&after=nonsense")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_cursor")
