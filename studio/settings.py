@@ -107,6 +107,9 @@ INSTALLED_APPS = [
     "jobs",
 ]
 
+# From where on a finding counts against an adapter: asked by the catalogue, which knows nothing of reviews.
+THRESHOLDS_OF_TEAM = "studio.reviews.policies.thresholds_of"
+
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",

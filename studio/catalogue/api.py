@@ -20,7 +20,7 @@ from studio.catalogue.base_checks import ask_for_check, check_of
 from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
-from studio.catalogue.findings import Finding, Level, findings_of
+from studio.catalogue.findings import Finding, Level, findings_of, thresholds_of
 from studio.catalogue.importing import allowed_folder, register_base_model
 from studio.catalogue.model_card import (
     MAX_EDITED_CHARACTERS,
@@ -140,7 +140,7 @@ class AdapterDetailOut(AdapterOut):
 
     @staticmethod
     def resolve_findings(adapter: Adapter) -> list[Finding]:
-        return findings_of(adapter)
+        return findings_of(adapter, thresholds_of(adapter.team))
 
     @staticmethod
     def resolve_sha256(adapter: Adapter) -> str:

@@ -304,6 +304,7 @@ class RunComparison(models.Model):
     difference_high = models.FloatField()
     interval_method = models.CharField(max_length=200)
     p_value = models.FloatField()
+    smallest_effect = models.FloatField(null=True, help_text="The smallest difference worth telling.")
     rows_needed = models.PositiveIntegerField()
     rows_recommended = models.PositiveIntegerField()
 

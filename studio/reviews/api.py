@@ -24,7 +24,7 @@ from studio.reviews import commenting, judging, reviewing, showing
 from studio.reviews.blind_pages import export_response
 from studio.reviews.gates import gates, label_of
 from studio.reviews.models import BlindItem, Comment, Policy, Review
-from studio.reviews.policies import PolicySettings, change_policy, current_policy
+from studio.reviews.policies import PolicySettings, change_policy, current_policy, thresholds_in
 from studio.reviews.reviewing import MAX_REASON, ReviewError
 from studio.reviews.views import actor_of
 
@@ -161,7 +161,7 @@ class ReviewDetailOut(ReviewOut):
 
     @staticmethod
     def resolve_findings(review: Review) -> list[Finding]:
-        return findings_of(review.adapter, showing.thresholds_of(PolicySettings.from_dict(review.policy.settings)))
+        return findings_of(review.adapter, thresholds_in(PolicySettings.from_dict(review.policy.settings)))
 
     @staticmethod
     def resolve_gates(review: Review) -> list[Any]:

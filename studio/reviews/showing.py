@@ -11,10 +11,9 @@ from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, Val
 from django.db.models.functions import Coalesce
 
 from studio.accounts.models import Team, User
-from studio.catalogue.findings import Thresholds
 from studio.catalogue.models import Adapter, Score
 from studio.keyset import Key
-from studio.reviews.gates import forgetting, gates, label_of, overlap
+from studio.reviews.gates import gates, label_of
 from studio.reviews.models import GateOutcome, GateState, Review, Reviewer, ReviewState
 from studio.reviews.policies import PolicySettings
 from workers.verdicts import Verdict
@@ -82,17 +81,6 @@ def reviews_for_page(team: Team) -> QuerySet[Review]:
         .prefetch_related(scores)
         .defer(None)
         .defer("adapter__recipe", "adapter__files", "adapter__card", "adapter__search")
-    )
-
-
-def thresholds_of(settings: PolicySettings) -> Thresholds:
-    """From where on something in an adapter counts, by a policy's gates; the defaults where it has not their gate."""
-    usual = Thresholds()
-    rise = settings.gates.get(forgetting.PLUGIN.name, {}).get("max_rise_percent")
-    leaked = settings.gates.get(overlap.PLUGIN.name, {}).get("max_percent")
-    return Thresholds(
-        allowed_rise=usual.allowed_rise if rise is None else rise / 100,
-        overlap_share=usual.overlap_share if leaked is None else leaked / 100,
     )
 
 

@@ -18,8 +18,8 @@ from studio.catalogue.models import Adapter
 from studio.keyset import read_cursor, read_page
 from studio.reviews import reviewing, showing
 from studio.reviews.forms import AssignForm, SubmitForm
-from studio.reviews.models import Review, ReviewState
-from studio.reviews.policies import PolicySettings
+from studio.reviews.models import Review, Reviewer, ReviewState
+from studio.reviews.policies import PolicySettings, thresholds_in
 from studio.reviews.reviewing import Action, Actor, MissingReasonError, ReviewError, allowed_actions
 
 PAGE_SIZE = 30
@@ -91,35 +91,55 @@ def review(request: TeamRequest, review_id: int) -> HttpResponse:
     return _review_page(request, review_id)
 
 
+@never_cache
+@require_safe
+@team_page()
+def gates(request: TeamRequest, review_id: int) -> HttpResponse:
+    """The gates alone, for a page that is open while they are being checked."""
+    found = find_review(request, review_id)
+    if "HX-Request" not in request.headers:
+        return redirect(f"{found.get_absolute_url()}#gates")
+    return render(request, "reviews/_gates_swap.html", _gates_context(request, found))
+
+
+def _gates_context(request: TeamRequest, found: Review) -> dict[str, Any]:
+    rows = showing.gate_rows(found, list(found.outcomes.select_related("waived_by")))
+    people = list(found.reviewers.select_related("user").order_by("user__username"))
+    return {
+        "review": found,
+        "gates": rows,
+        "num_hindrances": sum(row.is_hindrance for row in rows),
+        "num_failed": sum(row.has_failed for row in rows),
+        "num_open": sum(row.is_hindrance and not row.has_failed for row in rows),
+        "people": people,
+        "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),
+        "may": allowed_actions(actor_of(request), found.adapter, found.state),
+    }
+
+
 def _review_page(
     request: TeamRequest, review_id: int, *, errors: dict[str, str] | None = None, status: int = 200
 ) -> HttpResponse:
     found = get_object_or_404(showing.reviews_for_page(request.team), pk=review_id)
-    people = list(found.reviewers.select_related("user").order_by("user__username"))
-    rows = showing.gate_rows(found, list(found.outcomes.select_related("waived_by")))
+    context = _gates_context(request, found)
+    people: list[Reviewer] = context["people"]
     settings = PolicySettings.from_dict(found.policy.settings)
     return render(
         request,
         "reviews/review.html",
         {
-            "review": found,
+            **context,
             "adapter": found.adapter,
             "tab": "gates",
-            "gates": rows,
-            "num_hindrances": sum(row.is_hindrance for row in rows),
-            "num_failed": sum(row.has_failed for row in rows),
-            "num_open": sum(row.is_hindrance and not row.has_failed for row in rows),
             "approvals_needed": settings.approvals,
             "approvals": [one for one in people if one.approved_at],
             "assigned": [one for one in people if one.is_assigned],
-            "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),
-            "findings": findings_of(found.adapter, showing.thresholds_of(settings)),
+            "findings": findings_of(found.adapter, thresholds_in(settings)),
             "scores": showing.scores_worst_first(found.adapter),
-            "may": allowed_actions(actor_of(request), found.adapter, found.state),
             "errors": errors,
         },
         status=status,
-    )  # fmt: skip
+    )
 
 
 Act = Callable[[int, Actor, QueryDict], Any]

@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("accounts", "0001_initial"),
-        ("catalogue", "0009_file_checks"),
+        ("catalogue", "0010_smallest_effect_of_comparisons"),
         ("datasets", "0002_licence"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
