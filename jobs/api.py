@@ -42,10 +42,9 @@ from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
-from workers.errors import RecipeError
+from workers.errors import RecipeError, RecipeProblems
 from workers.methods import methods
 from workers.recipe import EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
-from workers.resolving import RecipeProblems
 
 router = Router(tags=["jobs"])
 
@@ -351,6 +350,8 @@ def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
             next_step="Wait for its inspection, or mend what it names.",
             field="dataset_version",
         )
+    if reason := version.why_not_trainable():
+        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset_version")
     return version
 
 

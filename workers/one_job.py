@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m workers",
         description="Train an adapter as a recipe says, and score it beside its base.",
-        epilog='"python -m workers describe" lists the methods and their settings.',
+        epilog='"python -m workers describe" lists the methods, the metrics and their settings.',
     )
     parser.add_argument("recipe", type=Path, help="recipe file (JSON); paths in it are relative to it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes checkpoints and the adapter")

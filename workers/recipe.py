@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
-from workers.errors import RecipeError
+from workers.errors import RecipeError, RecipeProblems
 from workers.texts import find_unstorable
 
 Auto = Literal["auto"]
@@ -513,8 +513,8 @@ def problems_by_field(error: ValidationError, *, prefix: str = "") -> dict[str, 
     return found
 
 
-def recipe_error(error: ValidationError, *, prefix: str = "") -> RecipeError:
+def recipe_error(error: ValidationError, *, prefix: str = "") -> RecipeProblems:
     """A pydantic error as one RecipeError that names every field."""
     found = problems_by_field(error, prefix=prefix)
     sentence = " ".join(f"{name}: {message}" for name, message in found.items())
-    return RecipeError(sentence, field=next(iter(found), None))
+    return RecipeProblems(found, message=sentence)

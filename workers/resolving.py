@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from workers.errors import RecipeError
+from workers.errors import RecipeError, RecipeProblems
 from workers.evaluations import evaluations, get_evaluation, name_of_key, named_by
 from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
@@ -27,15 +27,6 @@ MAX_VALIDATIONS = 3
 """Validations between the first and the last step that only show how it goes; each reads the held-out rows."""
 CHOOSING_VALIDATIONS = 10
 """Validations of a run in which they choose: with fewer the best step is likely to lie between two."""
-
-
-class RecipeProblems(RecipeError):  # noqa: N818 - it holds several
-    """Everything that is wrong with a recipe, as {dotted field: sentence}."""
-
-    def __init__(self, fields: dict[str, str]) -> None:
-        first = next(iter(fields))
-        super().__init__(" ".join(fields.values()), field=first)
-        self.fields = fields
 
 
 def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Recipe:

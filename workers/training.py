@@ -810,6 +810,8 @@ def package(
 ) -> Path:
     """The finished product in `attempts/<n>/adapter`: complete, or not there."""
     run.report(PhaseEvent(phase="packaging"))
+    for message in scoring.left_out_messages(adapter_rows, run.recipe.evaluation.metrics):
+        run.report(message)
     parameters = checkpoints.trainable_parameters(model).values()
     plan_epochs = position.row / len(run.data.train)
     seconds = position.train_seconds

@@ -267,6 +267,9 @@ class EvaluationRun(models.Model):
     def __str__(self) -> str:
         return f"{self.get_test_set_display()} of {self.adapter or self.base_model}"
 
+    def get_absolute_url(self) -> str:
+        return reverse("catalogue:run", args=[self.pk])
+
     def is_complete(self) -> bool:
         return self.num_scored == self.num_rows
 
@@ -284,6 +287,24 @@ class RowCounts(models.Model):
 
     def __str__(self) -> str:
         return f"rows of {self.run}"
+
+
+class RunSample(models.Model):
+    """A row of a suite as the base and the adapter of a run answered it; null where no answer was asked for."""
+
+    run = models.ForeignKey(EvaluationRun, on_delete=models.CASCADE, related_name="samples")
+    line = models.PositiveBigIntegerField(help_text="In the dataset file, or among the rows of the task.")
+    task = models.CharField(max_length=200, blank=True, help_text="A standard task's name; empty: a dataset's row.")
+    prompt = models.TextField()
+    reference = models.TextField()
+    # An empty answer is an answer: only null says that none was asked for.
+    base_answer = models.TextField(null=True)  # noqa: DJ001
+    adapter_answer = models.TextField(null=True)  # noqa: DJ001
+    figures = models.JSONField(help_text="{evaluation: [the base's figure of this row, the adapter's]}, null for none.")
+    left_out = models.JSONField(default=dict, help_text="{evaluation: why the row has no part in it}")
+
+    def __str__(self) -> str:
+        return f"line {self.line} of {self.run}"
 
 
 class RunComparison(models.Model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from django.conf import settings
 from django.db import models
@@ -13,7 +14,10 @@ from django.utils import timezone
 from studio.accounts.models import Team
 from studio.storage import fetch_blob
 from workers.carriers import CARRIER_LABELS
+from workers.examples import EXAMPLE_TYPE_LABELS, ExampleType, turn_of
 from workers.formats import formats
+from workers.objectives import is_trainable
+from workers.rules import CATALOGUE
 
 
 class Dataset(models.Model):
@@ -67,8 +71,14 @@ class DatasetVersion(models.Model):
     error = models.TextField(blank=True, help_text="Why the file cannot be read, for people.")
     error_next_step = models.TextField(blank=True)
     progress = models.JSONField(default=dict, help_text='How far an inspection is: {"stage": "rows", "num_rows": 12}.')
+    correction = models.JSONField(default=dict, help_text="How a corrected version is made or was; see repairing.py.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When an inspection was last asked for.")
     heartbeat_at = models.DateTimeField(null=True, help_text="When the running inspection was last alive.")
+    source = models.JSONField(
+        default=dict,
+        help_text='Where the rows came from: {"kind": "hub", "id": "..."}; empty: a person sent them.',
+    )
+    changes = models.JSONField(default=dict, help_text="Against the version before, once asked for; see changes.py.")
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -98,6 +108,20 @@ class DatasetVersion(models.Model):
         plugin = formats().get(self.format)
         return plugin.label if plugin else "not recognised"
 
+    def example_type(self) -> ExampleType:
+        """What its rows are: conversations, preference pairs, ...; a format that is gone counts as conversations."""
+        plugin = formats().get(self.format)
+        return plugin.example_type if plugin else "chat"
+
+    def example_type_label(self) -> str:
+        return EXAMPLE_TYPE_LABELS[self.example_type()]
+
+    def why_not_trainable(self) -> str:
+        """Why no job can learn from its rows, as a sentence; empty when one can."""
+        if is_trainable(self.example_type()):
+            return ""
+        return f"{self} holds {self.example_type_label()}, and no objective that learns from them is installed yet."
+
     def carrier_label(self) -> str:
         return CARRIER_LABELS.get(self.carrier, self.carrier)
 
@@ -110,6 +134,14 @@ class DatasetVersion(models.Model):
     def num_problems(self) -> int:
         """Problems of every rule, those beyond the stored ones included."""
         return sum(self.problem_counts.values())
+
+    def repairs(self) -> list[dict[str, Any]]:
+        """What a corrected version would do: {rule, title, repair, count} of each rule that has a remedy."""
+        return [
+            {"rule": code, "title": CATALOGUE[code].title, "repair": CATALOGUE[code].repair, "count": count}
+            for code, count in sorted(self.problem_counts.items())
+            if code in CATALOGUE and CATALOGUE[code].repair
+        ]
 
     def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
         """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
@@ -142,3 +174,74 @@ class DatasetProblem(models.Model):
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.rule}"
+
+    @property
+    def turn(self) -> int | None:
+        """Which turn of a conversation it is in, counted from 1."""
+        return turn_of(self.field)
+
+
+class UploadState(models.TextChoices):
+    """How far a file that arrives bit by bit has come."""
+
+    RECEIVING = "receiving", "Receiving"
+    FINISHED = "finished", "Finished"
+    REFUSED = "refused", "Refused"
+
+
+class Upload(models.Model):
+    """A file on its way to becoming a dataset version: sent by a browser in pieces, or fetched by a worker.
+
+    Its row is the truth about how much of it is safe: `num_received` is raised after the bytes are on the disk.
+    """
+
+    id = models.UUIDField(primary_key=True, default=uuid4, editable=False)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="uploads")
+    dataset = models.ForeignKey(
+        Dataset, null=True, on_delete=models.CASCADE, related_name="uploads", help_text="Empty: a new dataset."
+    )
+    state = models.CharField(max_length=12, choices=UploadState.choices, default=UploadState.RECEIVING)
+    file_name = models.CharField(max_length=255, help_text="As the person named it, cleaned for display.")
+    name = models.CharField(max_length=120, blank=True, help_text="The new dataset's; empty: by the file's name.")
+    licence = models.CharField(max_length=80, blank=True, help_text="The new dataset's.")
+    source = models.JSONField(default=dict, help_text="As DatasetVersion.source; empty: it is sent in pieces.")
+    num_bytes = models.BigIntegerField(null=True, help_text="Of the whole file; empty: not known before it is there.")
+    num_received = models.BigIntegerField(default=0, help_text="Bytes that are on the disk.")
+    declared_sha256 = models.CharField(max_length=64, blank=True, help_text="What the sender says the file's is.")
+    sha256 = models.CharField(max_length=64, blank=True, help_text="Of the whole file, once it is there.")
+    version = models.ForeignKey(DatasetVersion, null=True, on_delete=models.CASCADE, related_name="uploads")
+    was_stored = models.BooleanField(default=False, help_text="Whether the team had this very file before.")
+    error_code = models.CharField(max_length=40, blank=True)
+    error_field = models.CharField(max_length=40, blank=True)
+    error = models.TextField(blank=True, help_text="Why it did not become a version, for people.")
+    error_next_step = models.TextField(blank=True)
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+    touched_at = models.DateTimeField(default=timezone.now, help_text="When it last got on.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the worker that fetches it was last alive.")
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=models.Q(num_bytes=None) | models.Q(num_received__lte=models.F("num_bytes")),
+                name="no_more_is_received_than_there_is",
+            ),
+        ]
+        indexes: ClassVar = [models.Index(fields=["team", "state", "-touched_at"], name="upload_list")]
+
+    def __str__(self) -> str:
+        return self.file_name
+
+    def get_absolute_url(self) -> str:
+        return reverse("datasets:upload_item", args=[self.pk])
+
+    def is_receiving(self) -> bool:
+        return self.state == UploadState.RECEIVING
+
+    def is_complete(self) -> bool:
+        """Whether every byte is here; what is fetched says so itself."""
+        return self.num_bytes is not None and self.num_received == self.num_bytes
+
+    def percent(self) -> int:
+        """How much is here, from 0 to 100."""
+        return 100 * self.num_received // self.num_bytes if self.num_bytes else 0

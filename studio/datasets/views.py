@@ -21,11 +21,14 @@ from django.views.decorators.http import require_GET, require_POST
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.datasets import showing
+from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
+from studio.datasets.changes import changes_of
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.repairing import NothingToRepairError, is_running, queue_repair
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -33,6 +36,7 @@ from studio.storage import DiskFullError, StorageError, TooLargeError
 from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
 from workers.licences import choices as licence_choices
+from workers.rules import RULES
 
 PAGE_SIZE = 50
 MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -77,10 +81,10 @@ def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
 @team_page(Role.TRAINER)
 def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
-    chosen = request.POST.get("dataset") or request.GET.get("dataset")
-    dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
+    dataset = chosen_dataset(request)
+    context = adding_context(request, dataset) | {"way": "file"}
     if request.method != "POST":
-        return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
+        return render(request, "datasets/upload.html", {**context, "form": UploadForm()})
     form = UploadForm(request.POST, request.FILES)
     handler = next((one for one in request.upload_handlers if isinstance(one, SpoolingUploadHandler)), None)
     status = 422
@@ -96,7 +100,7 @@ def upload(request: TeamRequest) -> HttpResponse:
                 dataset=dataset, name=form.cleaned_data["name"], licence=form.cleaned_data["licence"],
             )  # fmt: skip
         except DatasetError as error:
-            form.add_error("name" if error.field == "name" else "file", f"{error.message} {error.next_step}".strip())
+            explain_in(form, error, "file")
         except StorageError as error:
             form.add_error("file", error.strerror or str(error))
             status = _status_of(error)
@@ -104,7 +108,7 @@ def upload(request: TeamRequest) -> HttpResponse:
             if version.already_stored:
                 messages.info(request, f"This very file is stored already, as {version}. Nothing was uploaded twice.")
             return redirect(version)
-    return render(request, "datasets/upload.html", {"form": form, "dataset": dataset}, status=status)
+    return render(request, "datasets/upload.html", {**context, "form": form}, status=status)
 
 
 def _status_of(error: OSError) -> int:
@@ -234,6 +238,7 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         request, version, "problems",
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
          "num_not_stored": max(0, version.num_problems() - num_stored), "num_stored": num_stored,
+         "is_repairing": is_running(version),
          **_page_links(request, page)},
     )  # fmt: skip
 
@@ -256,17 +261,48 @@ def guard_cell(text: object) -> str:
 def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The stored problems as a table."""
     version = _version(request, dataset_id, number)
-    columns = ("line", "level", "rule", "field", "message", "fix", "excerpt")
+    columns = ("file", "line", "turn", "field", "level", "rule", "title", "message", "fix", "excerpt")
     writer = csv.writer(_Echo())
 
     def lines() -> Iterator[str]:
         yield writer.writerow(columns)
-        for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
-            yield writer.writerow([guard_cell(cell) for cell in row])
+        for problem in version.problems.order_by("line", "pk").iterator(chunk_size=1000):
+            cells = (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
+                     RULES.get(problem.rule, ""), problem.message, problem.fix, problem.excerpt)  # fmt: skip
+            yield writer.writerow([guard_cell(cell) for cell in cells])
 
     response = stream(request, lines(), content_type="text/csv; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
     return response
+
+
+@team_page(Role.TRAINER)
+@require_POST
+def repair(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Ask for a corrected version: what has a plain remedy is remedied, and becomes the dataset's next version."""
+    version = _version(request, dataset_id, number)
+    try:
+        queue_repair(version, user=request.user)
+    except NothingToRepairError as error:
+        messages.error(request, str(error))
+    else:
+        messages.success(request, "A corrected version is being made. It will stand among this dataset's versions.")
+    return redirect("datasets:problems", dataset_id, number)
+
+
+@team_page()
+@require_GET
+def corrections(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """What was changed in a corrected version, row by row: before and after."""
+    version = _version(request, dataset_id, number)
+    if "changes" not in version.correction:
+        raise Http404
+    counts = sorted(version.correction["counts"].items(), key=lambda item: (-item[1], item[0]))
+    return _render_tab(
+        request, version, "corrections",
+        {"counts": [(code, RULES.get(code, code), num) for code, num in counts],
+         "num_not_shown": version.correction["num_changed"] - len(version.correction["changes"])},
+    )  # fmt: skip
 
 
 @team_page()
@@ -280,6 +316,17 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         "versions",
         {"versions": version.dataset.versions.select_related("created_by").order_by("-number")},
     )
+
+
+@team_page()
+@require_GET
+def changes(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Which rows were added, removed and edited since the version before; the fragment asks until that is known."""
+    version = _version(request, dataset_id, number)
+    found = changes_of(version)
+    if request.htmx:  # type: ignore[attr-defined]
+        return render(request, "datasets/_changes.html", {"version": version, "changes": found})
+    return _render_tab(request, version, "changes", {"changes": found})
 
 
 @team_page()

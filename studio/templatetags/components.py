@@ -196,7 +196,11 @@ def error_summary(source: BaseForm | Mapping[str, Any] | None, title: str = "") 
         problems += [{"message": str(message)} for message in source.non_field_errors()]
         for bound in source:
             problems += [
-                {"id": bound.auto_id or bound.html_name, "label": str(bound.label), "message": str(message)}
+                {
+                    "id": bound.field.widget.attrs.get("id") or bound.auto_id or bound.html_name,
+                    "label": str(bound.label),
+                    "message": str(message),
+                }
                 for message in bound.errors
             ]
     elif source:
