@@ -154,7 +154,8 @@ def test_a_true_difference_is_paired_by_row(team: Team, bob: User) -> None:
 def test_of_many_equal_adapters_none_is_better_by_luck(team: Team, bob: User) -> None:
     """A difference that one comparison alone would call one is none among eight."""
     champion = run_of(make_adapter(team, bob, name="champion"), None, result_of(list(range(80))))
-    lucky = run_of(make_adapter(team, bob, name="lucky"), None, result_of(list(range(88))))
+    # 34 rows won and 16 lost: the exact test gives 0.015.
+    lucky = run_of(make_adapter(team, bob, name="lucky"), None, result_of(list(range(16, 114))))
     found = compare_runs(lucky, champion, "exact_match")
     equal = [
         compare_runs(run_of(make_adapter(team, bob, name=f"equal {n}"), None, result_of(list(range(80)))), champion,
