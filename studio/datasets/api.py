@@ -41,6 +41,7 @@ class VersionOut(Out):
     file_name: str
     sha256: str
     num_bytes: int
+    source: dict[str, str]
     carrier: str
     format: str
     columns: dict[str, str]
