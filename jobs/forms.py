@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +13,16 @@ from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
 from jobs.models import Job
-from jobs.settings_form import MetricsField, SettingField, SettingManyField, form_name, make_field, metric_text
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion, VersionState
+from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
+from studio.setting_fields import SettingField, SettingManyField, SettingRow, form_name, make_field, setting_row
 from workers.errors import ExplainedError
-from workers.evaluations import Evaluation, choose_evaluations, evaluations
+from workers.evaluations import choose_evaluations, evaluations
 from workers.methods import Method, methods
 from workers.recipe import EvaluationSettings, MetricChoice, Recipe, SplitSettings, TrainingSettings, problems_by_field
-from workers.resolving import RecipeProblems, read_settings
+from workers.resolving import read_settings
 from workers.setting import Setting, settings_of, to_text
 
 GROUPS: dict[str, tuple[str, type[BaseModelSettings]]] = {
@@ -75,29 +76,15 @@ class Section:
     key: str
     title: str
     rows: list[SettingRow]
+    metrics: MetricBoxes | None = None
 
     @property
     def num_changed(self) -> int:
-        return sum(row.is_changed for row in self.rows)
-
-
-@dataclass(frozen=True)
-class SettingRow:
-    """One setting as the template shows it."""
-
-    setting: Setting
-    html_name: str
-    html_id: str
-    text: str
-    chosen: tuple[str, ...]
-    errors: list[str]
-    is_changed: bool
-    resolved: str = ""
+        return sum(row.is_changed for row in self.rows) + (self.metrics.num_changed if self.metrics else 0)
 
     @property
-    def further(self) -> list[str]:
-        """What is chosen beyond the closed list: metrics with settings of an earlier job."""
-        return [one for one in self.chosen if one.startswith("{")] if self.setting.kind == "many" else []
+    def has_errors(self) -> bool:
+        return any(row.errors for row in self.rows) or (self.metrics is not None and self.metrics.has_errors)
 
 
 class RowField(forms.Field):
@@ -106,14 +93,22 @@ class RowField(forms.Field):
     def __init__(self, *, required: str, unknown: str, **kwargs: Any) -> None:
         super().__init__(error_messages={"required": required, "invalid_choice": unknown}, **kwargs)
         self.rows: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
 
-    def offer(self, rows: Iterable[Any]) -> None:
-        """Set what can be chosen."""
-        self.rows = {str(row.pk): row for row in rows}
+    def offer(self, rows: Iterable[Any], *, why_not: Callable[[Any], str] = lambda _row: "") -> None:
+        """Set what can be chosen; `why_not` says of a row why it cannot."""
+        self.left_out, self.rows = {}, {}
+        for row in rows:
+            if reason := why_not(row):
+                self.left_out[str(row.pk)] = reason
+            else:
+                self.rows[str(row.pk)] = row
 
     def to_python(self, value: Any) -> Any:
         if value in self.empty_values:
             return None
+        if str(value) in self.left_out:
+            raise forms.ValidationError(self.left_out[str(value)], code="invalid_choice")
         if str(value) not in self.rows:
             raise forms.ValidationError(self.error_messages["invalid_choice"], code="invalid_choice")
         return self.rows[str(value)]
@@ -158,18 +153,27 @@ class JobForm(forms.Form):
         self.methods = methods()
         if rows_of is not None:
             self.base_models.rows, self.dataset_versions.rows = rows_of.base_models.rows, rows_of.dataset_versions.rows
+            self.dataset_versions.left_out = rows_of.dataset_versions.left_out
         else:
             self.base_models.offer(BaseModel.objects.defer("files").order_by("name"))
             self.dataset_versions.offer(
                 DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
                 .select_related("dataset")
-                .order_by("dataset__name", "-number")
+                .order_by("dataset__name", "-number"),
+                why_not=DatasetVersion.why_not_trainable,
             )
         self.fields["method"].choices = [(m.name, m.label) for m in self.methods.values()]  # type: ignore[attr-defined]
         self.fields["precision"] = SettingField(PRECISION)
         for setting in self._all_settings():
             self.fields[setting.name] = make_field(setting)
-        self.fields[METRICS] = MetricsField(self.fields[METRICS].setting)  # type: ignore[attr-defined]
+        self.offer_metrics(())
+
+    def offer_metrics(self, metrics: Sequence[str | MetricChoice]) -> None:
+        """Fill in the metrics of a recipe, with room for the settings of each."""
+        values = metric_values(metrics, METRICS)
+        offer_metrics(self, METRICS, values[METRICS])
+        if metrics:
+            self.initial.update(values)
         for name, form_field in self.fields.items():
             form_field.widget.attrs["id"] = f"id_{form_name(name)}"
 
@@ -186,9 +190,8 @@ class JobForm(forms.Form):
     def _all_settings(self) -> Iterator[Setting]:
         for key, (_title, model) in GROUPS.items():
             for setting in settings_of(model, key):
-                yield _with_evaluations(setting)
-        for evaluation in evaluations().values():
-            yield from metric_settings(evaluation)
+                if setting.name != METRICS:
+                    yield _with_evaluations(setting)
         for method in self.methods.values():
             yield from method_settings(method)
 
@@ -228,11 +231,13 @@ class JobForm(forms.Form):
         for key, (_title, model) in GROUPS.items():
             asked[key] = {}
             for setting in settings_of(model, key):
+                if setting.name == METRICS:
+                    continue
                 value = values[setting.name]
                 if goal and setting.name in goal.values and value == setting.default:
                     value = goal.values[setting.name]
                 asked[key][setting.name.rsplit(".", 1)[1]] = value
-        asked["evaluation"]["metrics"] = [_with_settings(one, values) for one in values[METRICS]]
+        asked["evaluation"]["metrics"] = chosen_metrics(self, METRICS)
         try:
             recipe = Recipe.model_validate(asked)
         except ValidationError as error:
@@ -255,21 +260,10 @@ class JobForm(forms.Form):
             return None
         top, _, rest = recipe_field.partition(".")
         if recipe_field.startswith(f"{METRICS}."):
-            return self._form_field_of_metric(recipe_field.removeprefix(f"{METRICS}."))
+            return metric_field(self, METRICS, recipe_field.removeprefix(f"{METRICS}."))
         own = f"settings.{self.method_name()}.{rest}" if top == "settings" and rest else recipe_field
         name = FIELD_OF.get(top, own)
         return name if name in self.fields else None
-
-    def _form_field_of_metric(self, rest: str) -> str:
-        """The form field of "2.settings.pattern": that of the metric's setting, or else the choice of metrics."""
-        at, _, setting = rest.partition(".settings")
-        metrics = self.cleaned_data.get(METRICS) or ()
-        chosen = metrics[int(at)] if at.isdecimal() and int(at) < len(metrics) else ""
-        if not isinstance(chosen, str) or chosen not in evaluations():
-            return METRICS
-        own = metric_settings(evaluations()[chosen])
-        wanted = f"{METRICS}.{chosen}{setting}"
-        return wanted if wanted in self.fields else own[0].name if setting == "" and own else METRICS
 
     def add_problem(self, recipe_field: str | None, message: str) -> None:
         """Put a sentence beside the field that it belongs to, or on top of the form."""
@@ -277,12 +271,9 @@ class JobForm(forms.Form):
 
     def add_explained(self, error: ExplainedError) -> None:
         """Put an explained error, with what to do, beside its field. A dataset that is too small says so itself."""
-        if isinstance(error, RecipeProblems):
-            for field, sentence in error.fields.items():
-                self.add_problem(field, sentence)
-            return
         about_rows = error.code in {"too_small", "unreadable_dataset"}
-        self.add_problem("dataset" if about_rows else error.field, f"{error.message} {error.next_step}".strip())
+        for field, sentence in error.by_field():
+            self.add_problem("dataset" if about_rows else field, sentence)
 
     # -- what the template shows --
 
@@ -312,7 +303,9 @@ class JobForm(forms.Form):
         return to_text(getattr(value, "pk", value))
 
     def section(self, key: str, title: str, settings: tuple[Setting, ...], resolved: Mapping[str, Any]) -> Section:
-        return Section(key, title, [self._row(setting, resolved) for setting in settings])
+        rows = [setting_row(self, setting, resolved) for setting in settings if setting.name != METRICS]
+        metrics = metric_boxes(self, METRICS) if len(rows) < len(settings) else None
+        return Section(key, title, rows, metrics)
 
     def sections(self, resolved: Recipe | None = None) -> list[Section]:
         """The Advanced groups, with the resolved value beside every auto."""
@@ -326,12 +319,7 @@ class JobForm(forms.Form):
             )
             for key, (title, model) in GROUPS.items()
         ]
-        shared[0].rows.insert(0, self._row(PRECISION, values))
-        shared += [
-            self.section(METRICS, f"Metric: {one.label}", metric_settings(one), values)
-            for one in evaluations().values()
-            if one.Settings is not None
-        ]
+        shared[0].rows.insert(0, setting_row(self, PRECISION, values))
         return shared
 
     def method_section(self, resolved: Recipe | None = None) -> Section | None:
@@ -342,36 +330,6 @@ class JobForm(forms.Form):
         values = resolved_values(resolved, method.name)
         return self.section("settings", method.label, method_settings(method), values)
 
-    def _row(self, setting: Setting, resolved: Mapping[str, Any]) -> SettingRow:
-        form_field = self.fields[setting.name]
-        value: Any
-        if self.is_bound and setting.kind == "many" and setting.choices:
-            # Boxes that are all empty send nothing, so only a form that shows them can say "none".
-            value = self.data.getlist(setting.name)  # type: ignore[attr-defined]
-        elif self.is_bound:
-            value = self.data.get(setting.name, setting.default_text())
-        else:
-            value = self.initial.get(setting.name, setting.default)
-        text = to_text(value)
-        goes_to = resolved.get(setting.name)
-        return SettingRow(
-            setting=setting,
-            html_name=setting.name,
-            html_id=f"id_{form_name(setting.name)}",
-            text=text,
-            chosen=tuple(value) if isinstance(value, (list, tuple)) else (text,),
-            errors=[str(one) for one in self.errors.get(setting.name, [])] if self.is_bound else [],
-            is_changed=bool(form_field.has_changed(None, list(value) if isinstance(value, (list, tuple)) else text)),
-            resolved=_resolved_text(setting, text, goes_to),
-        )
-
-
-def _resolved_text(setting: Setting, text: str, goes_to: Any) -> str:
-    """What an auto comes to, in the words of its input; empty for what the person chose."""
-    if not setting.takes_auto or text not in {"auto", ""} or goes_to is None:
-        return ""
-    return dict(setting.options()).get(to_text(goes_to), to_text(goes_to))
-
 
 def method_settings(method: Method) -> tuple[Setting, ...]:
     """A method's own settings, named `settings.<method>.<field>` so that methods do not share inputs."""
@@ -381,27 +339,8 @@ def method_settings(method: Method) -> tuple[Setting, ...]:
 METRICS = "evaluation.metrics"
 
 
-def metric_settings(evaluation: Evaluation) -> tuple[Setting, ...]:
-    """An evaluation's own settings, named `evaluation.metrics.<evaluation>.<field>`; none for most."""
-    return settings_of(evaluation.Settings, f"{METRICS}.{evaluation.name}") if evaluation.Settings else ()
-
-
-def _with_settings(chosen: str | dict[str, Any], values: Mapping[str, Any]) -> str | dict[str, Any]:
-    """A chosen metric as the recipe names it: with those of its settings that are not the defaults."""
-    if not isinstance(chosen, str) or chosen not in evaluations():
-        return chosen
-    changed = {
-        setting.name.rsplit(".", 1)[1]: values[setting.name]
-        for setting in metric_settings(evaluations()[chosen])
-        if values[setting.name] != setting.default
-    }
-    return {"name": chosen, "settings": changed} if changed else chosen
-
-
 def _with_evaluations(setting: Setting) -> Setting:
     """The setting, with the evaluations to choose from where it names some."""
-    if setting.name == "evaluation.metrics":
-        return replace(setting, choices=tuple(evaluations()))
     if setting.name == "training.best_by":
         return replace(setting, choices=tuple(evaluations()), kind="choice")
     return setting
@@ -415,22 +354,7 @@ def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:
     for key in GROUPS:
         found |= {f"{key}.{name}": value for name, value in getattr(recipe, key).model_dump().items()}
     found |= {f"settings.{method}.{name}": value for name, value in recipe.settings.items()}
-    return found | _metric_values(recipe)
-
-
-def _metric_values(recipe: Recipe) -> dict[str, Any]:
-    """The metrics and their settings by form field name. The form has one place for the settings of each name: a
-    further metric of the same name is a choice of its own, which a person may only keep or drop."""
-    chosen: list[str] = []
-    found: dict[str, Any] = {}
-    for one in recipe.evaluation.metrics:
-        name, settings = (one, {}) if isinstance(one, str) else (one.name, one.settings)
-        if name in chosen or name not in evaluations():
-            chosen.append(metric_text(one) if isinstance(one, MetricChoice) else one)
-        else:
-            chosen.append(name)
-            found |= {f"{METRICS}.{name}.{key}": value for key, value in settings.items()}
-    return found | {METRICS: tuple(chosen)}
+    return found
 
 
 def fresh_form(
@@ -455,6 +379,7 @@ def fresh_form(
                 **resolved_values(recipe, recipe.method),
             }
         )
+        form.offer_metrics(recipe.evaluation.metrics)
     else:
         method = "lora" if "lora" in form.methods else next(iter(form.methods), "")
         form.initial["method"] = method

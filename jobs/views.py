@@ -18,7 +18,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import series, showing
+from jobs import samples, series, showing
 from jobs.buttons import mark_ends
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
@@ -26,13 +26,13 @@ from jobs.mending import actions_for
 from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
-from jobs.settings_form import form_name
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
 from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
+from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.methods import get_method
@@ -176,7 +176,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "method_section": own,
         "sections": sections,
         "num_changed": sum(section.num_changed for section in every),
-        "has_advanced_errors": any(row.errors for section in every for row in section.rows),
+        "has_advanced_errors": any(section.has_errors for section in every),
         "goals": GOALS.values(),
         "goal": form.text_of("goal"),
         "key": form.text_of("idempotency_key") or secrets.token_urlsafe(16),
@@ -370,6 +370,7 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
     attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
     return {
         **context,
+        **samples.samples_context(job, job.newest_sample_at),  # type: ignore[attr-defined]
         "row": job_row(job, queue),
         "attempts": attempts,
         "attempt_line": showing.attempt_line(job, attempts),

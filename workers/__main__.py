@@ -1,6 +1,6 @@
 """`python -m workers recipe.json --out DIR`: one training run, by hand or under a supervisor.
 
-`python -m workers describe [NAME ...]` lists the methods, or the settings of those named.
+`python -m workers describe [NAME ...]` lists the methods and metrics, or the settings of those named.
 
 Exit status: 0 with a product, 1 failed, 75 stopped because it was asked to.
 """

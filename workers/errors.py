@@ -34,11 +34,27 @@ class ExplainedError(ValueError):
         self.line = line
         self.details = details or {}
 
+    def by_field(self) -> list[tuple[str | None, str]]:
+        """(field, what to say beside it and what to do); the field is None for what belongs to none."""
+        return [(self.field, f"{self.message} {self.next_step}".strip())]
+
 
 class RecipeError(ExplainedError):
     """A recipe asks for something that does not exist or cannot work."""
 
     code = "invalid_recipe"
+
+
+class RecipeProblems(RecipeError):  # noqa: N818 - it holds several
+    """Everything that is wrong with a recipe, as {dotted field: sentence}."""
+
+    def __init__(self, fields: dict[str, str], *, message: str = "") -> None:
+        super().__init__(message or " ".join(fields.values()), field=next(iter(fields)))
+        self.fields = fields
+
+    def by_field(self) -> list[tuple[str | None, str]]:
+        """Every field with its own sentence."""
+        return [*self.fields.items()]
 
 
 class UnknownPluginError(RecipeError):

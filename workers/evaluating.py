@@ -104,11 +104,14 @@ def evaluate(
             raise _out_of_memory(device) from error
         raise
     report(PhaseEvent(phase="packaging"))
+    for message in scoring.left_out_messages(rows, recipe.evaluation.metrics):
+        report(message)
     result = Result(
         scores=tuple(scoring.compare_rows(base_rows, rows, recipe.evaluation.metrics)),
         samples=tuple(scoring.samples(base_rows, rows)) if adapter is not None else (),
         held_out=tuple(scoring.held_out(base_rows, rows)),
         counts=scoring.row_counts(base_rows, rows, recipe.evaluation.metrics),
+        rows=tuple(scoring.run_rows(base_rows, rows, recipe.evaluation.metrics, is_base_alone=adapter is None)),
         num_rows_to_score=len(examples) + num_left_out,
         num_rows_scored=len(rows),
         test_set_sha256=rows_sha256(examples),

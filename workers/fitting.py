@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from workers.errors import RecipeProblems
 from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, estimate
 from workers.methods import get_method
 from workers.recipe import Recipe
-from workers.resolving import RecipeProblems, resolve
+from workers.resolving import resolve
 from workers.shapes import ModelShape
 
 MIN_LENGTH = 64

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from workers.errors import ExplainedError
 
 RESULT_FILE = "result.json"
+ROWS_FILE = "eval/rows.jsonl"
 ROW_COUNTS_FILE = "eval/row_counts.json"
 
 
@@ -72,6 +73,23 @@ class HeldOutRecord(_Part):
     adapter_loss_sum: float
 
 
+class RunRowRecord(_Part):
+    """A row of a test set beside both models' answers; None where no answer was asked for.
+
+    `figures` has, by evaluation, the figure of the row alone of the base and of the adapter, None where the row has no
+    part in it, and `left_out` says why. `line` counts from 1 in the dataset file, or among the rows of a `task`.
+    """
+
+    line: int
+    task: str = ""
+    prompt: str
+    reference: str
+    base_answer: str | None
+    adapter_answer: str | None
+    figures: dict[str, tuple[float | None, float | None]] = {}
+    left_out: dict[str, str] = {}
+
+
 class OverlapRecord(_Part):
     """Held-out rows that the model was trained on, or nearly so. Lines count from 1 in the dataset file."""
 
@@ -90,7 +108,8 @@ class OverlapRecord(_Part):
         if self.num_exact:
             parts.append(f"{self.num_exact:,} {'is' if self.num_exact == 1 else 'are'} a training row word for word")
         if self.num_near:
-            parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly one")
+            other = "one" if parts else "a training row"
+            parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly the same as {other}")
         return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}."
 
 
@@ -167,6 +186,7 @@ class Result(_Part):
     overlap: OverlapRecord | None = None
     suspicious: tuple[SuspiciousRecord, ...] = ()
     held_out: tuple[HeldOutRecord, ...] = Field((), exclude=True, description="Kept in eval/held_out.jsonl.")
+    rows: tuple[RunRowRecord, ...] = Field((), exclude=True, description="Of a run on a suite; in eval/rows.jsonl.")
     counts: RowCountsRecord = Field(RowCountsRecord(), exclude=True, description="Kept in eval/row_counts.json.")
     provenance: Provenance = Provenance()
     num_trainable: int = 0
@@ -177,10 +197,14 @@ class Result(_Part):
         """The result in an adapter's folder; raises ResultError."""
         try:
             found = cls.model_validate_json((folder / RESULT_FILE).read_bytes())
-            counts = folder / ROW_COUNTS_FILE
-            if not counts.exists():
-                return found  # made by an older version, or without anything scored
-            return found.model_copy(update={"counts": RowCountsRecord.model_validate_json(counts.read_bytes())})
+            kept: dict[str, object] = {}
+            # Results of older versions, and those without anything scored, have neither file.
+            if (counts := folder / ROW_COUNTS_FILE).exists():
+                kept["counts"] = RowCountsRecord.model_validate_json(counts.read_bytes())
+            if (rows := folder / ROWS_FILE).exists():
+                with rows.open("rb") as lines:
+                    kept["rows"] = tuple(RunRowRecord.model_validate_json(line) for line in lines)
+            return found.model_copy(update=kept)
         except (OSError, ValidationError) as error:
             raise ResultError(f"{RESULT_FILE} of the adapter cannot be read: {error}.") from error
 
@@ -189,6 +213,10 @@ class Result(_Part):
         if self.counts.lines:
             (folder / ROW_COUNTS_FILE).parent.mkdir(exist_ok=True)
             (folder / ROW_COUNTS_FILE).write_text(self.counts.model_dump_json() + "\n", "utf-8")
+        if self.rows:
+            (folder / ROWS_FILE).parent.mkdir(exist_ok=True)
+            lines = "".join(one.model_dump_json() + "\n" for one in self.rows)
+            (folder / ROWS_FILE).write_text(lines, "utf-8", errors="replace")
         path = folder / RESULT_FILE
         path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
         return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,12 @@ import torch
 
 from workers.batching import Batch
 from workers.evaluations import Evaluation, Question, ScoredRow, choose_evaluations
-from workers.events import PhaseEvent, Report
+from workers.events import MessageEvent, PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
 from workers.recipe import EvaluationSettings, MetricChoice
-from workers.results import HeldOutRecord, RowCountsRecord, SampleRecord, ScoreRecord
+from workers.results import HeldOutRecord, RowCountsRecord, RunRowRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
 from workers.verdicts import rows_needed, rows_recommended
 
@@ -46,7 +47,7 @@ def score_rows(
         stop_ids: tokens that end an answer; those of the renderer when None.
         evaluations: those that need choices have every row's options scored.
         phase: the phase under which progress is reported, "scoring_base" or "evaluating".
-        should_stop: asked between batches; anything but None ends early with the rows scored so far.
+        should_stop: asked between batches and tokens; anything but None ends early with the rows scored so far.
 
     The model is put into eval mode and back into the mode it was in. Rows with no loss-carrying token after
     cutting have num_tokens 0. Turns of weight 0 are not counted; other weights are for training only, so that a
@@ -62,6 +63,38 @@ def score_rows(
             )  # fmt: skip
     finally:
         model.train(was_training)
+
+
+def write_answers(
+    model: Any,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] | None = None,
+    batch_size: int | None = None,
+    on_finished: Callable[[int], object] | None = None,
+    should_stop: Callable[[], object] | None = None,
+) -> list[str | None]:
+    """The model's greedy answer to every example; None where the prompt fills the context.
+
+    The other arguments are those of `workers.generation.generate`; answers end as the renderer says when `stop_ids` is
+    None.
+    """
+    room = context_room(model)
+    prompts = [renderer.prompt_ids(example) for example in examples]
+    written = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
+        batch_size=batch_size,
+        on_finished=on_finished,
+        should_stop=should_stop,
+    )
+    return [
+        renderer.decode(ids) if 0 < len(prompt) < room else None for prompt, ids in zip(prompts, written, strict=True)
+    ]
 
 
 def score_test_set(
@@ -136,20 +169,17 @@ def _score_rows(
 
     answers: dict[int, str] = {}
     if to_generate and not stopped:
-        # A prompt that fills the context has no answer: the row counts for the loss alone.
-        room = context_room(model)
-        prompts_by_index = {index: renderer.prompt_ids(examples[index]) for index in to_generate}
-        to_generate = [index for index in to_generate if 0 < len(prompts_by_index[index]) < room]
-        prompts = [prompts_by_index[index] for index in to_generate]
-        written = generate(
+        # A row without an answer counts for the loss alone.
+        written = write_answers(
             model,
-            prompts,
+            renderer,
+            [examples[index] for index in to_generate],
             max_new_tokens=max_new_tokens,
-            stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
-            batch_size=None,
+            stop_ids=stop_ids,
             on_finished=advance,
+            should_stop=should_stop,
         )
-        answers = {index: renderer.decode(ids) for index, ids in zip(to_generate, written, strict=True)}
+        answers = {index: text for index, text in zip(to_generate, written, strict=True) if text is not None}
     return [
         ScoredRow(
             line=example.line,
@@ -290,6 +320,76 @@ def row_counts(
                 for pair in pairs
             )
     return RowCountsRecord(lines=tuple(pair[1].line for pair in pairs), base=found[0], adapter=found[1])
+
+
+def run_rows(
+    base_rows: Sequence[ScoredRow],
+    adapter_rows: Sequence[ScoredRow],
+    metrics: Sequence[str | MetricChoice],
+    *,
+    is_base_alone: bool = False,
+) -> list[RunRowRecord]:
+    """Every row that both models were scored on with their answers, its own figures and why it has no part in others.
+
+    With `is_base_alone` both are the base's rows, and there is no adapter to say anything of.
+    """
+    base_by_line = {row.line: row for row in base_rows}
+    pairs = [(base_by_line[row.line], row) for row in adapter_rows if row.line in base_by_line]
+    pairs.sort(key=lambda pair: pair[1].line)
+    questions = [Question(row.prompt, row.reference) for _, row in pairs]
+    chosen = choose_evaluations(metrics)
+    why = {one.key: one.why_left_out(questions) for one in chosen}
+    found = []
+    for at, (base, row) in enumerate(pairs):
+        figures = {
+            one.key: (_row_figure(base, one), None if is_base_alone else _row_figure(row, one)) for one in chosen
+        }
+        left_out = {one.key: _why_left_out(row, one, why[one.key][at]) for one in chosen}
+        found.append(
+            RunRowRecord(
+                line=row.line,
+                prompt=row.prompt,
+                reference=row.reference,
+                base_answer=base.answer,
+                adapter_answer=None if is_base_alone else row.answer,
+                figures=figures,
+                left_out={key: sentence for key, sentence in left_out.items() if sentence},
+            )
+        )
+    return found
+
+
+def _row_figure(row: ScoredRow, evaluation: Evaluation) -> float | None:
+    """The figure of one row alone; None for a row that has no part in it, or for one that is not finite."""
+    value = mean_value([row], evaluation)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _why_left_out(row: ScoredRow, evaluation: Evaluation, why: str) -> str:
+    if evaluation.needs == "answer" and row.answer is None:
+        return ""  # not asked for an answer: the suite says how many rows are
+    if not why and evaluation.needs == "choices" and evaluation.key not in row.options:
+        return "The question with its options does not fit into the model's context."
+    return why
+
+
+def left_out_messages(rows: Sequence[ScoredRow], metrics: Sequence[str | MetricChoice]) -> list[MessageEvent]:
+    """For each metric in which scored rows have no part, how many and why the first has none."""
+    questions = [Question(row.prompt, row.reference) for row in rows]
+    found = []
+    for one in choose_evaluations(metrics):
+        why = [_why_left_out(row, one, sentence)
+               for row, sentence in zip(rows, one.why_left_out(questions), strict=True)]  # fmt: skip
+        at = next((at for at, sentence in enumerate(why) if sentence), None)
+        if at is None:
+            continue
+        num = sum(bool(sentence) for sentence in why)
+        text = (
+            f"{one.label}: {num:,} of {len(rows):,} rows {'has' if num == 1 else 'have'} no part in it. "
+            f"Line {rows[at].line}: {why[at]}"
+        )
+        found.append(MessageEvent(level="warning", text=text))
+    return found
 
 
 def samples(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) -> list[SampleRecord]:

@@ -96,6 +96,9 @@ class Adapter(models.Model):
         ]
         indexes: ClassVar = [
             models.Index(fields=["team", "-created_at"], name="adapter_list"),
+            # What a list can be filtered by is read out of these.
+            models.Index(fields=["team", "base_model"], name="adapter_bases"),
+            models.Index(fields=["team", "method"], name="adapter_methods"),
             GinIndex(fields=["search"], name="adapter_search"),
             GinIndex(fields=["tags"], name="adapter_tags"),
         ]
@@ -139,6 +142,18 @@ class FileCheck(models.Model):
 
     def __str__(self) -> str:
         return f"files of {self.adapter_id}"
+
+
+class BaseFileCheck(models.Model):
+    """The last look at a base model's files, and what was found; `asked_at` while somebody waits for the next one."""
+
+    base_model = models.OneToOneField(BaseModel, on_delete=models.CASCADE, primary_key=True, related_name="file_check")
+    asked_at = models.DateTimeField(null=True, db_index=True)
+    checked_at = models.DateTimeField(null=True, db_index=True)
+    damage = models.TextField(blank=True, help_text="What was found, for people; empty: all is whole.")
+
+    def __str__(self) -> str:
+        return f"files of {self.base_model_id}"
 
 
 class Alias(models.Model):
@@ -252,6 +267,9 @@ class EvaluationRun(models.Model):
     def __str__(self) -> str:
         return f"{self.get_test_set_display()} of {self.adapter or self.base_model}"
 
+    def get_absolute_url(self) -> str:
+        return reverse("catalogue:run", args=[self.pk])
+
     def is_complete(self) -> bool:
         return self.num_scored == self.num_rows
 
@@ -269,6 +287,24 @@ class RowCounts(models.Model):
 
     def __str__(self) -> str:
         return f"rows of {self.run}"
+
+
+class RunSample(models.Model):
+    """A row of a suite as the base and the adapter of a run answered it; null where no answer was asked for."""
+
+    run = models.ForeignKey(EvaluationRun, on_delete=models.CASCADE, related_name="samples")
+    line = models.PositiveBigIntegerField(help_text="In the dataset file, or among the rows of the task.")
+    task = models.CharField(max_length=200, blank=True, help_text="A standard task's name; empty: a dataset's row.")
+    prompt = models.TextField()
+    reference = models.TextField()
+    # An empty answer is an answer: only null says that none was asked for.
+    base_answer = models.TextField(null=True)  # noqa: DJ001
+    adapter_answer = models.TextField(null=True)  # noqa: DJ001
+    figures = models.JSONField(help_text="{evaluation: [the base's figure of this row, the adapter's]}, null for none.")
+    left_out = models.JSONField(default=dict, help_text="{evaluation: why the row has no part in it}")
+
+    def __str__(self) -> str:
+        return f"line {self.line} of {self.run}"
 
 
 class RunComparison(models.Model):
@@ -289,6 +325,7 @@ class RunComparison(models.Model):
     difference_high = models.FloatField()
     interval_method = models.CharField(max_length=200)
     p_value = models.FloatField()
+    smallest_effect = models.FloatField(null=True, help_text="The smallest difference worth telling.")
     rows_needed = models.PositiveIntegerField()
     rows_recommended = models.PositiveIntegerField()
 
@@ -338,7 +375,10 @@ class Score(models.Model):
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["run", "evaluation"], name="one_score_per_evaluation")]
-        indexes: ClassVar = [models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup")]
+        indexes: ClassVar = [
+            models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup"),
+            models.Index(fields=["test_set", "evaluation", "difference"], include=["adapter"], name="score_ranking"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.label} of {self.adapter}"

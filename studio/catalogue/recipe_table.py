@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from workers.errors import UnknownPluginError
+from workers.errors import RecipeError, UnknownPluginError
+from workers.evaluations import evaluations, get_evaluation
 from workers.methods import get_method
-from workers.recipe import EvaluationSettings, Recipe, SplitSettings, TrainingSettings
+from workers.recipe import EvaluationSettings, MetricChoice, Recipe, SplitSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,42 @@ def _method_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[Reci
 
 def _rows(model: type[BaseModel], values: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:
     for name, field in model.model_fields.items():
-        if name in values:
+        if name in values and model is EvaluationSettings and name == "metrics":
+            yield from _metric_rows(field, values[name], asked.get(name, _default(field)))
+        elif name in values:
             yield _row(name, field, values[name], asked.get(name, _default(field)))
+
+
+def _metric_rows(field: FieldInfo, metrics: Sequence[Any], asked: Any) -> Iterator[RecipeRow]:
+    """The metrics by their labels, then the settings of each that has some of its own."""
+    row = _row("metrics", field, [_metric_label(one) for one in metrics], asked)
+    yield replace(row, value="; ".join(_metric_label(one) for one in metrics) or _text(None))
+    num_of: Counter[str] = Counter()
+    for one in metrics:
+        if isinstance(one, str):
+            continue
+        name = str(one["name"])
+        num_of[name] += 1
+        plugin = evaluations().get(name)
+        label = f"{plugin.label if plugin else name}{f' {num_of[name]}' if num_of[name] > 1 else ''}"
+        fields = plugin.Settings.model_fields if plugin and plugin.Settings else {}
+        for key, value in one.get("settings", {}).items():
+            known = fields.get(key)
+            title = (known.title if known else None) or key
+            # Only settings that are not the defaults stand in a recipe.
+            yield RecipeRow(
+                f"{label}: {title}", _text(value), help=(known.description if known else None) or "", is_changed=True
+            )
+
+
+def _metric_label(metric: Any) -> str:
+    """What people call a metric of a stored recipe; its name where it is not installed or cannot be used any more."""
+    name = metric if isinstance(metric, str) else str(metric["name"])
+    settings = {} if isinstance(metric, str) else metric.get("settings", {})
+    try:
+        return get_evaluation(MetricChoice(name=name, settings=settings)).label
+    except RecipeError:
+        return name
 
 
 def _row(name: str, field: FieldInfo, value: Any, asked: Any) -> RecipeRow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from django.db import connection
 from django.db.models import Max
@@ -13,6 +14,7 @@ from studio.catalogue.models import (
     BaseModel,
     EvaluationRun,
     RowCounts,
+    RunSample,
     Sample,
     Score,
     Suite,
@@ -66,12 +68,7 @@ def register_adapter(
         _add_run(team, base_model, adapter, TestSet.HELD_OUT, result.scores, result)
     if result.general:
         _add_run(team, base_model, adapter, TestSet.GENERAL, result.general, result)
-    samples = (
-        # PostgreSQL stores no zero character, and a model can produce one.
-        Sample(adapter=adapter, **{k: v.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(v, str) else v
-                                   for k, v in sample.model_dump().items()})
-        for sample in result.samples
-    )  # fmt: skip
+    samples = (Sample(adapter=adapter, **_storable(sample.model_dump())) for sample in result.samples)
     Sample.objects.bulk_create(measure(samples, figure_of(adapter.recipe)))
     return adapter
 
@@ -137,7 +134,19 @@ def _add_run(
         RowCounts.objects.create(
             run=run, lines=counts["lines"], adapter_counts=counts["adapter"], base_counts=counts["base"]
         )
+    RunSample.objects.bulk_create(
+        (RunSample(run=run, **_storable(row.model_dump(mode="json"))) for row in result.rows), batch_size=1000
+    )
     return run
+
+
+def _storable(value: Any) -> Any:
+    """JSON types as PostgreSQL stores them: it has no zero character, and a model can produce one."""
+    if isinstance(value, str):
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    if isinstance(value, dict):
+        return {key: _storable(one) for key, one in value.items()}
+    return [_storable(one) for one in value] if isinstance(value, list) else value
 
 
 def checked_files(folder_key: str) -> list[dict[str, str | int]]:

@@ -16,7 +16,8 @@ from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out
 from studio.catalogue.api import ScoreOut
 from studio.catalogue.comparing import NotComparableError, compare_runs
-from studio.catalogue.models import EvaluationRun, RunComparison, Suite
+from studio.catalogue.models import EvaluationRun, RunComparison, Suite, TestSet
+from studio.catalogue.run_samples import SHOWN, Filters, metrics_of, run_page
 from studio.catalogue.suites import archive_suite, make_suite
 from studio.datasets.models import DatasetVersion
 from workers.errors import RecipeError
@@ -75,6 +76,37 @@ class RunFilters(PageQuery):
 
     suite_id: int | None = None
     adapter_id: int | None = None
+
+
+class RunRowsQuery(PageQuery):
+    """Which rows of a run, and in which order."""
+
+    metric: str = Field("", max_length=80, description="Evaluation that orders the rows; empty: the run's first.")
+    show: str = Field("", max_length=20, description="regressions, improvements, ties or left_out; empty: all.")
+    q: str = Field("", max_length=200, description="Text that stands in the prompt or in an answer.")
+
+
+class RunRowOut(Out):
+    """A row as the base and the adapter answered it; null where no answer was asked for."""
+
+    line: int
+    task: str
+    prompt: str
+    reference: str
+    base_answer: str | None
+    adapter_answer: str | None
+    figures: dict[str, tuple[float | None, float | None]] = Field(
+        description="By evaluation: the base's, the adapter's"
+    )
+    left_out: dict[str, str] = Field(description="By evaluation: why the row has no part in it")
+    change: float | None = Field(description="By the metric asked for; above 0 where the adapter is better")
+
+
+class RunRowsOut(Out):
+    """A page of rows; `next` is null on the last one."""
+
+    items: list[RunRowOut]
+    next: str | None
 
 
 class ComparisonOut(Out):
@@ -152,6 +184,36 @@ def list_runs(request: ApiRequest, filters: Query[RunFilters]) -> dict[str, Any]
 def get_run(request: ApiRequest, run_id: int) -> EvaluationRun:
     """One run with its scores."""
     return get_object_or_404(request.team.evaluation_runs.prefetch_related("scores"), pk=run_id)
+
+
+@router.get(
+    "evaluation-runs/{int:run_id}/rows/", response={200: RunRowsOut, **ERRORS}, summary="Its rows, regressions first"
+)
+def list_run_rows(request: ApiRequest, run_id: int, query: Query[RunRowsQuery]) -> dict[str, Any]:
+    """The rows of a run on a suite with both answers, by one metric the worst first; `next` goes into `after`."""
+    found = get_object_or_404(request.team.evaluation_runs, pk=run_id, test_set=TestSet.SUITE)
+    metrics = metrics_of(found)
+    for name, value, known in (("metric", query.metric, metrics), ("show", query.show, SHOWN)):
+        if value and value not in known:
+            listed = ", ".join(one for one in known if one)
+            raise ApiError(422, "invalid", f'There is no {name} "{value}". Choose among {listed}.', field=name)
+    filters = Filters.from_query(query.model_dump(), metrics)
+    if query.after and filters.after is None:
+        raise ApiError(400, "invalid_cursor", '"after" is not a cursor of this list.', field="after",
+                       help='Send the "next" of the page before, unchanged.')  # fmt: skip
+    page = run_page(found, filters, page_size=query.limit)
+    return {
+        "items": [
+            {
+                "line": row.sample.line, "task": row.sample.task, "prompt": row.sample.prompt,
+                "reference": row.sample.reference, "base_answer": row.sample.base_answer,
+                "adapter_answer": row.sample.adapter_answer, "figures": row.sample.figures,
+                "left_out": row.sample.left_out, "change": row.change,
+            }
+            for row in page.rows
+        ],
+        "next": page.more or None,
+    }  # fmt: skip
 
 
 @router.get(

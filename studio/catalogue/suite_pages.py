@@ -16,12 +16,14 @@ from studio.accounts.models import Role, Team
 from studio.catalogue.models import BaseModel, Suite
 from studio.catalogue.suites import archive_suite, make_suite, run_rows, set_guardrail
 from studio.datasets.models import DatasetVersion, VersionState
+from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
 from studio.query_values import whole_number
 from workers.errors import ExplainedError
-from workers.evaluations import evaluations
+from workers.formats import formats_of
 from workers.recipe import EvaluationSettings
 
 DEFAULTS = EvaluationSettings()
+METRICS = "metrics"
 MAX_CHOICES = 200
 
 
@@ -41,9 +43,6 @@ class SuiteForm(forms.Form):
         queryset=DatasetVersion.objects.none(),
         label="Rows",
         help_text="Every usable row of it is scored.",
-    )
-    metrics = forms.MultipleChoiceField(
-        widget=forms.CheckboxSelectMultiple(attrs={"class": "checkbox checkbox-sm"}), initial=list(DEFAULTS.metrics)
     )
     max_rows = forms.IntegerField(
         min_value=1,
@@ -66,10 +65,33 @@ class SuiteForm(forms.Form):
 
     def __init__(self, *args: Any, team: Team, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ready = DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
+        ready = DatasetVersion.objects.filter(
+            dataset__team=team, state=VersionState.READY, format__in=formats_of("chat")
+        )
         fields: dict[str, Any] = self.fields
         fields["dataset_version"].queryset = ready.select_related("dataset").order_by("dataset__name", "-number")
-        fields["metrics"].choices = [(name, one.label) for name, one in evaluations().items() if one.Settings is None]
+        offer_metrics(self, METRICS, self.initial.get(METRICS, ()))
+
+    def boxes(self) -> MetricBoxes:
+        """The choice of metrics, for the page."""
+        return metric_boxes(self, METRICS)
+
+    def to_evaluation(self) -> dict[str, Any]:
+        """What a valid form asks to be measured, as an EvaluationSettings in JSON types."""
+        values = self.cleaned_data
+        return {
+            "metrics": chosen_metrics(self, METRICS),
+            "num_generated": values["num_generated"],
+            "max_new_tokens": values["max_new_tokens"],
+        }
+
+    def add_explained(self, error: ExplainedError) -> None:
+        """Put an explained error, with what to do, beside the fields that it names."""
+        for field, sentence in error.by_field():
+            name = (field or "").removeprefix("evaluation.")
+            if name.startswith(f"{METRICS}."):
+                name = metric_field(self, METRICS, name.removeprefix(f"{METRICS}."))
+            self.add_error(name if name in self.fields else None, sentence)
 
 
 @require_GET
@@ -97,11 +119,10 @@ def new_suite(request: TeamRequest) -> HttpResponse:
             suite = make_suite(
                 team=request.team, user=request.user, name=values["name"], dataset_version=values["dataset_version"],
                 description=values["description"], max_rows=values["max_rows"], is_guardrail=values["is_guardrail"],
-                evaluation={name: values[name] for name in ("metrics", "num_generated", "max_new_tokens")},
+                evaluation=form.to_evaluation(),
             )  # fmt: skip
         except ExplainedError as error:
-            field = (error.field or "").removeprefix("evaluation.")
-            form.add_error(field if field in form.fields else None, str(error))
+            form.add_explained(error)
         else:
             messages.success(request, f"{suite} is made. Run it on an adapter or a base model.")
             return redirect("catalogue:suite", suite.pk)
@@ -157,9 +178,11 @@ def _get(request: TeamRequest, suite_id: int) -> Suite:
 
 def _initial(before: Suite | None) -> dict[str, Any]:
     if before is None:
-        return {}
+        return {METRICS: DEFAULTS.metrics}
+    evaluation = EvaluationSettings.model_validate(before.evaluation)
     return {
         "name": before.name, "dataset_version": before.dataset_version_id, "description": before.description,
         "max_rows": before.max_rows, "is_guardrail": before.is_guardrail,
-        **{name: before.evaluation[name] for name in ("metrics", "num_generated", "max_new_tokens")},
+        "num_generated": evaluation.num_generated, "max_new_tokens": evaluation.max_new_tokens,
+        **metric_values(evaluation.metrics, METRICS),
     }  # fmt: skip

@@ -49,6 +49,11 @@ def make_suite(
         raise RecipeError(
             "Choose a version of a dataset of your team that was inspected and is ready.", field="dataset_version"
         )
+    if dataset_version.example_type() != "chat":
+        raise RecipeError(
+            f"{dataset_version} holds {dataset_version.example_type_label()}; a suite scores answers in conversations.",
+            field="dataset_version",
+        )
     if max_rows is not None and max_rows < 1:
         raise RecipeError("A suite has at least one row.", field="max_rows")
     try:
@@ -57,7 +62,13 @@ def make_suite(
         raise recipe_error(error, prefix="evaluation") from error
     if not settings.metrics:
         raise RecipeError("Choose at least one metric.", field="evaluation.metrics")
-    for metric in choose_evaluations(settings.metrics):
+    keys: set[str] = set()
+    for at, metric in enumerate(choose_evaluations(settings.metrics)):
+        if metric.key in keys:
+            raise RecipeError(
+                f"{metric.label} is chosen twice. Leave one of them out.", field=f"evaluation.metrics.{at}"
+            )
+        keys.add(metric.key)
         if metric.needs == "answer" and not settings.num_generated:
             raise RecipeError(
                 f"{metric.label} needs answers, and none are generated.",

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.catalogue import adapter_pages, compare_pages, list_pages, naming_pages, suite_pages, views
+from studio.catalogue import adapter_pages, compare_pages, list_pages, naming_pages, run_pages, suite_pages, views
 
 app_name = "catalogue"
 urlpatterns = [
@@ -21,7 +21,9 @@ urlpatterns = [
     path("suites/new/", suite_pages.new_suite, name="new_suite"),
     path("suites/<int:suite_id>/", suite_pages.suite, name="suite"),
     path("suites/<int:suite_id>/change/", suite_pages.change_suite, name="change_suite"),
+    path("evaluation-runs/<int:run_id>/", run_pages.run, name="run"),
     path("base-models/", views.base_models, name="base_models"),
     path("base-models/register/", views.register_base_model_page, name="register_base_model"),
     path("base-models/<int:base_model_id>/", views.base_model, name="base_model"),
+    path("base-models/<int:base_model_id>/check/", views.check_base, name="check_base"),
 ]

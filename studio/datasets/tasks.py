@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import changes, fetching, inspecting, resumable
+from studio.datasets import changes, fetching, inspecting, repairing, resumable
 
 
 @shared_task
@@ -41,3 +41,9 @@ def fetch_waiting() -> None:
 def find_changes(version_id: int) -> None:
     """Compare a version with the one before it."""
     changes.find_changes(version_id)
+
+
+@shared_task
+def repair_dataset(version_id: int, user_id: int) -> None:
+    """Make a corrected version."""
+    repairing.repair(version_id, user_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from django import template
@@ -57,6 +58,12 @@ def nav_links(context: template.Context) -> list[dict[str, Any]]:
 @register.simple_tag
 def icon(name: str) -> SafeString:
     """An inline SVG of templates/components/icons; decorative, so text stands beside it."""
+    return _svg(name)
+
+
+@cache
+def _svg(name: str) -> SafeString:
+    # A long list has hundreds of icons of a few kinds.
     return mark_safe(get_template(f"components/icons/{name}.html").render())  # noqa: S308  our own files, no input
 
 
@@ -189,7 +196,11 @@ def error_summary(source: BaseForm | Mapping[str, Any] | None, title: str = "") 
         problems += [{"message": str(message)} for message in source.non_field_errors()]
         for bound in source:
             problems += [
-                {"id": bound.auto_id or bound.html_name, "label": str(bound.label), "message": str(message)}
+                {
+                    "id": bound.field.widget.attrs.get("id") or bound.auto_id or bound.html_name,
+                    "label": str(bound.label),
+                    "message": str(message),
+                }
                 for message in bound.errors
             ]
     elif source:

@@ -138,9 +138,9 @@ def test_only_ready_versions_are_offered(base_model: BaseModel, team: Team, alic
 def test_metrics_with_settings_are_chosen_and_come_back_when_the_job_is_run_again(
     base_model: BaseModel, version: DatasetVersion, team: Team, make_job: MakeJob
 ) -> None:
-    further = '{"name": "regex", "settings": {"pattern": "b|c"}}'
-    data = posted(base_model, version, **{"evaluation.metrics.regex.pattern": "a+"})
-    data.setlist("evaluation.metrics", ["loss", "regex", "multiple_choice", further])
+    patterns = {"evaluation.metrics.regex.pattern": "a+", "evaluation.metrics.regex.2.pattern": "b|c"}
+    data = posted(base_model, version, **patterns)
+    data.setlist("evaluation.metrics", ["loss", "regex", "multiple_choice", "regex.2"])
     form = JobForm(data, team=team)
     assert form.is_valid(), form.errors
     asked = form.to_recipe()
@@ -153,6 +153,33 @@ def test_metrics_with_settings_are_chosen_and_come_back_when_the_job_is_run_agai
     again = bound_copy(fresh_form(team, parent=job))
     assert again.is_valid(), again.errors
     assert again.to_recipe().evaluation == asked.evaluation
+
+
+def test_a_recipe_with_many_choices_of_one_metric_comes_back_whole_with_room_for_one_more(
+    base_model: BaseModel, version: DatasetVersion, team: Team, make_job: MakeJob
+) -> None:
+    chosen = [{"name": "regex", "settings": {"pattern": f"a{number}"}} for number in range(5)]
+    job = make_job(base_model=base_model, dataset_version=version)
+    job.asked_recipe = job.asked_recipe | {"evaluation": {"metrics": chosen}}
+    again = bound_copy(fresh_form(team, parent=job))
+    assert again.is_valid(), again.errors
+    assert again.to_recipe().to_dict()["evaluation"]["metrics"] == chosen
+    (section,) = (one for one in again.sections() if one.metrics is not None)
+    assert section.metrics is not None
+    (boxes,) = (boxes for boxes in section.metrics.with_settings if boxes[0].value == "regex")
+    assert [box.is_chosen for box in boxes] == [True] * 5 + [False]
+
+
+def test_settings_of_two_choices_are_told_apart_when_one_is_wrong(
+    base_model: BaseModel, version: DatasetVersion, team: Team
+) -> None:
+    patterns = {"evaluation.metrics.regex.pattern": "a+", "evaluation.metrics.regex.2.pattern": "("}
+    data = posted(base_model, version, **patterns)
+    data.setlist("evaluation.metrics", ["regex", "regex.2"])
+    form = JobForm(data, team=team)
+    assert list(form.errors) == ["evaluation.metrics.regex.2.pattern"]
+    (said,) = form.errors["evaluation.metrics.regex.2.pattern"]
+    assert str(said).startswith("This is no regular expression that RE2 takes: missing )")
 
 
 @pytest.mark.parametrize(

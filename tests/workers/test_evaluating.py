@@ -181,3 +181,32 @@ def test_a_test_set_without_usable_rows_is_refused(folders: Folders, tmp_path: P
     empty = replace(folders, dataset=write_rows(tmp_path / "bad.jsonl", [{"instruction": "", "output": ""}] * 3))
     with pytest.raises(DatasetError, match="No row of this test set can be scored"):
         run(empty)
+
+
+def test_every_row_is_kept_with_both_answers_its_figures_and_why_it_has_none(
+    trained: tuple[Folders, Path], folders: Folders
+) -> None:
+    choice = {"name": "multiple_choice", "settings": {"options_from": "list", "options": ["yes", "no"]}}
+    metrics = ["loss", "token_f1", choice]
+    recipe = recipe_of(evaluation={"metrics": metrics, "num_generated": 3, "max_new_tokens": 8})
+    events: list[Any] = []
+    found = run(folders, events, recipe=recipe, adapter=trained[1])
+    assert [one.line for one in found.rows] == list(range(1, 41))
+    answered = [one for one in found.rows if one.base_answer is not None]
+    assert [one.line for one in answered] == [1, 2, 3]
+    assert all(one.adapter_answer is not None and one.figures["token_f1"] != (None, None) for one in answered)
+    assert found.rows[5].figures["token_f1"] == (None, None)
+    counts = dict(zip(found.counts.lines, found.counts.adapter["loss"], strict=True))
+    for one in found.rows:
+        sums = counts[one.line]
+        assert sums is not None
+        assert one.figures["loss"][1] == pytest.approx(sums[0] / sums[1])
+    (key,) = (name for name in found.rows[0].figures if name.startswith("multiple_choice"))
+    assert "is none of the options" in found.rows[0].left_out[key]
+    assert found.rows[0].figures[key] == (None, None)
+    (said,) = (one.text for one in events if isinstance(one, MessageEvent) and "no part" in one.text)
+    assert said.startswith("Multiple choice: yes, no: 40 of 40 rows have no part in it. Line 1: The right answer ")
+
+    alone = run(folders, recipe=recipe)
+    assert alone.rows[0].base_answer is not None
+    assert (alone.rows[0].adapter_answer, alone.rows[0].figures["loss"][1]) == (None, None)

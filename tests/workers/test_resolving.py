@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from workers.errors import RecipeProblems
 from workers.memory import DatasetFacts, DeviceFacts, estimate
 from workers.recipe import Recipe
-from workers.resolving import RecipeProblems, resolve
+from workers.resolving import resolve
 from workers.shapes import LinearShape, ModelShape
 
 GIB = 2**30

@@ -129,6 +129,13 @@ class Evaluation(ABC):
         """The options of each row, for an evaluation that needs choices; none where a row has no part in it."""
         return [() for _ in rows]
 
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """For each row why it has no part in the figure, as a sentence; empty for one that has, whatever a model says.
+
+        The rows are those that are scored together: what makes an option may depend on the others.
+        """
+        return ["" for _ in rows]
+
     def effect_at(self, base_value: float) -> float:
         """`smallest_effect` in units of the figure where the base has this one."""
         return self.smallest_effect
@@ -192,7 +199,7 @@ def named_by(key: str, metrics: Sequence[str | MetricChoice]) -> str | MetricCho
     """The chosen metric that has this key or, failing that, this name; the key itself when none has."""
     name = name_of_key(key)
     same = [one for one in metrics if name == (one if isinstance(one, str) else one.name)]
-    exact = (one for one, evaluation in zip(same, choose_evaluations(same), strict=True) if evaluation.key == key)
+    exact = (one for one in same if get_evaluation(one).key == key)
     return next(exact, same[0] if same and name == key else key)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import orjson
 
-from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, Question, RowValue, ScoredRow
 
 
 class JsonValid(MeanEvaluation):
@@ -18,6 +20,11 @@ class JsonValid(MeanEvaluation):
     needs = "answer"
     smallest_effect = 0.05
     bounds = (0.0, 1.0)
+
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """Rows whose reference is not JSON."""
+        why = "The right answer is not one JSON object or list, so JSON is not asked for."
+        return ["" if _is_json(row.reference) else why for row in rows]
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 for JSON, else 0; no weight where the reference is none."""

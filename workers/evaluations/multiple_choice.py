@@ -12,6 +12,8 @@ from workers.patterns import MAX_CHARACTERS, captured, compile_pattern, storable
 
 MAX_OPTIONS = 26
 """Options of a row: each is one more row for the model to read."""
+MAX_LISTED = 6
+"""Options that a sentence names."""
 MAX_REFERENCES = 20
 """Distinct references that still make options; more are free answers."""
 
@@ -108,13 +110,32 @@ class MultipleChoice(MeanEvaluation):
         if settings.options_from == "references":
             distinct = sorted({row.reference.strip() for row in rows} - {""})
             return [tuple(distinct) if 2 <= len(distinct) <= MAX_REFERENCES else () for _ in rows]
-        pattern = compile_pattern(settings.pattern)
-        found = []
-        for row in rows:
-            matches = (captured(match) for match in pattern.finditer(storable(row.prompt)))
-            options = tuple(dict.fromkeys(one for one in matches if one))
-            found.append(options if 2 <= len(options) <= MAX_OPTIONS else ())
-        return found
+        found = (_matches(settings.pattern, row) for row in rows)
+        return [options if 2 <= len(options) <= MAX_OPTIONS else () for options in found]
+
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """Rows without options, and those whose right answer is none of theirs."""
+        return [self._why(row, options, rows) for row, options in zip(rows, self.options(rows), strict=True)]
+
+    def _why(self, row: Question, options: tuple[str, ...], rows: Sequence[Question]) -> str:
+        right = row.reference.strip()
+        if options:
+            listed = ", ".join(_quoted(one) for one in options[:MAX_LISTED])
+            more = f" and {len(options) - MAX_LISTED} more" if len(options) > MAX_LISTED else ""
+            why = f"The right answer {_quoted(right)} is none of the options {listed}{more}."
+            return "" if right in options else why
+        if self.settings.options_from == "references":
+            found = len({one.reference.strip() for one in rows} - {""})
+            if found < 2:
+                return "All scored rows have the same right answer, so there is nothing to choose from."
+            return (
+                f"The scored rows have {found:,} different right answers, and {MAX_REFERENCES} at most make options. "
+                "Take the options from the prompt or from a list."
+            )
+        found = len(_matches(self.settings.pattern, row))
+        if found > MAX_OPTIONS:
+            return f"The pattern finds {found:,} options in the question; {MAX_OPTIONS} are taken at most."
+        return f"The pattern finds {'only one option' if found else 'no option'} in the question; it takes two or more."
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 where the reference is the likeliest option, else 0; no weight where it is no option."""
@@ -123,6 +144,16 @@ class MultipleChoice(MeanEvaluation):
             return RowValue(0.0, 0.0)
         chosen = max(values, key=lambda option: values[option] / (len(option) if self.settings.per_character else 1))
         return RowValue(float(chosen == right))
+
+
+def _matches(pattern: str, row: Question) -> tuple[str, ...]:
+    """What a pattern finds in the question, each once."""
+    matches = (captured(match) for match in compile_pattern(pattern).finditer(storable(row.prompt)))
+    return tuple(dict.fromkeys(one for one in matches if one))
+
+
+def _quoted(text: str) -> str:
+    return f'"{text[:60]}..."' if len(text) > 60 else f'"{text}"'
 
 
 PLUGIN = MultipleChoice()

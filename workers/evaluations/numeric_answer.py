@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from workers.evaluations import MeanEvaluation, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, Question, RowValue, ScoredRow
 
 _MARKED = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
@@ -22,6 +23,10 @@ class NumericAnswer(MeanEvaluation):
     needs = "answer"
     smallest_effect = 0.05
     bounds = (0.0, 1.0)
+
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """Rows whose reference has no number."""
+        return ["" if final_number(row.reference) is not None else "The right answer has no number." for row in rows]
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 for the right number, else 0; no weight for a reference without one."""

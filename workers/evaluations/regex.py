@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from workers.evaluations import MeanEvaluation, MetricSettings, RowValue, ScoredRow
+from workers.evaluations import MeanEvaluation, MetricSettings, Question, RowValue, ScoredRow
 from workers.patterns import MAX_CHARACTERS, captured, compile_pattern, storable
 
 _WORDS = {"search": "found", "full_match": "whole answer", "same_group": "as the reference"}
@@ -55,6 +56,14 @@ class Regex(MeanEvaluation):
     def described(self) -> str:
         """When an answer counts, and the pattern."""
         return f"{_WORDS[self.settings.mode]} {self.settings.pattern}"
+
+    def why_left_out(self, rows: Sequence[Question]) -> list[str]:
+        """Rows whose reference has not the part that is compared."""
+        if self.settings.mode != "same_group":
+            return super().why_left_out(rows)
+        pattern = compile_pattern(self.settings.pattern)
+        why = "The pattern is not found in the right answer, so there is nothing to compare."
+        return ["" if pattern.search(storable(row.reference)) else why for row in rows]
 
     def row_value(self, row: ScoredRow) -> RowValue:
         """1 for an answer that counts, else 0; no weight for a reference without the part that is compared."""

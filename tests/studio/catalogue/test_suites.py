@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ def test_a_name_that_exists_makes_the_next_version_and_the_one_before_stays(team
         ({"evaluation": EVALUATION | {"num_generated": 0}}, "evaluation.num_generated"),
         ({"evaluation": EVALUATION | {"max_new_tokens": 0}}, "evaluation.max_new_tokens"),
         ({"evaluation": EVALUATION | {"metrics": ["vibes"]}}, "evaluation.metrics"),
+        ({"evaluation": EVALUATION | {"metrics": ["loss", "exact_match", "loss"]}}, "evaluation.metrics.2"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], field: str, team: Team, bob: User) -> None:
@@ -218,6 +220,59 @@ def test_the_form_makes_a_suite_and_says_what_is_wrong(team: Team, bob: User) ->
     assert "faq v1" not in client.get("/suites/").text
     assert "faq v1" in client.get("/suites/?all").text
     assert archive_suite(Suite.objects.get(), bob) is False
+
+
+def test_metrics_with_settings_are_set_in_the_form_and_come_back_in_the_next_version(team: Team, bob: User) -> None:
+    client = signed_in(bob)
+    values = {
+        "name": "faq", "dataset_version": make_dataset_version(team, bob).pk, "num_generated": 20,
+        "max_new_tokens": 16, "metrics": ["loss", "regex", "regex.2", "multiple_choice"],
+        "metrics.regex.pattern": "#### [0-9]+", "metrics.regex.2.pattern": "yes", "metrics.regex.2.mode": "full_match",
+        "metrics.multiple_choice.options_from": "list", "metrics.multiple_choice.options": "yes, no",
+    }  # fmt: skip
+    assert client.post("/suites/new/", values).status_code == 302
+    suite = Suite.objects.get()
+    assert suite.evaluation["metrics"] == [
+        "loss",
+        {"name": "multiple_choice", "settings": {"options": ["yes", "no"], "options_from": "list"}},
+        {"name": "regex", "settings": {"pattern": "#### [0-9]+"}},
+        {"name": "regex", "settings": {"mode": "full_match", "pattern": "yes"}},
+    ]
+    page = client.get(suite.get_absolute_url()).text
+    assert "Regular expression: found #### [0-9]+" in page
+    assert "Multiple choice: yes, no" in page
+    again = client.get(f"/suites/new/?from={suite.pk}").text
+    assert 'value="#### [0-9]+"' in again
+    assert 'id="id_metrics-regex-2" name="metrics" value="regex.2" checked' in again
+    assert 'id="id_metrics-regex-3" name="metrics" value="regex.3">' in again
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "where", "said"),
+    [
+        ("regex", {"pattern": "("}, "regex-pattern", "no regular expression that RE2 takes: missing )"),
+        ("regex", {}, "regex-pattern", "Write a regular expression"),
+        ("json_schema", {"definition": '{"type": 3}'}, "json_schema-definition", "no valid JSON schema"),
+        ("json_schema", {"definition": '{"a": '}, "json_schema-definition", "The schema is not JSON"),
+        ("multiple_choice", {"options_from": "list"}, "multiple_choice-options_from", "Write two options or more"),
+        ("multiple_choice", {"per_character": "maybe"}, "multiple_choice-per_character", "is on or off"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_told_beside_its_field_and_kept(
+    team: Team, bob: User, metric: str, given: dict[str, str], where: str, said: str
+) -> None:
+    values = {
+        "name": "faq", "dataset_version": make_dataset_version(team, bob).pk, "num_generated": 20,
+        "max_new_tokens": 16, "metrics": [metric],
+    } | {f"metrics.{metric}.{key}": value for key, value in given.items()}  # fmt: skip
+    page = signed_in(bob).post("/suites/new/", values)
+    assert page.status_code == 422
+    assert not Suite.objects.exists()
+    shown = page.text.split(f'id="id_metrics-{where}_error">')[1].split("</p>")[0]
+    assert said in html.unescape(shown)
+    assert f'href="#id_metrics-{where}"' in page.text, "the summary links to the field"
+    for value in given.values():
+        assert value in html.unescape(page.text)
 
 
 def test_a_viewer_looks_and_changes_nothing(team: Team, bob: User) -> None:

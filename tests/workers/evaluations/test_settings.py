@@ -131,6 +131,44 @@ def test_options_come_from_a_list_the_prompt_or_the_references() -> None:
     assert references.options([Question("q", str(n)) for n in range(30)]) == [()] * 30
 
 
+def test_a_row_that_has_no_part_in_a_choice_says_why() -> None:
+    def why(references: list[str], prompt: str = "(A) or (B)?", **settings: object) -> list[str]:
+        rows = [Question(prompt, reference) for reference in references]
+        return get_evaluation(chosen("multiple_choice", **settings)).why_left_out(rows)
+
+    assert why(["(A)", "(C)"]) == ["", 'The right answer "(C)" is none of the options "(A)", "(B)".']
+    (only,) = why(["(A)"], prompt="(A)?")
+    assert only == "The pattern finds only one option in the question; it takes two or more."
+    (none,) = why(["yes"], prompt="?")
+    assert "finds no option" in none
+    (many,) = why(["a1"], prompt=" ".join(f"a{n}" for n in range(30)), pattern=r"a\d+")
+    assert many == "The pattern finds 30 options in the question; 26 are taken at most."
+    assert why(["yes", "maybe"], options_from="list", options=["yes", "no"]) == [
+        "", 'The right answer "maybe" is none of the options "yes", "no".'
+    ]  # fmt: skip
+    assert why([str(n) for n in range(20)], options_from="references") == [""] * 20
+    assert set(why([str(n) for n in range(21)], options_from="references")) == {
+        "The scored rows have 21 different right answers, and 20 at most make options. "
+        "Take the options from the prompt or from a list."
+    }
+    assert "nothing to choose from" in why(["yes", "yes"], options_from="references")[0]
+
+
+@pytest.mark.parametrize("name", evaluations())
+def test_a_row_is_left_out_with_a_reason_exactly_when_it_has_no_part(name: str) -> None:
+    settings = {
+        "regex": {"pattern": r"(\d+)", "mode": "same_group"},
+        "json_schema": {"definition": '{"type": "object"}'},
+    }
+    evaluation = get_evaluation(MetricChoice(name=name, settings=settings.get(name, {})))
+    rows = [Question("(A) or (B)?", reference) for reference in ("(A)", "(C)", "12", "{}", "word")]
+    for row, why, options in zip(rows, evaluation.why_left_out(rows), evaluation.options(rows), strict=True):
+        scored = ScoredRow(
+            1, row.prompt, row.reference, "12", 3.0, 2, 4, {evaluation.key: dict.fromkeys(options, -1.0)}
+        )
+        assert (evaluation.row_counts(scored)[-1] == 0) == bool(why), row.reference
+
+
 def test_the_likeliest_option_is_chosen_and_of_equal_ones_the_first() -> None:
     plain = get_evaluation("multiple_choice")
     long = get_evaluation(chosen("multiple_choice", per_character=True))

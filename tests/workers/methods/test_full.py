@@ -23,12 +23,13 @@ from tests.workers.test_resolving import CPU, GIB, GPU, ROWS, SEVEN_B, recipe
 from workers import adapters, base_models, devices
 from workers.__main__ import main
 from workers.base_folders import read_base_folder
+from workers.errors import RecipeProblems
 from workers.layers import full
 from workers.losses import summed_cross_entropy
 from workers.memory import DatasetFacts, DeviceFacts, estimate
 from workers.methods import get_method
 from workers.recipe import Recipe
-from workers.resolving import RecipeProblems, alternatives, resolve
+from workers.resolving import alternatives, resolve
 from workers.results import Result
 from workers.training import Folders, train
 

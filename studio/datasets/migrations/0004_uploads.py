@@ -11,7 +11,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("accounts", "0001_initial"),
-        ("datasets", "0002_licence"),
+        ("datasets", "0003_correction"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

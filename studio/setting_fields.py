@@ -1,14 +1,15 @@
-"""Form fields that parse what a person wrote by a Setting."""
+"""Form fields that parse what a person wrote by a Setting, and how a page shows them."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from django import forms
+from django.http import QueryDict
 
-from workers.recipe import MetricChoice
-from workers.setting import Setting, quoted
+from workers.setting import Setting, quoted, to_text
 
 
 class SettingField(forms.Field):
@@ -56,25 +57,6 @@ class SettingManyField(SettingField):
         return set(data or ()) != set(self.setting.default)
 
 
-class MetricsField(SettingManyField):
-    """Metrics by name; besides, those of an earlier job's recipe that have no fields of their own, as JSON."""
-
-    def to_python(self, value: Any) -> Any:
-        texts = [one for one in value or () if not one.startswith("{")]
-        return (*super().to_python(texts), *(self._read(one) for one in value or () if one.startswith("{")))
-
-    def _read(self, text: str) -> dict[str, Any]:
-        try:
-            return MetricChoice.model_validate_json(text).model_dump(mode="json")
-        except ValueError as error:
-            raise forms.ValidationError(f"{self.setting.label}: {quoted(text)} is no metric with settings.") from error
-
-
-def metric_text(choice: MetricChoice) -> str:
-    """A metric with its settings as the value of a check box."""
-    return json.dumps(choice.model_dump(mode="json"), sort_keys=True)
-
-
 def make_field(setting: Setting) -> SettingField:
     """The form field for a setting."""
     if setting.kind == "many" and setting.choices:
@@ -85,3 +67,48 @@ def make_field(setting: Setting) -> SettingField:
 def form_name(name: str) -> str:
     """An HTML id for a dotted field name."""
     return name.replace(".", "-")
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting as the template shows it."""
+
+    setting: Setting
+    html_name: str
+    html_id: str
+    text: str
+    chosen: tuple[str, ...]
+    errors: list[str]
+    is_changed: bool
+    resolved: str = ""
+
+
+def setting_row(form: forms.Form, setting: Setting, resolved: Mapping[str, Any] | None = None) -> SettingRow:
+    """A setting's field as it stands; `resolved` has, by field name, what an "auto" comes to."""
+    value: Any
+    data = form.data
+    if form.is_bound and setting.kind == "many" and setting.choices and isinstance(data, QueryDict):
+        # Boxes that are all empty send nothing, so only a form that shows them can say "none".
+        value = data.getlist(setting.name)
+    elif form.is_bound:
+        value = data.get(setting.name, setting.default_text())
+    else:
+        value = form.initial.get(setting.name, setting.default)
+    text, chosen = to_text(value), tuple(value) if isinstance(value, (list, tuple)) else None
+    return SettingRow(
+        setting=setting,
+        html_name=setting.name,
+        html_id=f"id_{form_name(setting.name)}",
+        text=text,
+        chosen=chosen if chosen is not None else (text,),
+        errors=[str(one) for one in form.errors.get(setting.name, [])] if form.is_bound else [],
+        is_changed=bool(form.fields[setting.name].has_changed(None, list(chosen) if chosen is not None else text)),
+        resolved=_resolved_text(setting, text, (resolved or {}).get(setting.name)),
+    )
+
+
+def _resolved_text(setting: Setting, text: str, goes_to: Any) -> str:
+    """What an auto comes to, in the words of its input; empty for what the person chose."""
+    if not setting.takes_auto or text not in {"auto", ""} or goes_to is None:
+        return ""
+    return dict(setting.options()).get(to_text(goes_to), to_text(goes_to))
