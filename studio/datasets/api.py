@@ -42,6 +42,7 @@ class VersionOut(Out):
     file_name: str
     sha256: str
     num_bytes: int
+    source: dict[str, str]
     carrier: str
     format: str
     example_type: str
