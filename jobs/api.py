@@ -20,7 +20,7 @@ from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
 from jobs.estimating import estimate_values, plan_for
 from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
-from jobs.models import Job, JobState, Worker
+from jobs.models import Job, JobSample, JobState, Worker
 from jobs.queueing import (
     cancel_job,
     may_order,
@@ -155,6 +155,45 @@ class PointsOut(Out):
 
     columns: list[str]
     points: list[list[float | None]]
+
+
+class JobSampleOut(Out):
+    """What a job's model answered to one of its fixed prompts; at step 0 it is the untouched base."""
+
+    step: int
+    index: int = Field(description="Of the prompt among the job's fixed prompts, from 0.")
+    line: int = Field(description="Of the dataset's file.")
+    prompt: str = Field(description="Cut when it is very long.")
+    reference: str = Field(description="The answer that the dataset gives; cut when it is very long.")
+    answer: str
+    attempt: int
+    created_at: datetime
+
+    @staticmethod
+    def resolve_index(sample: JobSample) -> int:
+        """Of its prompt."""
+        return sample.prompt.index
+
+    @staticmethod
+    def resolve_line(sample: JobSample) -> int:
+        """Of its prompt."""
+        return sample.prompt.line
+
+    @staticmethod
+    def resolve_prompt(sample: JobSample) -> str:
+        """The prompt's text."""
+        return sample.prompt.prompt
+
+    @staticmethod
+    def resolve_reference(sample: JobSample) -> str:
+        """Of its prompt."""
+        return sample.prompt.reference
+
+
+class SampleFilters(PageQuery):
+    """Which answers."""
+
+    step: int | None = Field(None, ge=0, le=2**31 - 1, description="Only the answers of this step; 0 is the base.")
 
 
 class ActionIn(Body):
@@ -311,6 +350,8 @@ def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
             next_step="Wait for its inspection, or mend what it names.",
             field="dataset_version",
         )
+    if reason := version.why_not_trainable():
+        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset_version")
     return version
 
 
@@ -367,6 +408,18 @@ def list_events(request: ApiRequest, job_id: UUID, filters: Query[EventFilters])
     """A job's events in their order, at most 500 at once."""
     job = get_object_or_404(request.team.jobs.only("pk"), pk=job_id)
     return {"items": list(job.events.filter(sequence__gt=filters.after)[:500])}
+
+
+@router.get(
+    "jobs/{uuid:job_id}/samples/",
+    response={200: Page[JobSampleOut], **ERRORS},
+    summary="A job's answers while training",
+)
+def list_samples(request: ApiRequest, job_id: UUID, filters: Query[SampleFilters]) -> dict[str, Any]:
+    """What the job's model answered to its fixed prompts at each checkpoint, the newest first."""
+    job = get_object_or_404(request.team.jobs.only("pk"), pk=job_id)
+    rows = JobSample.objects.filter(prompt__job=job).select_related("prompt")
+    return page_of(rows if filters.step is None else rows.filter(step=filters.step), filters)
 
 
 @router.get("jobs/{uuid:job_id}/points/", response={200: PointsOut, **ERRORS}, summary="A job's curves")

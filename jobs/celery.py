@@ -42,6 +42,11 @@ app.conf.update(
             "schedule": 10.0,
             "options": {"expires": 10},
         },
+        "prune-deliveries": {
+            "task": "studio.webhooks.tasks.prune_deliveries",
+            "schedule": 3600.0,
+            "options": {"expires": 3600},
+        },
         "share-bases": {
             "task": "studio.catalogue.tasks.share_bases",
             "schedule": 60.0,
@@ -49,6 +54,11 @@ app.conf.update(
         },
         "check-adapter-files": {
             "task": "studio.catalogue.tasks.check_adapter_files",
+            "schedule": 300.0,
+            "options": {"expires": 300},
+        },
+        "check-base-files": {
+            "task": "studio.catalogue.tasks.check_base_files",
             "schedule": 300.0,
             "options": {"expires": 300},
         },

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -33,6 +34,7 @@ from jobs import series, showing
 from jobs.database_thread import DatabaseThread
 from jobs.models import FINAL_STATES, Job
 from jobs.progress import stream_key
+from jobs.samples import samples_context
 from jobs.series import Entry
 from jobs.watching import Visit, watching_users
 from studio import draining
@@ -167,13 +169,25 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Known:
+    """How far a job's events and its answers while training were when they were rendered."""
+
+    num_events: int = -1
+    newest_sample_at: datetime | None = None
+
+
+@dataclass(frozen=True)
 class View:
-    """A job as its row and its stream showed it at one moment; without `events` when these are known already."""
+    """A job as its row and its stream showed it at one moment; without the parts of its page that are known already.
+
+    `known` says which these are.
+    """
 
     standing: Standing
-    num_events: int
+    known: Known
     progress: Message
     events: Message | None
+    samples: Message | None
 
 
 class Feed:
@@ -199,8 +213,8 @@ class Feed:
         self.snapshot: tuple[float, tuple[int, int], Message] | None = None
         self.snapshot_lock = asyncio.Lock()
         self.standing: Standing | None = None
-        self.num_events = -1
-        self.progress = self.events = Message(PING)
+        self.known = Known()
+        self.progress = self.events = self.samples = Message(PING)
         self.is_changed = True
         self.looked_at = 0.0
         self.left_at = time.monotonic()
@@ -280,16 +294,20 @@ class Feed:
         """The rendered parts and the standing, for a page that may be older than this connection."""
         if self.standing is None:
             return []
-        return [self.progress, self.events, self.standing.message()]
+        return [self.progress, self.events, self.samples, self.standing.message()]
 
     def show(self, view: View) -> None:
         """Tell the watchers what a look at the job's row has changed."""
         if view.progress != self.progress:
             self.progress = view.progress
             self.tell(view.progress)
+        self.known = view.known
         if view.events is not None:
-            self.events, self.num_events = view.events, view.num_events
+            self.events = view.events
             self.tell(view.events)
+        if view.samples is not None:
+            self.samples = view.samples
+            self.tell(view.samples)
         if view.standing != self.standing:
             self.standing = view.standing
             self.attempt = max(self.attempt, view.standing.attempt)
@@ -556,7 +574,7 @@ class Hub:
             self._rest()
 
     async def _look(self, due: list[Feed]) -> None:
-        known = {feed.job_id: feed.num_events for feed in due}
+        known = {feed.job_id: feed.known for feed in due}
         for feed in due:
             feed.is_changed = False
             feed.looked_at = time.monotonic()
@@ -678,18 +696,21 @@ def _curve(job_id: UUID) -> dict[str, Any]:
     return series.points(job) if job is not None else {"columns": series.COLUMNS, "points": []}
 
 
-def _views(known: dict[UUID, int]) -> dict[UUID, View]:
-    """What the pages of these jobs show now; the events only where there are others than `known` counts."""
+def _views(known: dict[UUID, Known]) -> dict[UUID, View]:
+    """What the pages of these jobs show now; of what `known` has reached already, nothing."""
     found = {}
     for job in showing.job_for_page(Job.objects.filter(pk__in=known)):
         context = showing.live_context(job)
         events = context["events"]
-        num_events = events[0].sequence if events else 0
+        newest_sample_at = job.newest_sample_at  # type: ignore[attr-defined]
+        before, now = known[job.pk], Known(events[0].sequence if events else 0, newest_sample_at)
+        has_answered = now.newest_sample_at not in (None, before.newest_sample_at)
         found[job.pk] = View(
             Standing(job.state, job.phase, job.stop_mode, job.attempt),
-            num_events,
+            now,
             _part("progress", context),
-            _part("events", context) if num_events != known[job.pk] else None,
+            _part("events", context) if now.num_events != before.num_events else None,
+            _part("samples", samples_context(job, now.newest_sample_at)) if has_answered else None,
         )
     return found
 

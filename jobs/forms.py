@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,14 +93,22 @@ class RowField(forms.Field):
     def __init__(self, *, required: str, unknown: str, **kwargs: Any) -> None:
         super().__init__(error_messages={"required": required, "invalid_choice": unknown}, **kwargs)
         self.rows: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
 
-    def offer(self, rows: Iterable[Any]) -> None:
-        """Set what can be chosen."""
-        self.rows = {str(row.pk): row for row in rows}
+    def offer(self, rows: Iterable[Any], *, why_not: Callable[[Any], str] = lambda _row: "") -> None:
+        """Set what can be chosen; `why_not` says of a row why it cannot."""
+        self.left_out, self.rows = {}, {}
+        for row in rows:
+            if reason := why_not(row):
+                self.left_out[str(row.pk)] = reason
+            else:
+                self.rows[str(row.pk)] = row
 
     def to_python(self, value: Any) -> Any:
         if value in self.empty_values:
             return None
+        if str(value) in self.left_out:
+            raise forms.ValidationError(self.left_out[str(value)], code="invalid_choice")
         if str(value) not in self.rows:
             raise forms.ValidationError(self.error_messages["invalid_choice"], code="invalid_choice")
         return self.rows[str(value)]
@@ -145,12 +153,14 @@ class JobForm(forms.Form):
         self.methods = methods()
         if rows_of is not None:
             self.base_models.rows, self.dataset_versions.rows = rows_of.base_models.rows, rows_of.dataset_versions.rows
+            self.dataset_versions.left_out = rows_of.dataset_versions.left_out
         else:
             self.base_models.offer(BaseModel.objects.defer("files").order_by("name"))
             self.dataset_versions.offer(
                 DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
                 .select_related("dataset")
-                .order_by("dataset__name", "-number")
+                .order_by("dataset__name", "-number"),
+                why_not=DatasetVersion.why_not_trainable,
             )
         self.fields["method"].choices = [(m.name, m.label) for m in self.methods.values()]  # type: ignore[attr-defined]
         self.fields["precision"] = SettingField(PRECISION)

@@ -22,11 +22,22 @@ from django.db.models.functions import Coalesce, Least, Now
 from jobs import progress, usage
 from jobs.actions import ActionError, is_asked_already, refusal
 from jobs.failures import BACKOFF_SECONDS, UNCOUNTED, WAITS_FOR_SPACE, backoff_seconds, kind_of
-from jobs.models import LEASED_STATES, Job, JobAttempt, JobEvent, JobState, MetricPoint, Worker
+from jobs.models import (
+    LEASED_STATES,
+    FixedPrompt,
+    Job,
+    JobAttempt,
+    JobEvent,
+    JobSample,
+    JobState,
+    MetricPoint,
+    Worker,
+)
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
 from studio.accounts.models import User, record
 from studio.catalogue.models import Adapter, EvaluationRun
+from workers.events import AnswersEvent, PromptsEvent
 from workers.failpoints import failpoint
 
 # Counted attempts in a row that gained no step, after which a job is given up as poison.
@@ -126,12 +137,21 @@ def heartbeat(job_id: UUID, attempt: int, progress: Progress | None = None) -> H
 
 
 def store_progress(
-    job_id: UUID, attempt: int, points: Iterable[MetricPoint], messages: Iterable[tuple[str, str]]
+    job_id: UUID,
+    attempt: int,
+    points: Iterable[MetricPoint],
+    messages: Iterable[tuple[str, str]],
+    told: Iterable[PromptsEvent | AnswersEvent] = (),
 ) -> None:
-    """Store curve points and (level, text) messages of an attempt; raises FencedError and stores nothing."""
+    """Store curve points, (level, text) messages and answers of an attempt; raises FencedError and stores nothing."""
     with transaction.atomic():
         _lock(job_id, attempt)
         _upsert_points(points)
+        for event in told:
+            if isinstance(event, PromptsEvent):
+                _insert_prompts(job_id, event)
+            else:
+                _upsert_answers(job_id, attempt, event)
         for level, text in messages:
             add_event(job_id, attempt, text, level=level)
         failpoint("progress.before_commit")
@@ -151,6 +171,27 @@ def _upsert_points(points: Iterable[MetricPoint]) -> None:
     )
     with connection.cursor() as cursor:
         cursor.executemany(statement, [[getattr(point, name) for name in columns] for point in points])
+
+
+def _insert_prompts(job_id: UUID, event: PromptsEvent) -> None:
+    """Each attempt tells them; they are the same ones."""
+    rows = [FixedPrompt(job_id=job_id, index=index, **one.model_dump()) for index, one in enumerate(event.prompts)]
+    FixedPrompt.objects.bulk_create(rows, ignore_conflicts=True)
+
+
+def _upsert_answers(job_id: UUID, attempt: int, event: AnswersEvent) -> None:
+    """A resumed attempt tells again what its checkpoint holds: an answer that is known stays as it is."""
+    samples, prompts = JobSample._meta.db_table, FixedPrompt._meta.db_table
+    statement = (
+        f"INSERT INTO {samples} (prompt_id, attempt, step, answer, created_at)"  # noqa: S608 our own names
+        f" SELECT id, %s, %s, %s, now() FROM {prompts} WHERE job_id = %s AND index = %s"
+        " ON CONFLICT (prompt_id, step) DO UPDATE SET attempt = EXCLUDED.attempt, answer = EXCLUDED.answer,"
+        f" created_at = EXCLUDED.created_at WHERE {samples}.answer <> EXCLUDED.answer"
+    )
+    with connection.cursor() as cursor:
+        for index, answer in enumerate(event.answers):
+            if answer is not None:
+                cursor.execute(statement, [attempt, event.step, answer, job_id, index])
 
 
 def succeed(job_id: UUID, attempt: int, product: Adapter | EvaluationRun) -> None:

@@ -235,8 +235,8 @@ class Job(models.Model):
 
     @property
     def data_label(self) -> str:
-        """What it trains or scores on: a dataset version, or the standard tasks."""
-        return str(self.dataset_version) if self.dataset_version else str(self.recipe["dataset"]["name"])
+        """What it trains or scores on: a dataset version, or standard tasks, which its name and its suite tell."""
+        return str(self.dataset_version) if self.dataset_version else "standard tasks"
 
 
 class JobAttempt(models.Model):
@@ -303,6 +303,38 @@ class MetricPoint(models.Model):
 
     def __str__(self) -> str:
         return f"step {self.step} of {self.job}"
+
+
+class FixedPrompt(models.Model):
+    """A held-out row that a training job answers at every checkpoint; its texts may be cut."""
+
+    job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="fixed_prompts")
+    index = models.PositiveSmallIntegerField(help_text="Its place among the job's prompts, from 0.")
+    line = models.PositiveIntegerField(help_text="Of the dataset's file.")
+    prompt = models.TextField()
+    reference = models.TextField(help_text="The answer that the dataset gives.")
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["job", "index"], name="one_fixed_prompt_per_index")]
+
+    def __str__(self) -> str:
+        return f"prompt {self.index} of {self.job}"
+
+
+class JobSample(models.Model):
+    """What the model wrote after a fixed prompt once `step` was done; at step 0 it is the untouched base."""
+
+    prompt = models.ForeignKey(FixedPrompt, on_delete=models.CASCADE, related_name="samples")
+    attempt = models.PositiveIntegerField()
+    step = models.PositiveIntegerField()
+    answer = models.TextField()
+    created_at = models.DateTimeField(help_text="When it was stored, or replaced by another one of a later attempt.")
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["prompt", "step"], name="one_sample_per_step")]
+
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.prompt}"
 
 
 class TeamQuota(models.Model):

@@ -76,6 +76,8 @@ def queue_job(
             next_step="Open the dataset to see what is missing.",
             field="dataset",
         )
+    if dataset_version is not None and (reason := dataset_version.why_not_trainable()):
+        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset")
     asked = (asked_recipe or recipe).to_dict()
     known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
     if known is not None:

@@ -13,7 +13,7 @@ from django.db.models import F, OuterRef, QuerySet, Subquery
 from django.db.models.functions import JSONObject
 from django.utils import timezone
 
-from jobs import series
+from jobs import samples, series
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobKind, JobState, MetricPoint
 from studio.templatetags.components import duration, short_number, significant
 from workers.events import PHASES, PhaseEvent, StepEvent, ValidationEvent
@@ -104,14 +104,15 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
         peak_memory_bytes=Subquery(
             JobAttempt.objects.filter(job=OuterRef("pk")).order_by("-peak_memory_bytes").values("peak_memory_bytes")[:1]
         ),
+        newest_sample_at=samples.newest_sample_at(),
     )
 
 
 def listed_jobs(jobs: QuerySet[Job]) -> QuerySet[Job]:
     """Jobs with what a row of a list shows, the recipes left out."""
-    return jobs.select_related("dataset_version__dataset", "base_model", "created_by", "worker", "adapter").defer(
-        "asked_recipe", "estimate", "plan", "dataset_version__statistics", "base_model__files", "base_model__shape",
-        "adapter__recipe", "adapter__files", "adapter__provenance",
+    return jobs.select_related("dataset_version__dataset", "base_model", "created_by").defer(
+        "recipe", "asked_recipe", "estimate", "plan", "dataset_version__statistics", "base_model__files",
+        "base_model__shape",
     )  # fmt: skip
 
 

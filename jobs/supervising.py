@@ -30,6 +30,7 @@ from jobs.models import JobState, MetricPoint
 from jobs.progress import Publisher
 from jobs.trainers import Trainer, kill_group
 from workers.events import (
+    AnswersEvent,
     CheckpointEvent,
     DivergedEvent,
     EndedEvent,
@@ -37,6 +38,7 @@ from workers.events import (
     MessageEvent,
     PhaseEvent,
     PlanEvent,
+    PromptsEvent,
     ResultEvent,
     StepEvent,
     StopMode,
@@ -99,6 +101,10 @@ def boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
+Told = MetricPoint | tuple[str, str] | PromptsEvent | AnswersEvent
+"""What is stored of what a trainer says: a curve's point, a (level, text) message, or of the fixed prompts."""
+
+
 @dataclass
 class _Shared:
     """What the two threads tell each other."""
@@ -129,8 +135,8 @@ class Link(threading.Thread):
         super().__init__(name=f"link-{job_id}", daemon=True)
         self.job_id, self.attempt = job_id, attempt
         self.shared = _Shared()
-        self.rows: queue.SimpleQueue[MetricPoint | tuple[str, str]] = queue.SimpleQueue()
-        self._waiting: list[MetricPoint | tuple[str, str]] = []
+        self.rows: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._waiting: list[Told] = []
         self._noted = (0, 0, 0, 0)
         self._noted_checkpoint: int | None = None
         self._hurry, self._done = threading.Event(), threading.Event()
@@ -226,10 +232,11 @@ class Link(threading.Thread):
                     logger.exception("Job %s: a row that cannot be stored is dropped", self.job_id)
         self._waiting.clear()
 
-    def _store_rows(self, rows: Sequence[MetricPoint | tuple[str, str]]) -> None:
+    def _store_rows(self, rows: Sequence[Told]) -> None:
         points = [row for row in rows if isinstance(row, MetricPoint)]
-        messages = [row for row in rows if not isinstance(row, MetricPoint)]
-        lifecycle.store_progress(self.job_id, self.attempt, points, messages)
+        messages = [row for row in rows if isinstance(row, tuple)]
+        answers = [row for row in rows if isinstance(row, PromptsEvent | AnswersEvent)]
+        lifecycle.store_progress(self.job_id, self.attempt, points, messages, answers)
 
 
 def supervise(
@@ -391,6 +398,8 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
                     link, event.step, loss=event.loss, learning_rate=event.learning_rate, grad_norm=event.grad_norm
                 )
             )  # fmt: skip
+        case PromptsEvent() | AnswersEvent():
+            link.rows.put(event)
         case CheckpointEvent():
             shared.checkpoint_step = event.step
             link.rows.put(("info", f"Checkpoint at step {event.step}, {event.num_bytes / 1e6:.1f} MB."))

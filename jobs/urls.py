@@ -2,13 +2,16 @@
 
 from django.urls import path
 
-from jobs import acting, diffing, evaluation_pages, queue_page, quotas, streams, views
+from jobs import acting, base_needs, curves, diffing, evaluation_pages, queue_page, quotas, samples, streams, views
 
 app_name = "jobs"
 urlpatterns = [
     path("", views.list_jobs, name="list"),
     path("queue/", queue_page.queue, name="queue"),
+    path("needs/<int:base_model_id>/", base_needs.base_needs, name="base_needs"),
     path("limits/", quotas.limits, name="limits"),
+    path("curves/", curves.curves, name="curves"),
+    path("curves.json", curves.curves_json, name="curves_json"),
     path("diff/", diffing.diff, name="diff"),
     path("new/", views.new_job, name="new"),
     path("estimate/", views.estimate, name="estimate"),
@@ -17,6 +20,7 @@ urlpatterns = [
     path("<uuid:job_id>/header/", views.job_header, name="header"),
     path("<uuid:job_id>/points.json", views.points, name="points"),
     path("<uuid:job_id>/points/", views.point_table, name="point_table"),
+    path("<uuid:job_id>/samples/", samples.samples, name="samples"),
     path("<uuid:job_id>/events/", streams.events, name="events"),
     path("<uuid:job_id>/again/<slug:action>/", acting.again, name="again"),
     path("<uuid:job_id>/cancel/", acting.cancel, name="cancel"),

@@ -18,7 +18,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import series, showing
+from jobs import samples, series, showing
 from jobs.buttons import mark_ends
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
@@ -370,6 +370,7 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
     attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
     return {
         **context,
+        **samples.samples_context(job, job.newest_sample_at),  # type: ignore[attr-defined]
         "row": job_row(job, queue),
         "attempts": attempts,
         "attempt_line": showing.attempt_line(job, attempts),

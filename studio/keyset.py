@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Generic, TypeVar
 
 from django.db.models import F, Model, Q, QuerySet
@@ -21,11 +21,16 @@ MAX_CURSOR = 400
 
 @dataclass(frozen=True)
 class Key:
-    """One column of an order. The last key of an order must tell any two rows apart. Missing values come last."""
+    """One column of an order. The last key of an order must tell any two rows apart.
+
+    Only the first may be nullable; rows without a value of it come last.
+    """
 
     name: str
     is_descending: bool = False
     is_nullable: bool = False
+    joined_key: str = ""
+    """Of a nullable column of a joined row, the column that joins it: a database finds what has no such row by it."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,11 @@ def read_page(
     forwards = read_cursor(query.get("after", ""), keys) if backwards is None else None
     is_backwards = backwards is not None
     cursor = backwards or forwards
-    if cursor is not None:
-        rows = rows.filter(_beyond(keys, cursor, is_backwards=is_backwards))
-    found = list(rows.order_by(*(_order(key, is_backwards=is_backwards) for key in keys))[: size + 1])
+    found: list[T] = []
+    for part in _parts(rows, keys, cursor, is_backwards=is_backwards):
+        found += part[: size + 1 - len(found)]
+        if len(found) > size:
+            break
     has_more = len(found) > size
     shown = found[:size]
     if is_backwards:
@@ -66,7 +73,7 @@ def read_page(
 def write_cursor(row: Model, keys: Sequence[Key]) -> str:
     """A row's place in the order, for a URL."""
     values = [getattr(row, key.name) for key in keys]
-    plain = [value.isoformat() if isinstance(value, datetime) else value for value in values]
+    plain = [value.isoformat() if isinstance(value, date) else value for value in values]
     return base64.urlsafe_b64encode(json.dumps(plain).encode()).decode().rstrip("=")
 
 
@@ -88,6 +95,8 @@ def _read(value: Any, key: Key) -> Any:
         raise ValueError("a missing value")
     if isinstance(value, str) and key.name.endswith("_at"):
         return datetime.fromisoformat(value)
+    if isinstance(value, str) and key.name.endswith("_on"):
+        return date.fromisoformat(value)
     # No column holds an integer beyond its range, and no text a zero character.
     is_usable = (
         value is None
@@ -100,29 +109,52 @@ def _read(value: Any, key: Key) -> Any:
     return value
 
 
+def _parts(
+    rows: QuerySet[T], keys: Sequence[Key], values: Sequence[Any] | None, *, is_backwards: bool
+) -> list[QuerySet[T]]:
+    """The rows beyond a cursor's values, in the order in which they are read; the second part follows the first.
+
+    Rows without a value of the first key are a part of their own: with them among the others, a database would have to
+    sort all rows to find the first few, which an index gives it otherwise.
+    """
+    first, rest = keys[0], keys[1:]
+    if not first.is_nullable:
+        return [_part(rows, keys, values, is_backwards=is_backwards)]
+    with_value = rows.filter(**{f"{first.name}__isnull": False})
+    without = rows.filter(**{f"{first.joined_key or first.name}__isnull": True})
+    if values is not None and (values[0] is None) != is_backwards:
+        # The cursor is in the part that is read last.
+        own, own_keys, own_values = (with_value, keys, values) if is_backwards else (without, rest, values[1:])
+        return [_part(own, own_keys, own_values, is_backwards=is_backwards)]
+    if is_backwards:
+        assert values is not None
+        begun = _part(without, rest, values[1:], is_backwards=True)
+        return [begun, _part(with_value, keys, None, is_backwards=True)]
+    begun = _part(with_value, keys, values, is_backwards=False)
+    return [begun, _part(without, rest, None, is_backwards=False)]
+
+
+def _part(rows: QuerySet[T], keys: Sequence[Key], values: Sequence[Any] | None, *, is_backwards: bool) -> QuerySet[T]:
+    """Rows beyond these values, in order; none of them misses a value."""
+    if values is not None:
+        rows = rows.filter(_beyond(keys, values, is_backwards=is_backwards))
+    return rows.order_by(*(_order(key, is_backwards=is_backwards) for key in keys))
+
+
 def _beyond(keys: Sequence[Key], values: Sequence[Any], *, is_backwards: bool) -> Q:
     """Rows that come after these values in the order, or before them."""
     found = Q(pk__in=[])
     same = Q()
     for key, value in zip(keys, values, strict=True):
-        if value is None:
-            if is_backwards:
-                found |= same & Q(**{f"{key.name}__isnull": False})
-            same &= Q(**{f"{key.name}__isnull": True})
-            continue
-        comparison = "lt" if key.is_descending != is_backwards else "gt"
-        beyond = Q(**{f"{key.name}__{comparison}": value})
-        if key.is_nullable and not is_backwards:
-            beyond |= Q(**{f"{key.name}__isnull": True})
-        found |= same & beyond
+        found |= same & Q(**{f"{key.name}__{_comparison(key, is_backwards=is_backwards)}": value})
         same &= Q(**{key.name: value})
-    return found
+    # Says nothing new, but where in an index of the first key to begin.
+    return Q(**{f"{keys[0].name}__{_comparison(keys[0], is_backwards=is_backwards)}e": values[0]}) & found
+
+
+def _comparison(key: Key, *, is_backwards: bool) -> str:
+    return "lt" if key.is_descending != is_backwards else "gt"
 
 
 def _order(key: Key, *, is_backwards: bool) -> Any:
-    is_descending = key.is_descending != is_backwards
-    column = F(key.name)
-    if not key.is_nullable:
-        return column.desc() if is_descending else column.asc()
-    nulls = {"nulls_first": True} if is_backwards else {"nulls_last": True}
-    return column.desc(**nulls) if is_descending else column.asc(**nulls)
+    return F(key.name).desc() if key.is_descending != is_backwards else F(key.name).asc()

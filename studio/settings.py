@@ -81,6 +81,8 @@ EMAIL_HOST_PASSWORD = os.environ.get("STUDIO_SMTP_PASSWORD", "")
 _smtp_security = os.environ.get("STUDIO_SMTP_SECURITY", "starttls").lower()
 EMAIL_USE_TLS, EMAIL_USE_SSL = _smtp_security == "starttls", _smtp_security == "tls"
 MAIL_FROM = os.environ.get("STUDIO_MAIL_FROM", "PEFT Studio <studio@localhost>")
+# Days that messages to webhooks and people are kept once they were delivered or given up; 0: for ever.
+DELIVERY_DAYS = int(os.environ.get("STUDIO_DELIVERY_DAYS", 30))
 # True lets webhooks go to private addresses and over plain http.
 WEBHOOK_PRIVATE_NETWORKS = _flag("STUDIO_WEBHOOK_PRIVATE_NETWORKS", False)
 # CPU threads for one trainer; 0: all cores, shared between the trainers of this machine.
@@ -110,6 +112,9 @@ INSTALLED_APPS = [
     "jobs",
 ]
 
+# From where on a finding counts against an adapter: asked by the catalogue, which knows nothing of reviews.
+THRESHOLDS_OF_TEAM = "studio.reviews.policies.thresholds_of"
+
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -132,10 +137,12 @@ API_ROUTERS = [
     "studio.datasets.api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.naming_api.router",
+    "studio.catalogue.views_api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
     "studio.webhooks.api.router",
     "jobs.api.router",
+    "jobs.base_needs.router",
     "jobs.machine_api.router",
     "jobs.quotas.router",
 ]

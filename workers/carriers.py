@@ -1,4 +1,6 @@
-"""Carriers: how rows lie in a file (JSON Lines, JSON, CSV). What a row means is the business of `workers/formats/`.
+"""Carriers: how rows lie in a file (JSON Lines, JSON, CSV, Parquet, text), itself or packed with gzip or Zstandard.
+
+What a row means is the business of `workers/formats/`.
 
 Every carrier is read in one pass with memory for a few rows, and gives each row with the line it starts at.
 A row that cannot be read is a Problem at its line and never hides the rows after it. What a file's name ends
@@ -15,12 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+from workers.compression import COMPRESSION_LABELS, compression_of, open_unpacked
 from workers.errors import DatasetError
 from workers.examples import Problem
+from workers.parquet import parquet_rows
 from workers.strict_json import MAX_ROW_BYTES, excerpt_of, not_utf8, parse_object
 
-Carrier = Literal["jsonl", "json", "csv", "tsv"]
-CARRIER_LABELS: dict[str, str] = {"jsonl": "JSON Lines", "json": "JSON", "csv": "CSV", "tsv": "TSV"}
+Carrier = Literal["jsonl", "json", "csv", "tsv", "text", "parquet"]
+_LABELS: dict[str, str] = {"jsonl": "JSON Lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "text": "text"}
+CARRIER_LABELS: dict[str, str] = {
+    "parquet": "Parquet",
+    **{
+        f"{carrier}.{packed}" if packed else carrier: f"{label}, {packing}" if packed else label
+        for carrier, label in _LABELS.items()
+        for packed, packing in COMPRESSION_LABELS.items()
+    },
+}
+"""What `sniff` gives -> its name for people; "jsonl.gz" is JSON Lines in gzip."""
 
 MAX_COLUMNS = 1000
 MAX_CELL_CHARS = 4 * 1024**2
@@ -38,8 +51,8 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"GIF8", "a GIF image", ""),
     (0, b"PK\x03\x04", "a ZIP archive or an office document", "Unpack it, or export the sheet as CSV."),
     (0, b"PK\x05\x06", "an empty ZIP archive", ""),
-    (0, b"\x1f\x8b", "a gzip archive", "Unpack it first (gunzip)."),
-    (0, b"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it first (zstd -d)."),
+    (0, b"\x1f\x8b", "a gzip archive inside another", "Pack it once, or not at all."),
+    (0, b"\x28\xb5\x2f\xfd", "a Zstandard archive inside another", "Pack it once, or not at all."),
     (0, b"BZh", "a bzip2 archive", "Unpack it first (bunzip2)."),
     (0, b"\xfd7zXZ\x00", "an xz archive", "Unpack it first (unxz)."),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "Unpack it first."),
@@ -48,7 +61,6 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "a Linux program", ""),
     (0, b"MZ", "a Windows program", ""),
     (0, b"%PDF-", "a PDF document", "A PDF is source material: export question and answer rows from it first."),
-    (0, b"PAR1", "a Parquet file, which is not yet read", "Export it as JSON Lines."),
     (0, b"ARROW1", "an Arrow file, which is not yet read", "Export it as JSON Lines."),
     (0, b"SQLite format 3\x00", "an SQLite database", "Export the table as CSV."),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old office document", "Export the sheet as CSV."),
@@ -57,7 +69,8 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"<html", "a web page", "Download the data file itself, not the page that links to it."),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Run git lfs pull first."),
 )  # fmt: skip
-_ACCEPTED = "Datasets are UTF-8 text: JSON Lines (.jsonl), JSON, CSV or TSV."
+_ACCEPTED = "Datasets are JSON Lines, JSON, CSV, TSV or plain text in UTF-8, themselves or in gzip or zstd, or Parquet."
+_PARQUET = b"PAR1"
 
 
 @dataclass(frozen=True)
@@ -68,27 +81,39 @@ class Row:
     value: dict[str, Any]
 
 
-def sniff(path: Path, file_name: str = "") -> Carrier:
-    """Which carrier a file is, by its first bytes.
+def sniff(path: Path, file_name: str = "") -> str:
+    """Which carrier a file is, by its first bytes: a key of CARRIER_LABELS.
 
     Args:
         path: the file.
         file_name: what its owner calls it; used in sentences only.
 
     Raises:
-        DatasetError: nothing in the file can be read. Codes: empty_file, no_rows, wrong_type, encoding.
+        DatasetError: nothing in the file can be read. Codes: empty_file, no_rows, wrong_type, encoding,
+            archives_not_accepted, damaged_file, expands_too_much.
     """
-    with path.open("rb") as file:
+    packed = compression_of(path)
+    with open_unpacked(path) as file:
         head = file.read(_HEAD_BYTES)
     if not head:
         raise _refusal("empty_file", "The file has 0 bytes.", "Check that the export finished, and choose it again.")
+    if head.startswith(_PARQUET):
+        if packed:
+            raise _refusal("archives_not_accepted", "A Parquet file is packed once more.", "Upload it as it is.")
+        return "parquet"
+    carrier = _sniff_text(path, head, file_name)
+    return f"{carrier}.{packed}" if packed else carrier
+
+
+def _sniff_text(path: Path, head: bytes, file_name: str) -> Carrier:
     _refuse_other_types(head, file_name)
     _refuse_other_encodings(head, is_whole=len(head) < _HEAD_BYTES)
     text = head.removeprefix(_BOM).lstrip()
     if not text:
         raise _refusal("no_rows", "The file has only blank lines.", _ACCEPTED)
     if text[:1] not in b"{[":
-        return "tsv" if _delimiter(head) == "\t" else "csv"
+        delimiter = _table_delimiter(head)
+        return "text" if delimiter is None else "tsv" if delimiter == "\t" else "csv"
     return _json_kind(path)
 
 
@@ -98,8 +123,12 @@ def open_rows(path: Path, carrier: str | None = None) -> Iterator[Row | Problem]
     Raises:
         DatasetError: the file cannot be read at all, or from some line on (a damaged JSON list).
     """
-    carrier = carrier or sniff(path)
+    carrier = (carrier or sniff(path)).partition(".")[0]
     assert carrier in get_args(Carrier), carrier
+    if carrier == "parquet":
+        return _parquet_rows(path)
+    if carrier == "text":
+        return _text_rows(path)
     if carrier == "jsonl":
         return _jsonl_rows(path)
     if carrier == "json":
@@ -119,7 +148,8 @@ def _refuse_other_types(head: bytes, file_name: str) -> None:
         if found == magic or (magic.startswith(b"<") and found.lower() == magic.lower()):
             suffix = Path(file_name).suffix
             named = f"The file is named {suffix} but is" if suffix else "This is"
-            raise _refusal("wrong_type", f"{named} {what}.", advice or _ACCEPTED)
+            code = "archives_not_accepted" if "archive" in what else "wrong_type"
+            raise _refusal(code, f"{named} {what}.", advice or _ACCEPTED)
 
 
 def _refuse_other_encodings(head: bytes, *, is_whole: bool) -> None:
@@ -166,7 +196,7 @@ def _is_utf8(line: bytes) -> bool:
 # -- JSON Lines --------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """(line number, byte offset, line without its end) of each line; a line over the limit is cut to the limit + 1."""
     number, offset = 0, 0
     while raw := file.readline(MAX_ROW_BYTES + 1):
@@ -195,17 +225,21 @@ def _too_long(line: int, raw: bytes) -> Problem:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row | Problem]:
-    with path.open("rb", buffering=_CHUNK_BYTES) as file:
-        for number, offset, raw in _lines(file):
-            if len(raw) > MAX_ROW_BYTES:
-                yield _too_long(number, raw)
-                continue
-            value, problem = parse_object(raw, number, offset)
-            if value is not None:
-                yield Row(number, value)
-            elif raw.strip():  # only a line that failed can be blank
-                assert problem is not None
-                yield problem
+    with open_unpacked(path) as file:
+        for number, offset, raw in numbered_lines(file):
+            item = jsonl_row(number, offset, raw)
+            if item is not None:
+                yield item
+
+
+def jsonl_row(number: int, offset: int, raw: bytes) -> Row | Problem | None:
+    """What a line of JSON Lines holds; None when it is blank."""
+    if len(raw) > MAX_ROW_BYTES:
+        return _too_long(number, raw)
+    value, problem = parse_object(raw, number, offset)
+    if value is not None:
+        return Row(number, value)
+    return problem if raw.strip() else None  # only a line that failed can be blank
 
 
 # -- JSON: one list of rows, by itself or inside an object -----------------------------------------------------------
@@ -327,7 +361,7 @@ class _Scanner:
 
 
 def _json_rows(path: Path) -> Iterator[Row | Problem]:
-    with path.open("rb") as file:
+    with open_unpacked(path) as file:
         scanner = _Scanner(file)
         if scanner.peek() == b"[":
             yield from _list_rows(scanner)
@@ -468,10 +502,10 @@ def _cut_off(scanner: _Scanner, row_line: int | None = None) -> DatasetError:
 
 def _json_kind(path: Path) -> Carrier:
     """Whether text that starts with a bracket is one JSON value or one value per line."""
-    with path.open("rb") as file:
+    with open_unpacked(path) as file:
         lines: list[tuple[int, int, bytes]] = []
         num_bytes = 0
-        for number, offset, raw in _lines(file):
+        for number, offset, raw in numbered_lines(file):
             if raw.strip():
                 lines.append((number, offset, raw.strip()))
                 num_bytes += len(raw)
@@ -503,12 +537,41 @@ def _is_list_of_rows(value: dict[str, Any]) -> bool:
 # -- CSV and TSV -------------------------------------------------------------------------------------------------------
 
 
-def _delimiter(head: bytes) -> str:
-    """The delimiter that splits the first lines into the same number of cells most often, the header above all."""
+# Names of columns that make a first line a header, however uneven the lines below it are.
+_HEADERS = {
+    "answer", "chosen", "completion", "context", "id", "input", "instruction", "messages", "output", "prompt",
+    "question", "query", "rejected", "response", "system", "target", "text",
+}  # fmt: skip
+
+
+_IDENTIFIERS = re.compile(r"\w+(?:[,;|\t]\w+)+")
+
+
+def _table_delimiter(head: bytes) -> str | None:
+    """The delimiter of a table, or None for lines that are plain text.
+
+    A table's lines have mostly as many cells as its header, or its header has names that tables of datasets have, or
+    nothing but three or more plain names. One column is a table only when it is called text.
+    """
+    first = head.removeprefix(_BOM).lstrip().split(b"\n", 1)[0].decode("utf-8", "replace").strip()
+    delimiter, share, num_records = _delimiter(head)
+    names = {name.strip().strip('"').lower() for name in first.split(delimiter)}
+    is_header = num_records > 1 and first.count(delimiter) > 1 and _IDENTIFIERS.fullmatch(first)
+    if names == {"text"} or len(names & _HEADERS) >= 2 or is_header:
+        return delimiter
+    is_even = share > 0.5 and (num_records > 1 or max(map(len, names)) <= 40)
+    return delimiter if is_even else None
+
+
+def _delimiter(head: bytes) -> tuple[str, float, int]:
+    """The delimiter that splits the first lines into the same number of cells most often, the header above all.
+
+    With it the share of such lines, 0 where there is only one cell, and how many lines were looked at.
+    """
     lines = head.removeprefix(_BOM).decode("utf-8", "replace").splitlines(keepends=True)
     if len(head) >= _HEAD_BYTES and len(lines) > 1:
         lines.pop()
-    best, best_score = ",", (0.0, 0)
+    best, best_score, num_records = ",", (0.0, 0), 0
     for delimiter in _DELIMITERS:
         reader = csv.reader(lines[:500], delimiter=delimiter)
         widths: list[int] = []
@@ -522,10 +585,11 @@ def _delimiter(head: bytes) -> str:
             continue
         if not widths or widths[0] < 2:
             continue
+        num_records = len(widths)
         score = (sum(width == widths[0] for width in widths) / len(widths), widths[0])
         if score > best_score:
             best, best_score = delimiter, score
-    return best
+    return best, best_score[0], num_records
 
 
 class _Records:
@@ -533,7 +597,7 @@ class _Records:
     own first line: the rest is read again."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._lines = _lines(file)
+        self._lines = numbered_lines(file)
         self._again: deque[tuple[int, int, bytes]] = deque()
         self.current: list[tuple[int, int, bytes]] = []
         self.num_bytes = 0
@@ -565,9 +629,9 @@ class _RecordTooLongError(Exception):
 
 
 def _csv_rows(path: Path) -> Iterator[Row | Problem]:
-    with path.open("rb", buffering=_CHUNK_BYTES) as file:
-        delimiter = _delimiter(file.read(_HEAD_BYTES))
-        file.seek(0)
+    with open_unpacked(path) as file:
+        delimiter = _delimiter(file.read(_HEAD_BYTES))[0]
+    with open_unpacked(path) as file:
         records = _Records(file)
         header = _read_header(records, delimiter)
         num_rows = 0
@@ -590,7 +654,7 @@ def _read_header(records: _Records, delimiter: str) -> list[str]:
                 next_step="Keep the columns that hold the prompt and the answer.",
                 line=line,
             )
-        if len(names) < 2:
+        if len(names) < 2 and names[0].lower() != "text":
             raise _refusal(
                 "wrong_type",
                 f'Line {line} has one column ("{excerpt_of(names[0])}"), so this is neither a table nor JSON.',
@@ -697,3 +761,51 @@ def _csv_row(header: list[str], line: int, cells: list[str]) -> Row | Problem:
             excerpt=excerpt_of(cells),
         )
     return Row(line, dict(zip(header, cells, strict=True)))
+
+
+# -- plain text and Parquet --------------------------------------------------------------------------------------------
+
+PASSAGE_CHARS = 4000
+"""Characters after which a passage without a blank line ends at its next line end."""
+
+
+def _text_rows(path: Path) -> Iterator[Row | Problem]:
+    """Passages of a text file: what stands between blank lines, each as {"text": ...} with the line it starts at.
+
+    Nothing but blank lines is lost. A passage that has PASSAGE_CHARS ends with that line.
+    """
+    with open_unpacked(path) as file:
+        held: list[str] = []
+        start = num_chars = 0
+        for number, offset, raw in numbered_lines(file):
+            if len(raw) > MAX_ROW_BYTES:
+                yield _too_long(number, raw)
+                continue
+            try:
+                text = raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield not_utf8(raw, number, offset, error)
+                continue
+            if "\0" in text:
+                yield Problem(
+                    "F005",
+                    f"Line {number} holds a NUL byte at offset {offset + raw.index(0)} of the file.",
+                    "Remove it: text never has one.",
+                    line=number,
+                    excerpt=excerpt_of(raw),
+                )
+                continue
+            if text.strip():
+                start = start if held else number
+                held.append(text)
+                num_chars += len(text)
+            if held and (not text.strip() or num_chars >= PASSAGE_CHARS):
+                yield Row(start, {"text": "\n".join(held)})
+                held, num_chars = [], 0
+        if held:
+            yield Row(start, {"text": "\n".join(held)})
+
+
+def _parquet_rows(path: Path) -> Iterator[Row | Problem]:
+    for number, row in parquet_rows(path):
+        yield row if isinstance(row, Problem) else Row(number, row)

@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENO
 BEST = "best.safetensors"
 VISITS = "visits.safetensors"
 """What suspicions about rows rest on; not part of what is learned, so older checkpoints do without."""
+ANSWERS = "answers.json"
+"""The newest answers to the fixed prompts; older checkpoints do without, too."""
+OPTIONAL = (BEST, VISITS, ANSWERS)
 REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "random.json", "position.json")
 
 
@@ -98,6 +101,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     best_weights: dict[str, torch.Tensor] | None = None,
     visits: dict[str, np.ndarray] | None = None,
+    answers: Mapping[int, Sequence[str | None]] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint under `root` and removes all but the newest two that are whole.
 
@@ -122,6 +126,8 @@ def save(
             save_file(best_weights, aside / BEST)
         if visits is not None:
             save_file({name: torch.from_numpy(one.copy()) for name, one in visits.items()}, aside / VISITS)
+        if answers:
+            (aside / ANSWERS).write_text(json.dumps(list(answers.items())), "utf-8")
         failpoint("checkpoint.files_written")
         _write_manifest(aside, position, recipe_sha256, versions)
         if folder.exists():  # this attempt came here before: resumed from an older one after damage
@@ -218,6 +224,13 @@ def visits(checkpoint: Checkpoint) -> dict[str, np.ndarray] | None:
     return {name: one.numpy() for name, one in load_file(path).items()} if path.is_file() else None
 
 
+def answers(checkpoint: Checkpoint) -> dict[int, tuple[str | None, ...]]:
+    """The newest answers to the fixed prompts by step; none when the checkpoint keeps none."""
+    path = checkpoint.folder / ANSWERS
+    listed = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    return {step: tuple(texts) for step, texts in listed}
+
+
 def disk_error(error: OSError, what: str) -> ExplainedError:
     """An error of the file system in words; its code is disk_full when there is no room, storage when it broke."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -304,9 +317,8 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
         raise CheckpointError(f"its {MANIFEST} cannot be read") from error
     if of_recipe != recipe_sha256:
         raise ForeignCheckpointError("it belongs to another recipe")
-    has_best = BEST in listed or (folder / BEST).exists()
-    has_visits = VISITS in listed or (folder / VISITS).exists()
-    for name in (*REQUIRED, *[BEST] * has_best, *[VISITS] * has_visits):
+    further = [name for name in OPTIONAL if name in listed or (folder / name).exists()]
+    for name in (*REQUIRED, *further):
         if name not in listed:
             raise CheckpointError(f"{name} is not in its {MANIFEST}")
         path = folder / name
@@ -318,7 +330,9 @@ def _verify(folder: Path, recipe_sha256: str, keys: dict[str, torch.Size]) -> Ch
             raise CheckpointError(f"{name} does not match its checksum")
     try:
         position = Position.from_dict(json.loads((folder / "position.json").read_text("utf-8")))
-        found = [_shapes(folder / name) for name in (("adapter.safetensors", BEST) if has_best else REQUIRED[:1])]
+        found = [
+            _shapes(folder / name) for name in (("adapter.safetensors", BEST) if BEST in further else REQUIRED[:1])
+        ]
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError("its files cannot be read") from error
     if not folder.name.startswith(f"{step}-") or position.step != step:

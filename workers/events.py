@@ -99,6 +99,32 @@ class DivergedEvent(_Event):
     grad_norm: float | None = None
 
 
+class FixedPrompt(_Event):
+    """A held-out row that is answered at every checkpoint; both texts may be cut."""
+
+    line: int
+    prompt: str
+    reference: str
+
+
+class PromptsEvent(_Event):
+    """The prompts that are answered at every checkpoint, in the order of the answers."""
+
+    type: Literal["prompts"] = "prompts"
+    prompts: tuple[FixedPrompt, ...]
+
+
+class AnswersEvent(_Event):
+    """What the model writes after each prompt once `step` is done; at step 0 it is the untouched base.
+
+    An answer is None where the prompt leaves no room for one.
+    """
+
+    type: Literal["answers"] = "answers"
+    step: int
+    answers: tuple[str | None, ...]
+
+
 class CheckpointEvent(_Event):
     """A checkpoint is complete on disk."""
 
@@ -162,6 +188,8 @@ Event = Annotated[
     | StepEvent
     | ValidationEvent
     | DivergedEvent
+    | PromptsEvent
+    | AnswersEvent
     | CheckpointEvent
     | MessageEvent
     | ResultEvent

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from workers.continuous import ContinuousBatch
+from workers.slots import takes_slots
+
 # B rows still being written, T prompt tokens of the longest row in a batch, V vocabulary.
 
 DEFAULT_BATCH_SIZE = 16
@@ -24,23 +27,26 @@ def generate(
     seed: int = 17,
     use_cache: bool = True,
     on_finished: Callable[[int], object] | None = None,
+    should_stop: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """The tokens that the model writes after each prompt, without the token that ended the answer.
 
-    Prompts are sorted by length and padded on the left within a batch; a row that has ended leaves the batch. An
-    answer also ends where the model's context ends; a prompt that fills it gets an empty answer.
+    Where the model keeps nothing but keys and values, waiting prompts take the places of rows that end (see
+    `workers.continuous`). For other models prompts are sorted by length and padded on the left within a batch; a row
+    that has ended leaves it. An answer also ends where the model's context ends; a prompt that fills it gets an empty
+    answer.
 
     Args:
         max_new_tokens: of every answer, or one number per prompt.
-        batch_size: rows at once; DEFAULT_BATCH_SIZE when None.
+        batch_size: rows at once; when None, as many as pay and fit.
         temperature: 0 takes the most probable token; above, tokens are drawn from the sharpened or flattened
             distribution, with a generator of its own seeded by `seed`.
         top_p: draw from the smallest set of tokens that holds this much probability (Holtzman et al. 2020).
         use_cache: False recomputes the whole row for every token: slow, for checking only.
         on_finished: told how many rows were finished since the last call; a true answer ends generation early,
-            and rows not begun come back empty.
+            and rows not finished come back empty.
+        should_stop: asked before every token; a true answer does the same.
     """
-    written: list[list[int]] = [[] for _ in prompts]
     room = context_room(model)
     fitting = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < room]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -48,7 +54,7 @@ def generate(
         raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts: give one number, or one for each prompt.")
     fitting = [index for index in fitting if limits[index] > 0]
     order = sorted(fitting, key=lambda index: len(prompts[index]), reverse=True)
-    size = batch_size or DEFAULT_BATCH_SIZE
+    should_stop = should_stop or (lambda: False)
     generator: torch.Generator | None = None
     was_training = model.training
     model.eval()
@@ -57,20 +63,24 @@ def generate(
             device = next(model.parameters()).device
             if temperature > 0:
                 generator = torch.Generator(device=device).manual_seed(seed)
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
-                answers = _generate_batch(
-                    model, [prompts[index] for index in batch], [limits[index] for index in batch], room,
-                    frozenset(stop_ids), lambda logits_BV: _choose(logits_BV, temperature, top_p, generator),
-                    use_cache, device,
+
+            def choose(logits_BV: torch.Tensor) -> torch.Tensor:
+                return _choose(logits_BV, temperature, top_p, generator)
+
+            asked = [(index, prompts[index], min(limits[index], room - len(prompts[index]))) for index in order]
+            if use_cache and takes_slots(model):
+                batch = ContinuousBatch(
+                    model, stop_ids, choose, num_slots=batch_size, on_finished=on_finished, should_stop=should_stop
+                )
+                answers = batch.write(asked)
+            else:
+                answers = _write_in_batches(
+                    model, asked, frozenset(stop_ids), choose, batch_size or DEFAULT_BATCH_SIZE, use_cache, on_finished,
+                    should_stop,
                 )  # fmt: skip
-                for index, ids in zip(batch, answers, strict=True):
-                    written[index] = ids
-                if on_finished is not None and on_finished(len(batch)):
-                    break
     finally:
         model.train(was_training)
-    return written
+    return [answers.get(index, []) for index in range(len(prompts))]
 
 
 def context_room(model: Any) -> int:
@@ -81,17 +91,44 @@ def context_room(model: Any) -> int:
     return total - int(getattr(adapter, "num_virtual_tokens", None) or 0)
 
 
+def _write_in_batches(
+    model: Any,
+    asked: Sequence[tuple[int, Sequence[int], int]],
+    stop_ids: frozenset[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
+    use_cache: bool,
+    on_finished: Callable[[int], object] | None,
+    should_stop: Callable[[], object],
+) -> dict[int, list[int]]:
+    """The answers by index, of prompts given as (index, ids, most new tokens)."""
+    answers: dict[int, list[int]] = {}
+    for start in range(0, len(asked), size):
+        batch = asked[start : start + size]
+        found = _generate_batch(
+            model, [ids for _, ids, _ in batch], [limit for *_, limit in batch], stop_ids, choose, use_cache,
+            should_stop,
+        )  # fmt: skip
+        if found is None:
+            break
+        answers |= {index: ids for (index, *_), ids in zip(batch, found, strict=True)}
+        if on_finished is not None and on_finished(len(batch)):
+            break
+    return answers
+
+
 def _generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
-    room: int,
     stop_ids: frozenset[int],
     choose: Callable[[torch.Tensor], torch.Tensor],
     use_cache: bool,
-    device: torch.device,
-) -> list[list[int]]:
+    should_stop: Callable[[], object],
+) -> list[list[int]] | None:
+    """The answers of one batch; None when it was ended before they were all written."""
     answers: list[list[int]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -104,6 +141,8 @@ def _generate_batch(
     cache: Any = None
     new_ids_BT, new_positions_BT = ids_BT, positions_BT
     while True:
+        if should_stop():
+            return None
         inputs = {"attention_mask": mask_BT}
         if use_cache:
             inputs |= {"input_ids": new_ids_BT, "position_ids": new_positions_BT, "past_key_values": cache}
@@ -119,7 +158,7 @@ def _generate_batch(
                 continue
             answers[alive[row]].append(token)
             index = alive[row]
-            if len(answers[index]) < limits[index] and len(prompts[index]) + len(answers[index]) < room:
+            if len(answers[index]) < limits[index]:
                 going_on.append(row)
         if not going_on:
             return answers

@@ -12,7 +12,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,33 @@ from typing import Any
 
 import orjson
 
-from workers.carriers import sniff
+from workers.carriers import jsonl_row, sniff
 from workers.errors import DatasetError, ExplainedError
-from workers.examples import Example
-from workers.reading import SURE, column_names, read_head, read_rows, recognise_rows
+from workers.examples import (
+    AnyExample,
+    Example,
+    Message,
+    PreferenceExample,
+    Problem,
+    TextExample,
+    UnpairedExample,
+)
+from workers.formats import get_format
+from workers.quality import fingerprint
+from workers.reading import SURE, column_names, read_head, read_row, read_rows, recognise_rows
 
 MEMORY_BYTES = 2 * 1024**3
 MAX_PROBLEMS = 10_000
 PROGRESS_SECONDS = 0.5
+MAX_TURNS = 20
+MAX_COMPARED_ROWS = 1_000_000
+"""Different rows that are remembered, in about 100 MB, to find those that come again."""
+FAST_FORMATS = frozenset({"messages", "sharegpt"})
+FAST_FROM_BYTES = 2 * 1024**2
+"""Formats whose ordinary rows `workers/fast_rows.py` counts, in files from this size on."""
+MIN_USABLE = 10
+MIN_PAIRS, MUCH = 20, 0.9
+"""Pairs from which a share of longer chosen answers says something, and the share that is remarked on."""
 CUTS = (512, 1024, 2048)
 TOKEN_BINS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768, 65536)
 CHARACTER_BINS = (100, 200, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 16000, 32000, 64000, 128_000)
@@ -108,40 +127,137 @@ def inspect_rows(path: Path, format_name: str, columns: dict[str, str]) -> None:
 
 
 def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
-    num_usable = num_quarantined = num_problems = 0
-    counts: Counter[str] = Counter()
-    turns: Counter[int] = Counter()
-    characters = Histogram(CHARACTER_BINS)
-    shown_at = time.monotonic()
-    for example, problems in read_rows(path, format_name, columns):
+    tally = Tally()
+    is_large = path.stat().st_size >= FAST_FROM_BYTES
+    if is_large and format_name in FAST_FORMATS and sniff(path).partition(".")[0] == "jsonl":
+        from workers.fast_rows import ordinary_rows  # numpy takes longer to load than small files to read
+
+        plugin = get_format(format_name)
+        for number, offset, raw in ordinary_rows(path, format_name, tally.add_usable):
+            item = jsonl_row(number, offset, raw)
+            if item is not None:
+                tally.add(*read_row(item, plugin, columns, remark=True))
+    else:
+        for example, problems in read_rows(path, format_name, columns, remark=True):
+            tally.add(example, problems)
+    tally.finish()
+
+
+class Tally:
+    """Counts what an inspection reads, and emits its problems as they come."""
+
+    def __init__(self) -> None:
+        self.num_usable = self.num_quarantined = 0
+        self._num_problems = 0
+        self._counts: Counter[str] = Counter()
+        self._turns: Counter[int] = Counter()
+        self._characters = Histogram(CHARACTER_BINS)
+        self._first_lines: dict[int, int] = {}
+        self._num_longer_chosen = self._num_pairs = 0
+        self._labels: Counter[bool] = Counter()
+        self._shown_at = time.monotonic()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_usable + self.num_quarantined
+
+    def add(self, example: AnyExample | None, problems: Sequence[Problem]) -> None:
+        """One row: its example, or None where it is set aside, and its problems."""
         if example is not None:
-            num_usable += 1
-            turns[min(len(example.messages), 20)] += 1
-            characters.add(sum(len(message.content) for message in example.messages))
+            size = len(example.text) if isinstance(example, TextExample) else _num_characters(example.messages)
+            self.add_usable(example.line, len(example.messages), size, fingerprint(example))
+            if isinstance(example, PreferenceExample):
+                self._num_pairs += 1
+                self._num_longer_chosen += _num_characters(example.chosen) > _num_characters(example.rejected)
+            elif isinstance(example, UnpairedExample):
+                self._labels[example.label] += 1
         elif any(problem.level == "error" for problem in problems):
-            num_quarantined += 1
+            self.num_quarantined += 1
+            if not self.num_quarantined & 255:
+                self._show()
         for problem in problems:
-            counts[problem.rule] += 1
-            num_problems += 1
-            if num_problems <= MAX_PROBLEMS:
-                emit("problem", **asdict(problem))
-        if (num_usable + num_quarantined) % 256 == 0 and time.monotonic() - shown_at > PROGRESS_SECONDS:
-            shown_at = time.monotonic()
-            emit("progress", stage="rows", num_rows=num_usable + num_quarantined)
-    if num_usable + num_quarantined == 0:
-        raise no_rows()
-    emit(
-        "done",
-        needs_mapping=False,
-        num_rows=num_usable + num_quarantined,
-        num_usable=num_usable,
-        num_quarantined=num_quarantined,
-        problem_counts=dict(counts),
-        statistics={
-            "turns": [[num, rows] for num, rows in sorted(turns.items())],
-            "characters": characters.to_dict(),
-        },
-    )
+            self.say(problem)
+
+    def add_usable(self, line: int, num_turns: int, num_characters: int, print_of_row: int) -> None:
+        """One usable row; equal rows have equal prints."""
+        self.num_usable += 1
+        self._turns[num_turns if num_turns < MAX_TURNS else MAX_TURNS] += 1
+        self._characters.add(num_characters)
+        is_full = len(self._first_lines) >= MAX_COMPARED_ROWS
+        first = (self._first_lines.get if is_full else self._first_lines.setdefault)(print_of_row, line)
+        if first is not None and first != line:
+            self.say(
+                Problem(
+                    "Q501",
+                    f"Line {line} says the same as line {first}.",
+                    "Keep one of them, or make a corrected version: rows that are there twice are learned twice.",
+                    line=line,
+                    level="warning",
+                )
+            )
+        if not self.num_usable & 255:
+            self._show()
+
+    def say(self, problem: Problem) -> None:
+        """Count a problem, and emit it while there are not too many."""
+        self._counts[problem.rule] += 1
+        self._num_problems += 1
+        if self._num_problems <= MAX_PROBLEMS:
+            emit("problem", **asdict(problem))
+
+    def _show(self) -> None:
+        if time.monotonic() - self._shown_at > PROGRESS_SECONDS:
+            self._shown_at = time.monotonic()
+            emit("progress", stage="rows", num_rows=self.num_rows)
+
+    def finish(self) -> None:
+        """Say what concerns the whole file, and emit the counts. Raises DatasetError when there was no row."""
+        if self.num_rows == 0:
+            raise no_rows()
+        self._say_of_file()
+        emit(
+            "done",
+            needs_mapping=False,
+            num_rows=self.num_rows,
+            num_usable=self.num_usable,
+            num_quarantined=self.num_quarantined,
+            problem_counts=dict(self._counts),
+            statistics={
+                "turns": [[num, rows] for num, rows in sorted(self._turns.items()) if num],
+                "characters": self._characters.to_dict(),
+                "compared_rows": min(self.num_usable, MAX_COMPARED_ROWS),
+            },
+        )
+
+    def _say_of_file(self) -> None:
+        def warning(rule: str, message: str, fix: str) -> None:
+            self.say(Problem(rule, message, fix, level="warning"))
+
+        if self._num_pairs >= MIN_PAIRS and self._num_longer_chosen >= MUCH * self._num_pairs:
+            warning(
+                "P204",
+                f"In {self._num_longer_chosen:,} of {self._num_pairs:,} pairs the chosen answer is the longer one, so "
+                "length is what would be learned.",
+                "Add pairs in which the shorter answer is the better one.",
+            )
+        if len(self._labels) == 1 and sum(self._labels.values()) >= MIN_USABLE:
+            (label,) = self._labels
+            warning(
+                "K302",
+                f"Every verdict is {str(label).lower()}, so there is nothing to tell apart.",
+                "Add answers with the other verdict.",
+            )
+        if 0 < self.num_usable < MIN_USABLE:
+            warning(
+                "S601",
+                f"{self.num_usable} usable row{'s are' if self.num_usable > 1 else ' is'} too few to train and to "
+                f"measure: at least {MIN_USABLE} are needed.",
+                "Add rows, or correct those that are set aside.",
+            )
+
+
+def _num_characters(messages: Sequence[Message]) -> int:
+    return sum([len(message.content) for message in messages])
 
 
 def no_rows() -> DatasetError:
@@ -191,10 +307,10 @@ def count_tokens(path: Path, format_name: str, columns: dict[str, str], folder: 
 def _examples(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[Example]:
     for example, _problems in read_rows(path, format_name, columns):
         if example is not None:
-            yield example
+            yield from example.conversations()
 
 
-def first_examples(path: Path, format_name: str, columns: dict[str, str], num: int, *, within: int) -> list[Example]:
+def first_examples(path: Path, format_name: str, columns: dict[str, str], num: int, *, within: int) -> list[AnyExample]:
     """The first usable rows among the first `within` rows."""
     rows = islice(read_rows(path, format_name, columns), within)
     return list(islice((example for example, _ in rows if example is not None), num))

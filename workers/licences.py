@@ -60,7 +60,7 @@ LICENCES: dict[str, Licence] = {
     "cc0-1.0": Licence("CC0 1.0", "creativecommons.org/publicdomain/zero/1.0/legalcode: section 2, waiver"),
     "unlicense": Licence("The Unlicense", "unlicense.org: dedication to the public domain"),
     "cdla-permissive-2.0": Licence(
-        "CDLA Permissive 2.0", "cdla.dev/permissive-2-0: section 3, results of computation are not restricted"
+        "CDLA Permissive 2.0", "cdla.dev/permissive-2-0: sections 3.1 and 5.4, results, models too, are free"
     ),
     "cc-by-4.0": _cc("by", "4.0"),
     "cc-by-sa-4.0": _cc("by-sa", "4.0", share_alike=True),
@@ -69,19 +69,20 @@ LICENCES: dict[str, Licence] = {
     "cc-by-nd-4.0": _cc("by-nd", "4.0", no_derivatives=True),
     "cc-by-nc-nd-4.0": _cc("by-nc-nd", "4.0", non_commercial=True, no_derivatives=True),
     "llama3": Licence(
-        "Llama 3 Community License", "llama.com/llama3/license: section 1.b", own_terms=True,
-        note='Add its text, show "Built with Meta Llama 3", and begin the adapter\'s name with "Llama 3".',
+        "Llama 3 Community License", "llama.com/llama3/license: section 1.b, clauses i and iii", own_terms=True,
+        note='Add its text and its notice, show "Built with Meta Llama 3", and begin the name with "Llama 3".',
     ),
     "llama3.1": Licence(
-        "Llama 3.1 Community License", "llama.com/llama3_1/license: section 1.b", own_terms=True,
-        note='Add its text, show "Built with Llama", and begin the adapter\'s name with "Llama".',
+        "Llama 3.1 Community License", "llama.com/llama3_1/license: section 1.b, clauses i and iii", own_terms=True,
+        note='Add its text and its notice, show "Built with Llama", and begin the adapter\'s name with "Llama".',
     ),
     "llama3.2": Licence(
-        "Llama 3.2 Community License", "llama.com/llama3_2/license: section 1.b", own_terms=True,
-        note='Add its text, show "Built with Llama", and begin the adapter\'s name with "Llama".',
+        "Llama 3.2 Community License", "llama.com/llama3_2/license: section 1.b, clauses i and iii", own_terms=True,
+        note='Add its text and its notice, show "Built with Llama", and begin the adapter\'s name with "Llama".',
     ),
     "gemma": Licence(
-        "Gemma Terms of Use", "ai.google.dev/gemma/terms: sections 1.1(e) and 3.1, model derivatives", own_terms=True,
+        "Gemma Terms of Use", "ai.google.dev/gemma/terms: sections 1.1(e) and 3.1, model derivatives (before Gemma 4)",
+        own_terms=True,
         note="Add its text and its use restrictions, and say that the files were changed.",
     ),
 }  # fmt: skip

@@ -329,11 +329,16 @@ def _seconds(
         train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
     # Base and adapter both read the held-out rows and write their answers.
     scoring = 2 * num_held_out * mean * (2 * shape.num_parameters + 2 * attention) / rate
-    generated = 2 * min(recipe.evaluation.num_generated, num_held_out) * recipe.evaluation.max_new_tokens
+    evaluation = recipe.evaluation
+    generated = 2 * min(evaluation.num_generated, num_held_out) * evaluation.max_new_tokens
+    # The base and each checkpoint answer the fixed prompts, all of them in one batch.
+    num_shown = min(evaluation.num_samples_shown, num_held_out)
+    num_times = 1 + math.ceil(num_steps / training.steps_between_checkpoints(num_steps))
+    shown_steps = num_times * evaluation.num_shown_tokens if num_shown else 0
     # Writing goes one token at a time in small batches: about a fifth of the rate of reading.
-    writing = generated * 2 * shape.num_parameters * 5 / rate
+    writing = (generated + shown_steps * num_shown) * 2 * shape.num_parameters * 5 / rate
     if device.kind == "cuda":
-        steps = math.ceil(generated / 16)
+        steps = math.ceil(generated / 16) + shown_steps
         writing = max(writing, steps * shape.num_layers * 40 * GPU_LAUNCH_SECONDS)
     loading = 12 + 2 * shape.num_parameters / 1e9
     return train + scoring + writing + loading

@@ -24,6 +24,7 @@ from workers.base_folders import BaseFolder, Stamps, read_with_stamps
 from workers.errors import BaseModelError, DatasetError, ExplainedError
 from workers.events import (
     EXIT_STOPPED,
+    AnswersEvent,
     CheckpointEvent,
     FailedEvent,
     MessageEvent,
@@ -380,6 +381,9 @@ class Terminal:
         if isinstance(event, ValidationEvent):
             score = f", {event.evaluation} {event.score:.4f}" if event.score is not None else ""
             return f"  held-out loss {event.loss:.4f}{score} at step {event.step}"
+        if isinstance(event, AnswersEvent):
+            who = f"step {event.step}" if event.step else "the base"
+            return "\n".join(f"  {who} answers {number}: {_line(one)}" for number, one in enumerate(event.answers, 1))
         if isinstance(event, CheckpointEvent):
             return f"  checkpoint at step {event.step}: {event.folder}"
         if isinstance(event, MessageEvent):
@@ -392,6 +396,14 @@ class Terminal:
         if isinstance(event, ResultEvent):
             return _score_table(Path(event.folder))
         return ""
+
+
+def _line(answer: str | None) -> str:
+    """An answer on one line, cut; a model may write what a terminal would obey."""
+    if answer is None:
+        return "(no room)"
+    text = " ".join("".join(one if one.isprintable() else " " for one in answer).split())
+    return text if len(text) <= 100 else f"{text[:99]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _score_table(folder: Path) -> str:

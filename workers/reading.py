@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from workers.carriers import Row, open_rows
-from workers.examples import Example, Problem, Recognition
-from workers.formats import formats, get_format
+from workers.errors import DatasetError
+from workers.examples import EXAMPLE_TYPE_LABELS, AnyExample, Example, Problem, Recognition
+from workers.formats import Format, formats, get_format
+from workers.quality import remarks
 
 HEAD_ROWS = 200
 SURE = 0.5
@@ -64,31 +66,50 @@ def _paths(value: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def read_examples(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[Example | Problem]:
-    """Every row of a file in order: one Example, or at least one Problem of level "error" with its line.
+    """Every row of a file of conversations: one Example, or at least one Problem of level "error" with its line.
 
     Warnings come as Problems beside their Example. Usable rows (Examples) and quarantined rows (distinct
     lines with an error) are all rows of the file.
 
     Raises:
         UnknownPluginError: no format has this name.
-        DatasetError: the file cannot be read at all, or from some line on.
+        DatasetError: the file cannot be read at all, or from some line on, or its rows are no conversations.
     """
+    example_type = get_format(format_name).example_type
+    if example_type != "chat":
+        raise DatasetError(
+            f"The dataset holds {EXAMPLE_TYPE_LABELS[example_type]}, and conversations are needed here.",
+            next_step="Choose a dataset of conversations.",
+            field="dataset",
+        )
     for example, problems in read_rows(path, format_name, columns):
-        if example is not None:
+        if isinstance(example, Example):
             yield example
         yield from problems
 
 
-def read_rows(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[tuple[Example | None, list[Problem]]]:
+def read_rows(
+    path: Path, format_name: str, columns: dict[str, str], *, remark: bool = False
+) -> Iterator[tuple[AnyExample | None, list[Problem]]]:
     """Each row of a file as its Example, or None, and its Problems. Raises like `read_examples`.
+
+    With `remark`, what is to be said about the texts of usable rows is among the problems (workers/quality.py).
 
     A pair without an Example and without an error is a remark about the file and no row.
     """
-    parse = get_format(format_name).parse
+    plugin = get_format(format_name)
     for item in open_rows(path):
-        if isinstance(item, Problem):
-            yield None, [item]
-            continue
-        example, problems = parse(item.value, item.line, columns)
-        assert example is not None or any(problem.level == "error" for problem in problems), "a row was lost"
-        yield example, problems
+        yield read_row(item, plugin, columns, remark=remark)
+
+
+def read_row(
+    item: Row | Problem, plugin: Format, columns: dict[str, str], *, remark: bool
+) -> tuple[AnyExample | None, list[Problem]]:
+    """What `read_rows` says of one row."""
+    if isinstance(item, Problem):
+        return None, [item]
+    example, problems = plugin.parse(item.value, item.line, columns)
+    assert example is not None or any(problem.level == "error" for problem in problems), "a row was lost"
+    if example is not None and remark:
+        problems = [*problems, *remarks(example, item.value)]
+    return example, problems

@@ -91,6 +91,10 @@ class SplitSettings(_Part):
     )
 
 
+CHECKPOINTS_PER_RUN = 10
+MAX_STEPS_BETWEEN_CHECKPOINTS = 200
+
+
 class TrainingSettings(_Part):
     """How the objective is minimised. "auto" is resolved when the job is queued and then shown."""
 
@@ -337,6 +341,12 @@ class TrainingSettings(_Part):
         """Whether validations decide when training ends or which step becomes the adapter."""
         return self.early_stopping_patience is not None or self.keep_best == "best"
 
+    def steps_between_checkpoints(self, num_steps: int) -> int:
+        """In a run of that many steps; what "auto" means, too."""
+        if self.checkpoint_every_steps != "auto":
+            return self.checkpoint_every_steps
+        return min(MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, num_steps // CHECKPOINTS_PER_RUN))
+
 
 class MetricChoice(_Part):
     """A figure of merit with settings of its own."""
@@ -356,6 +366,10 @@ Metric = Annotated[
     Annotated[str, Tag(_BY_NAME)] | Annotated[MetricChoice, Tag(_WITH_SETTINGS)], Discriminator(_kind_of_metric)
 ]
 """A figure of merit as a recipe names it: alone, or with its settings."""
+
+
+MAX_SHOWN_TOKENS = 64
+"""Of an answer that is written while training: enough to see where it goes."""
 
 
 class EvaluationSettings(_Part):
@@ -385,6 +399,16 @@ class EvaluationSettings(_Part):
         "model that never stops takes long.",
         json_schema_extra={"unit": "tokens", "source": "about a hundred words; raise it for longer answers"},
     )
+    num_samples_shown: int = Field(
+        3,
+        ge=0,
+        le=16,
+        title="Answers while training",
+        description="Held-out prompts, always the same ones, that are answered at every checkpoint and shown on the "
+        "job's page beside the base's answers; 0 turns it off. Too few: one odd answer looks like a trend. Too many: "
+        "writing delays the steps.",
+        json_schema_extra={"unit": "prompts", "source": "as many as are read at a glance; one small batch each time"},
+    )
     general: bool = Field(
         True,
         title="General set",
@@ -393,11 +417,20 @@ class EvaluationSettings(_Part):
         json_schema_extra={"source": "on: what an adapter has forgotten, its own held-out rows do not show"},
     )
 
+    @property
+    def num_shown_tokens(self) -> int:
+        """Tokens of an answer that is written while training, at most."""
+        return min(self.max_new_tokens, MAX_SHOWN_TOKENS)
+
     @field_validator("metrics")
     @classmethod
     def _name_alone_without_settings(cls, metrics: tuple[str | MetricChoice, ...]) -> tuple[str | MetricChoice, ...]:
         """One way to write a recipe: settings that are empty are none."""
         return tuple(one.name if isinstance(one, MetricChoice) and not one.settings else one for one in metrics)
+
+
+_LATER = {"evaluation": {"num_samples_shown": 3}}
+"""Settings that came when there were recipes already, with their defaults: these are left out of the digest."""
 
 
 class Recipe(_Part):
@@ -448,8 +481,13 @@ class Recipe(_Part):
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:
-        """Digest of the recipe's canonical JSON: equal recipes have equal digests."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """Digest of the recipe's canonical JSON: equal recipes have equal digests, whichever version wrote them."""
+        values = self.to_dict()
+        for group, defaults in _LATER.items():
+            for name, default in defaults.items():
+                if values[group][name] == default:
+                    del values[group][name]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

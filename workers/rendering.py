@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from workers.errors import BaseModelError, DatasetError
-from workers.examples import Example, Message, Problem
+from workers.examples import Example, Message, Problem, ToolCall
 
 LossOn = Literal["assistant", "all"]
 
@@ -222,8 +223,9 @@ class Renderer:
 
     def render(self, example: Example) -> Rendered:
         """The example as ids with their loss; raises RenderingError when the template cannot take it."""
-        marked = self._apply(example.messages, line=example.line)
+        marked = self._apply(example.messages, line=example.line, tools=example.tools)
         text, as_text, blocks = self._unmark(marked)
+        self._check_nothing_lost(example, text)
         ids, offsets = self._encode(text, as_text)
         spans = self._trained_spans(example, text, as_text, blocks)
         if self.loss_on == "all":
@@ -366,12 +368,53 @@ class Renderer:
         clean = _MARKS.sub("", content)
         return self._control_pattern.sub(lambda found: f"{TEXT_START}{found.group()}{TEXT_END}", clean)
 
-    def _apply(self, messages: Sequence[Message], *, line: int | None, for_answer: bool = False) -> str:
-        turns = [{"role": message.role, "content": self._mark(message.content)} for message in messages]
+    def _mark_within(self, value: Any) -> Any:
+        """`_mark` for every text inside a value of JSON."""
+        if isinstance(value, str):
+            return self._mark(value)
+        if isinstance(value, list):
+            return [self._mark_within(child) for child in value]
+        if isinstance(value, dict):
+            return {self._mark(key): self._mark_within(child) for key, child in value.items()}
+        return value
+
+    def _turn(self, message: Message, *, as_objects: bool) -> dict[str, Any]:
+        """A message as templates take it; arguments of calls as objects, or as the text that some templates want."""
+        turn: dict[str, Any] = {"role": message.role, "content": self._mark(message.content)}
+        if message.reasoning:
+            turn["reasoning_content"] = self._mark(message.reasoning)
+        for name in ("tool_call_id", "name"):
+            if value := getattr(message, name):
+                turn[name] = self._mark(value)
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": self._mark(call.name),
+                        "arguments": self._mark_within(json.loads(call.arguments))
+                        if as_objects
+                        else self._mark(call.arguments),
+                    },
+                    **({"id": self._mark(call.id)} if call.id else {}),
+                }
+                for call in message.tool_calls
+            ]
+        return turn
+
+    def _apply(
+        self, messages: Sequence[Message], *, line: int | None, for_answer: bool = False, tools: str = "",
+        as_objects: bool | None = None,
+    ) -> str:  # fmt: skip
+        calls = any(message.tool_calls for message in messages)
+        as_objects = (not calls or self._takes_objects) if as_objects is None else as_objects
+        turns = [self._turn(message, as_objects=as_objects) for message in messages]
+        definitions = self._mark_within(json.loads(tools)) if tools else None
         try:
             return self._template.render(
-                messages=turns, tools=None, documents=None, add_generation_prompt=for_answer, **self.special_tokens
-            )
+                messages=turns, tools=definitions, documents=None, add_generation_prompt=for_answer,
+                **self.special_tokens,
+            )  # fmt: skip
         except jinja2.exceptions.SecurityError as error:
             raise BaseModelError(f"The base model's chat template does something unsafe: {error}.") from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -383,15 +426,58 @@ class Renderer:
                 line=line,
             ) from error
 
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether the template writes a call's arguments itself, from an object; else it wants them as JSON text.
+
+        transformers asks for objects, which templates write with `tojson`; a few join the text of them instead, and
+        then write an object as Python does.
+        """
+        call = ToolCall("probe_function", '{"probe_key": "probe_value"}', "call00001")
+        tools = '[{"type": "function", "function": {"name": "probe_function", "description": "", "parameters": {}}}]'
+        probe = (Message("user", "question"), Message("assistant", "", tool_calls=(call,)))
+        for as_objects in (True, False):
+            try:
+                text = self._unmark(self._apply(probe, line=None, tools=tools, as_objects=as_objects))[0]
+            except RenderingError:
+                continue
+            written = text[text.rfind("probe_function") :]
+            if "probe_key" in written and "'probe_key'" not in written:
+                return as_objects
+        return True
+
+    def _check_nothing_lost(self, example: Example, text: str) -> None:
+        """Refuse a row of which the template leaves something out that is to be learned or answered from."""
+        names = [call.name for message in example.messages for call in message.tool_calls]
+        if example.tools:
+            names += [tool["function"]["name"] for tool in json.loads(example.tools)]
+        lost = next((name for name in names if _MARKS.sub("", name) not in text), None)
+        if lost is not None:
+            raise RenderingError(
+                "template_without_tools",
+                f'The base model\'s chat template does not write the tool "{lost}" of this row, so it would be lost.',
+                next_step="Choose a base model whose chat template knows tools, or write calls as the turns' text.",
+                line=example.line,
+            )
+        reasoning = example.messages[_last_assistant(example)].reasoning
+        if reasoning and _MARKS.sub("", reasoning).strip() not in text:
+            raise RenderingError(
+                "template_without_reasoning",
+                "The base model's chat template does not write the reasoning of this row's answer, so it would be "
+                "lost.",
+                next_step="Choose a base model whose chat template knows reasoning, or write it in the turn's text.",
+                line=example.line,
+            )
+
     def _apply_prompt(self, example: Example) -> str:
         before = example.messages[: _last_assistant(example)]
         if not before:
             return self.special_tokens.get("bos_token", "") if self._begins_with_bos(example) else ""
-        return self._apply(before, line=example.line, for_answer=True)
+        return self._apply(before, line=example.line, for_answer=True, tools=example.tools)
 
     def _begins_with_bos(self, example: Example) -> bool:
         bos = self.special_tokens.get("bos_token")
-        return bos is not None and self._apply(example.messages, line=example.line).startswith(bos)
+        return bos is not None and self._apply(example.messages, line=example.line, tools=example.tools).startswith(bos)
 
     def _trained_spans(
         self, example: Example, text: str, as_text: list[tuple[int, int]], blocks: list[tuple[int, int]]
@@ -450,16 +536,23 @@ class Renderer:
         if index == 0:
             start = self._first_content(example, text)
         else:
-            before = self._apply(example.messages[:index], line=example.line, for_answer=True)
+            before = self._apply(example.messages[:index], line=example.line, for_answer=True, tools=example.tools)
             prompt = self._unmark(before)[0]
             if not text.startswith(prompt):
                 raise self._not_a_prefix(example)
             start = len(prompt)
-        # The turn is over at its first end-of-turn token that the template wrote itself.
-        for stop in self._control_pattern.finditer(text, start):
+        # The turn is over at its first end-of-turn token that the template wrote itself. One that calls tools may end
+        # with a token of its own, which is no stop: it is over where the next turn begins at the latest.
+        end = len(text)
+        if example.messages[index].tool_calls:
+            until = self._unmark(
+                self._apply(example.messages[: index + 1], line=example.line, tools=example.tools)
+            )[0]  # fmt: skip
+            end = len(until) if text.startswith(until) and len(until) > start else end
+        for stop in self._control_pattern.finditer(text, start, end):
             if stop.group() in self._stops and not any(a <= stop.start() < b for a, b in as_text):
                 return start, stop.end()
-        until = self._unmark(self._apply(example.messages[: index + 1], line=example.line))[0]
+        until = self._unmark(self._apply(example.messages[: index + 1], line=example.line, tools=example.tools))[0]
         if not text.startswith(until) or len(until) <= start:
             raise self._not_a_prefix(example)
         return start, len(until)

@@ -23,8 +23,6 @@ MAX_MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch beyond which nothing gets faster; a CPU is busy with far fewer."""
 UNEVEN = 1.25
 """Longest row over mean row from which padding wastes more than packing costs."""
-CHECKPOINTS_PER_RUN = 10
-MAX_STEPS_BETWEEN_CHECKPOINTS = 200
 MAX_VALIDATIONS = 3
 """Validations between the first and the last step that only show how it goes; each reads the held-out rows."""
 CHOOSING_VALIDATIONS = 10
@@ -104,8 +102,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
         raise RecipeProblems({"method": _too_large(method, needed, others, device)})
     num_steps = needed.num_steps
     if training.checkpoint_every_steps == "auto":
-        every = min(MAX_STEPS_BETWEEN_CHECKPOINTS, max(1, num_steps // CHECKPOINTS_PER_RUN))
-        chosen = _with_training(chosen, checkpoint_every_steps=every)
+        chosen = _with_training(chosen, checkpoint_every_steps=training.steps_between_checkpoints(num_steps))
     if training.validate_every_steps == "auto":
         chosen = _with_training(chosen, validate_every_steps=_validation_interval(recipe, num_steps, dataset.num_rows))
     return chosen

@@ -108,7 +108,8 @@ class OverlapRecord(_Part):
         if self.num_exact:
             parts.append(f"{self.num_exact:,} {'is' if self.num_exact == 1 else 'are'} a training row word for word")
         if self.num_near:
-            parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly one")
+            other = "one" if parts else "a training row"
+            parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly the same as {other}")
         return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}."
 
 

@@ -47,7 +47,7 @@ def score_rows(
         stop_ids: tokens that end an answer; those of the renderer when None.
         evaluations: those that need choices have every row's options scored.
         phase: the phase under which progress is reported, "scoring_base" or "evaluating".
-        should_stop: asked between batches; anything but None ends early with the rows scored so far.
+        should_stop: asked between batches and tokens; anything but None ends early with the rows scored so far.
 
     The model is put into eval mode and back into the mode it was in. Rows with no loss-carrying token after
     cutting have num_tokens 0. Turns of weight 0 are not counted; other weights are for training only, so that a
@@ -63,6 +63,38 @@ def score_rows(
             )  # fmt: skip
     finally:
         model.train(was_training)
+
+
+def write_answers(
+    model: Any,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] | None = None,
+    batch_size: int | None = None,
+    on_finished: Callable[[int], object] | None = None,
+    should_stop: Callable[[], object] | None = None,
+) -> list[str | None]:
+    """The model's greedy answer to every example; None where the prompt fills the context.
+
+    The other arguments are those of `workers.generation.generate`; answers end as the renderer says when `stop_ids` is
+    None.
+    """
+    room = context_room(model)
+    prompts = [renderer.prompt_ids(example) for example in examples]
+    written = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
+        batch_size=batch_size,
+        on_finished=on_finished,
+        should_stop=should_stop,
+    )
+    return [
+        renderer.decode(ids) if 0 < len(prompt) < room else None for prompt, ids in zip(prompts, written, strict=True)
+    ]
 
 
 def score_test_set(
@@ -137,20 +169,17 @@ def _score_rows(
 
     answers: dict[int, str] = {}
     if to_generate and not stopped:
-        # A prompt that fills the context has no answer: the row counts for the loss alone.
-        room = context_room(model)
-        prompts_by_index = {index: renderer.prompt_ids(examples[index]) for index in to_generate}
-        to_generate = [index for index in to_generate if 0 < len(prompts_by_index[index]) < room]
-        prompts = [prompts_by_index[index] for index in to_generate]
-        written = generate(
+        # A row without an answer counts for the loss alone.
+        written = write_answers(
             model,
-            prompts,
+            renderer,
+            [examples[index] for index in to_generate],
             max_new_tokens=max_new_tokens,
-            stop_ids=sorted(stop_ids) if stop_ids is not None else list(renderer.stop_ids),
-            batch_size=None,
+            stop_ids=stop_ids,
             on_finished=advance,
+            should_stop=should_stop,
         )
-        answers = {index: renderer.decode(ids) for index, ids in zip(to_generate, written, strict=True)}
+        answers = {index: text for index, text in zip(to_generate, written, strict=True) if text is not None}
     return [
         ScoredRow(
             line=example.line,

@@ -36,6 +36,13 @@ def find_unstorable(value: object) -> Unstorable | None:
     return None
 
 
+def storable(text: str) -> str:
+    """The text with the replacement character in the place of each that PostgreSQL refuses."""
+    if not _unstorable(text):
+        return text
+    return "".join("\ufffd" if one == "\0" or "\ud800" <= one <= "\udfff" else one for one in text)
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

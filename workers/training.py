@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from workers import adapters, checkpoints, devices, scoring
+from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
@@ -42,6 +42,7 @@ from workers.events import (
 from workers.examples import Example, Problem
 from workers.failpoints import failpoint
 from workers.fitting import advice, remedies
+from workers.fixed_prompts import FixedPrompts
 from workers.forgetting import general_scores, score_general
 from workers.general import MAX_LENGTH, general_rows
 from workers.layers.neftune import EmbeddingNoise
@@ -173,6 +174,7 @@ def train(
         model = load_base(run)
         base_rows = score_base(run, model)
         base_general = score_base_on_general(run, model)
+        answer_with_base(run, model)
         model = attach(run, model)
         position, stopped_at = optimise(run, model)
         adapter_rows = score_adapter(run, model, position)
@@ -360,6 +362,23 @@ def score_on_general(run: Run, model: Any, phase: Any, step: int) -> list[Scored
     return rows
 
 
+def answer_with_base(run: Run, model: Any) -> None:
+    """Reports the fixed prompts and the untouched base's answers as those of step 0; written once, like its scores."""
+    examples = fixed_prompts.fixed_examples(run.recipe, run.data.validation)
+    if not examples:
+        return
+    recipe = fixed_prompts.answering(run.recipe)
+
+    def measure() -> list[ScoredRow]:
+        rows = scoring.score_test_set(model, run.renderer, examples, recipe.evaluation, should_stop=run.must_end)
+        _end_if_asked(run, step=0)
+        return rows
+
+    rows = _kept_rows(run, base_facts(run.base.revision, recipe, run.renderer, examples, run.device), measure)
+    run.report(fixed_prompts.prompts_event(run.renderer, examples))
+    run.report(fixed_prompts.answers_event(0, [row.answer for row in rows]))
+
+
 def _general_renderer(run: Run) -> Renderer:
     # Always on the answers and at one length, whatever the recipe trains: the set means the same for everybody.
     return Renderer(run.folders.base_model, max_length=MAX_LENGTH, loss_on="assistant")
@@ -449,9 +468,18 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         report=run.report,
         must_end=run.must_end,
     )
+    prompts = FixedPrompts(
+        recipe,
+        num_steps=plan.num_steps,
+        renderer=run.renderer,
+        validation=data.validation,
+        report=run.report,
+        must_end=run.must_end,
+    )
     if checkpoint is not None:
         checkpoints.restore(checkpoint, model=model, optimizer=optimizer)
         validator.best_weights = checkpoints.best_weights(checkpoint)
+        prompts.restore(checkpoints.answers(checkpoint))
         run.visits.restore(checkpoints.visits(checkpoint) or run.visits.arrays())
         position = checkpoint.position
         run.say(f"Resumed at step {position.step}.")
@@ -461,21 +489,24 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
     model.train()
-    position = validator.validate(model, position)  # an earlier attempt may have ended before it could
+    # An earlier attempt may have ended before it could do either.
+    position = validator.validate(model, position)
+    if prompts.is_due(position.step) or (position.step > 0 and validator.is_over(position)):
+        prompts.answer(model, position.step)
     meter = Meter(run.device, plan.num_steps)
     read_step = position.step
     while not validator.is_over(position):
         mode = run.should_stop()
         if mode == "keep" and position.step > 0:
             # Whoever goes on after a crash while scoring keeps this step, and not an older one.
-            _save_checkpoint(run, model, optimizer, position, validator.best_weights)
+            _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
             validator.take_best(model, position)
             return position, position.step
         run.step, run.micro_batch_size = position.step + 1, position.micro_batch_size
         # Before the first step there is nothing to keep: one is taken.
         if mode in ("now", "checkpoint"):
             if mode == "checkpoint" and position.step > 0:
-                _save_checkpoint(run, model, optimizer, position, validator.best_weights)
+                _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
             raise _Stopped(mode, position.step)
 
         failpoint("training.step")
@@ -540,7 +571,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         position = validator.validate(model, position)
         if is_checkpoint or validator.is_over(position):
             _check_weights(run, parameters, position, rate)
-            _save_checkpoint(run, model, optimizer, position, validator.best_weights)
+            prompts.answer(model, step)
+            _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
         meter.skip()
     failpoint("training.last_step")
     run.step = None
@@ -638,6 +670,7 @@ def _save_checkpoint(
     optimizer: torch.optim.Optimizer,
     position: Position,
     best_weights: dict[str, torch.Tensor] | None,
+    answers: dict[int, fixed_prompts.Answers],
 ) -> Checkpoint:
     saved = checkpoints.save(
         run.folders.out / "checkpoints",
@@ -649,6 +682,7 @@ def _save_checkpoint(
         optimizer=optimizer,
         best_weights=best_weights,
         visits=run.visits.arrays(),
+        answers=answers,
     )
     num_bytes = sum(path.stat().st_size for path in saved.folder.iterdir())
     run.report(CheckpointEvent(step=position.step, folder=str(saved.folder), num_bytes=num_bytes))

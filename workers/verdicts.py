@@ -46,6 +46,9 @@ class Compared(Protocol):
     def p_value(self) -> float | None: ...
 
     @property
+    def smallest_effect(self) -> float | None: ...
+
+    @property
     def rows_needed(self) -> int | None: ...
 
 
@@ -53,12 +56,18 @@ def verdict(compared: Compared, *, p_value: float | None = None) -> Verdict:
     """Better or worse where both the 95 % interval and the paired test leave no doubt; "no difference" only where the
     rows would have shown the smallest difference worth telling, else "too few rows to tell".
 
+    A difference that is certain and smaller than any worth telling is none: where all rows move by a thousandth, the
+    test finds that, too. So neither word is used where the whole interval lies within the smallest effect to either
+    side, which is what the two one-sided tests of Schuirmann 1987 call equivalent.
+
     Args:
         p_value: instead of the comparison's own, one that was adjusted for several comparisons.
     """
     p_value = compared.p_value if p_value is None else p_value
     covers_zero = compared.difference_low <= 0 <= compared.difference_high
-    if not covers_zero and (p_value is None or p_value < SIGNIFICANCE):
+    most = max(abs(compared.difference_low), abs(compared.difference_high))
+    is_worth_telling = compared.smallest_effect is None or most >= compared.smallest_effect
+    if is_worth_telling and not covers_zero and (p_value is None or p_value < SIGNIFICANCE):
         return Verdict.BETTER if (compared.difference > 0) == compared.higher_is_better else Verdict.WORSE
     return Verdict.TOO_FEW_ROWS if compared.num_rows < (compared.rows_needed or 0) else Verdict.NO_DIFFERENCE
 

@@ -77,7 +77,7 @@ def install_error_handlers(api: NinjaAPI) -> None:
     @handles(ExplainedError)
     def explained(_request: HttpRequest, error: ExplainedError) -> HttpResponse:
         return error_response(
-            422,
+            413 if error.code == "expands_too_much" else 422,
             [
                 ErrorDetail(
                     code=error.code, message=error.message, field=error.field, row=error.line, help=error.next_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from pydantic import Field
 
 from studio.api.errors import ApiError
 from studio.api.schemas import QueryFields
+from studio.keyset import Key, read_cursor
 
 MAX_LIMIT = 200
 
@@ -61,10 +63,20 @@ def _read_cursor(rows: QuerySet[Row], cursor: str) -> tuple[datetime, Any]:
         return datetime.fromisoformat(moment), rows.model._meta.pk.to_python(key)
     # ValueError covers broken base64, JSON and dates; Django says ValidationError for a key of the wrong type.
     except Exception as error:
-        raise ApiError(
-            400,
-            "invalid_cursor",
-            '"after" is not a cursor of this list.',
-            field="after",
-            help='Send the "next" of the page before, unchanged.',
-        ) from error
+        raise _no_cursor() from error
+
+
+def require_cursor(cursor: str, keys: Sequence[Key]) -> None:
+    """Raises ApiError for an `after` that is no cursor of a list in this order; an empty one is the first page's."""
+    if cursor and read_cursor(cursor, keys) is None:
+        raise _no_cursor()
+
+
+def _no_cursor() -> ApiError:
+    return ApiError(
+        400,
+        "invalid_cursor",
+        '"after" is not a cursor of this list.',
+        field="after",
+        help='Send the "next" of the page before, unchanged.',
+    )

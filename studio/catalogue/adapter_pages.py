@@ -16,7 +16,7 @@ from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role
 from studio.catalogue import blind, listing
 from studio.catalogue.bundles import entries, folder_name, manifest_sha256
-from studio.catalogue.findings import findings_of, shown_details
+from studio.catalogue.findings import Level, evaluation_of, findings_of, shown_details, thresholds_of
 from studio.catalogue.lineage import adapters_for_page, repeat_of, repeated_by
 from studio.catalogue.model_card import (
     MAX_EDITED_CHARACTERS,
@@ -46,6 +46,8 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
     job = getattr(found, "job", None)
     groups = score_groups(found)
     files = entries(found)
+    thresholds = thresholds_of(request.team)
+    findings = findings_of(found, thresholds)
     return render(
         request,
         "catalogue/adapter.html",
@@ -55,7 +57,12 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "method_label": listing.method_label(found.method),
             "product": listing.product_of(found.method),
             "groups": groups,
-            "summary": summary(groups),
+            "summary": summary(
+                groups,
+                figure=evaluation_of(found, thresholds.figure),
+                allowed_rise=thresholds.allowed_rise,
+                is_leaked=any(one.code == "overlap" and one.level == Level.BAD for one in findings),
+            ),
             **_samples_context(request, found),
             "tally": blind.Tally.from_counts(found.choice_counts),  # type: ignore[attr-defined]
             "sections": recipe_sections(found.recipe, job.asked_recipe if job else None),
@@ -64,8 +71,8 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "files": files,
             "manifest_sha256": manifest_sha256(found, files),
             "card": read_card(found),
-            "findings": findings_of(found),
-            **shown_details(found),
+            "findings": findings,
+            **shown_details(found, thresholds),
             "repeat_of": repeat_of(found),
             "repeated_by": repeated_by(found),
             "may_train": request.membership.may(Role.TRAINER),

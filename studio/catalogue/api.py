@@ -7,19 +7,20 @@ from typing import Any, Literal
 
 from django.http import HttpResponseBase
 from django.shortcuts import get_object_or_404
-from ninja import Query, Router
+from ninja import Query, Router, Status
 from pydantic import Field
 
 from studio.accounts.models import Role, Scope, record
 from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
-from studio.api.paging import Page, PageQuery, page_of
+from studio.api.paging import Page, PageQuery, page_of, require_cursor
 from studio.api.schemas import Body, Out
 from studio.catalogue import blind, listing
+from studio.catalogue.base_checks import ask_for_check, check_of
 from studio.catalogue.bundles import manifest_sha256
 from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
-from studio.catalogue.findings import Finding, Level, findings_of
+from studio.catalogue.findings import Finding, Level, findings_of, thresholds_of
 from studio.catalogue.importing import allowed_folder, register_base_model
 from studio.catalogue.model_card import (
     MAX_EDITED_CHARACTERS,
@@ -29,8 +30,8 @@ from studio.catalogue.model_card import (
     card_version,
     edit_card,
 )
-from studio.catalogue.models import Adapter, BaseModel, Sample
-from studio.keyset import read_cursor, read_page
+from studio.catalogue.models import Adapter, BaseFileCheck, BaseModel, Sample
+from studio.keyset import read_page
 from workers.evaluations import evaluations
 from workers.verdicts import Verdict
 
@@ -139,7 +140,7 @@ class AdapterDetailOut(AdapterOut):
 
     @staticmethod
     def resolve_findings(adapter: Adapter) -> list[Finding]:
-        return findings_of(adapter)
+        return findings_of(adapter, thresholds_of(adapter.team))
 
     @staticmethod
     def resolve_sha256(adapter: Adapter) -> str:
@@ -221,10 +222,23 @@ class BaseModelOut(Out):
     created_at: datetime
 
 
+class BaseCheckOut(Out):
+    """When a base model's files were last read, and what was found; an empty `damage` then says that all is whole."""
+
+    checked_at: datetime | None
+    damage: str
+    asked_at: datetime | None = Field(description="Since when a check is waiting or under way; null: none is.")
+
+
 class BaseModelDetailOut(BaseModelOut):
     """A base model with its files."""
 
     files: list[FileOut]
+    file_check: BaseCheckOut | None = Field(description="null: not checked since it was registered")
+
+    @staticmethod
+    def resolve_file_check(base: BaseModel) -> BaseFileCheck | None:
+        return check_of(base)
 
 
 class AdapterFilters(PageQuery):
@@ -264,9 +278,7 @@ def list_adapters(request: ApiRequest, query: Query[AdapterFilters]) -> dict[str
         sort=query.sort,
     )  # fmt: skip
     keys = listing.order_of(filters)
-    if query.after and read_cursor(query.after, keys) is None:
-        raise ApiError(400, "invalid_cursor", '"after" is not a cursor of this list.', field="after",
-                       help='Send the "next" of the page before, unchanged.')  # fmt: skip
+    require_cursor(query.after, keys)
     rows = listing.with_columns(request.team.adapters.all(), filters).prefetch_related("aliases")
     page = read_page(rows, keys, {"after": query.after}, size=query.limit)
     return {"items": page.rows, "next": page.after or None}
@@ -378,7 +390,19 @@ def list_base_models(request: ApiRequest, filters: Query[PageQuery]) -> dict[str
 
 @router.get("base-models/{int:base_model_id}/", response={200: BaseModelDetailOut, **ERRORS}, summary="One base model")
 def get_base_model(request: ApiRequest, base_model_id: int) -> BaseModel:
-    return get_object_or_404(BaseModel, pk=base_model_id)
+    return get_object_or_404(BaseModel.objects.select_related("file_check"), pk=base_model_id)
+
+
+@router.post(
+    "base-models/{int:base_model_id}/check/",
+    response={202: BaseCheckOut, **ERRORS},
+    auth=may_write,
+    summary="Have a base model's files read and compared with their checksums",
+)
+def check_base_files(request: ApiRequest, base_model_id: int) -> Status[BaseFileCheck]:
+    """It takes minutes for a large one: ask for the base model again until `asked_at` is null."""
+    base = get_object_or_404(BaseModel, pk=base_model_id)
+    return Status(202, ask_for_check(base, team=request.team, user=request.user, token=request.token))
 
 
 @router.post(

@@ -44,6 +44,7 @@ def compare_runs(run: EvaluationRun, other: EvaluationRun, evaluation: str) -> R
             "other_value": found.base.value, "difference": found.difference.value,
             "difference_low": found.difference.low, "difference_high": found.difference.high,
             "interval_method": found.interval_method, "p_value": found.p_value,
+            "smallest_effect": effect,
             "rows_needed": rows_needed(found, effect), "rows_recommended": rows_recommended(found, effect),
         },
     )  # fmt: skip

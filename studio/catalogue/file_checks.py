@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 
 from django.db.models import F, Q
+from django.dispatch import Signal
 from django.utils import timezone
 
 from studio.accounts.models import ApiToken, User, record
@@ -16,25 +17,29 @@ from workers.errors import DamagedAdapterError
 EVERY = timedelta(days=7)
 """Between two looks at an adapter's files: bits rot slowly, and reading all of them takes the disk's time."""
 SECONDS_AT_ONCE = 60.0
+files_checked = Signal()
+"""Sent with `check`, a FileCheck, after a look at an adapter's files that no gate of a review has asked for."""
 
 
-def note_check(adapter: Adapter, error: DamagedAdapterError | None) -> FileCheck:
+def note_check(adapter: Adapter, error: DamagedAdapterError | None, *, for_gate: bool = False) -> FileCheck:
     """Keeps what a look at the files has found; None: they are whole."""
     damage = f"{error.message} {error.next_step}".strip() if error else ""
     check, _ = FileCheck.objects.update_or_create(
         adapter=adapter, defaults={"checked_at": timezone.now(), "damage": damage}
     )
     adapter.file_check = check
+    if not for_gate:
+        files_checked.send(FileCheck, check=check)
     return check
 
 
-def check_adapter(adapter: Adapter) -> FileCheck:
-    """Reads every byte of an adapter's files and keeps what was found."""
+def check_adapter(adapter: Adapter, *, for_gate: bool = False) -> FileCheck:
+    """Reads every byte of an adapter's files and keeps what was found; `for_gate`: the gate itself tells its review."""
     try:
         check_files(adapter, every_byte=True)
     except DamagedAdapterError as error:
-        return note_check(adapter, error)
-    return note_check(adapter, None)
+        return note_check(adapter, error, for_gate=for_gate)
+    return note_check(adapter, None, for_gate=for_gate)
 
 
 def check_now(adapter: Adapter, *, user: User, token: ApiToken | None = None) -> FileCheck:

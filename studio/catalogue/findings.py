@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from django.conf import settings
+from django.utils.module_loading import import_string
+
+from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, FileCheck, Score, TestSet
+from workers.evaluations import evaluations
 from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
+from workers.proportions import clopper_pearson
 from workers.results import OverlapRecord
 from workers.verdicts import Verdict
 
-PRIMARY = "loss"
-"""The evaluation that is asked first whether an adapter is better than its base."""
+LOSS, PRIMARY = "loss", "primary"
+"""What is asked whether an adapter is better than its base: the held-out loss, or the first metric of its recipe."""
 NUM_SHOWN = 20
 
 
@@ -30,13 +36,30 @@ class Thresholds:
     """From where on something counts. The defaults hold where a team's policy says nothing.
 
     `overlap_share`: of the held-out rows among the training rows; any makes the scores flatter, one in a hundred moves
-    them by less than their intervals. `suspicious_share`: of the training rows that may be wrong; data sets that people
+    them by less than their intervals. `figure`: the evaluation that decides whether it is better than its base, or
+    PRIMARY. `suspicious_share`: of the training rows that may be wrong; data sets that people
     rely on hold 3 % wrong labels (Northcutt et al. 2021, "Pervasive label errors in test sets").
     """
 
     allowed_rise: float = ALLOWED_RISE
     overlap_share: float = 0.01
+    figure: str = LOSS
     suspicious_share: float = 0.03
+
+
+def thresholds_of(team: Team) -> Thresholds:
+    """By the team's policy; one query. Policies belong to reviews, which know this module, so a setting names them."""
+    found: Thresholds = import_string(settings.THRESHOLDS_OF_TEAM)(team)
+    return found
+
+
+def evaluation_of(adapter: Adapter, figure: str) -> str:
+    """The evaluation that decides, by name: PRIMARY is the first of this adapter's recipe beside the loss."""
+    if figure != PRIMARY:
+        return figure
+    metrics = (adapter.recipe.get("evaluation") or {}).get("metrics") or []
+    names = [str(metric.get("name", "")) if isinstance(metric, dict) else str(metric) for metric in metrics]
+    return next((name for name in names if name and name != LOSS), LOSS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,9 @@ def findings_of(adapter: Adapter, thresholds: Thresholds | None = None) -> list[
         _damage, _reload, _overlap, _forgetting, _gain, _incomplete, _suspicious,
     )  # fmt: skip
     found = [finding for look in looks if (finding := look(adapter, thresholds)) is not None]
+    if any(one.code == "overlap" and one.level == Level.BAD for one in found):
+        # A gain on rows that were trained on is none to boast of.
+        found = [one for one in found if not (one.code == "no_gain" and one.level == Level.OK)]
     order = (Level.BAD, Level.WARNING, Level.OK)
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -74,6 +100,12 @@ def shown_details(adapter: Adapter, thresholds: Thresholds | None = None) -> dic
         "suspicious_rows": adapter.suspicious[:NUM_SHOWN],
         "file_check": file_check_of(adapter),
     }
+
+
+def evaluation_label(name: str) -> str:
+    """An evaluation as people call it."""
+    known = evaluations().get(name)
+    return known.label if known else name
 
 
 def overlap_of(adapter: Adapter) -> OverlapRecord | None:
@@ -150,11 +182,18 @@ def _forgetting(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
     return Finding("forgets", Level.BAD, title, found.sentence(), advice, "forgetting")
 
 
-def _gain(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
-    scores = adapter.held_out_scores()
-    score = next((one for one in scores if one.evaluation == PRIMARY), scores[0] if scores else None)
+def _gain(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
+    scores = sorted(adapter.held_out_scores(), key=lambda score: -score.pk)
+    figure = evaluation_of(adapter, thresholds.figure)
+    score = next((one for one in scores if one.evaluation == figure), None)
+    if score is None and thresholds.figure == LOSS:
+        score = min(scores, key=lambda one: one.evaluation, default=None)
     if score is None:
-        sentence = "Its recipe asked for no evaluation, so nobody knows whether it is any good."
+        sentence = (
+            f"The policy decides by {evaluation_label(figure)}, which was not measured on held-out rows."
+            if scores
+            else "Its recipe asked for no evaluation, so nobody knows whether it is any good."
+        )
         return Finding("unmeasured", Level.WARNING, "Not measured", sentence, "Evaluate it on a suite.", "scores")
     sentence = _gain_sentence(score)
     verdict = score.verdict()
@@ -174,8 +213,21 @@ def _gain(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
 def _gain_sentence(score: Score) -> str:
     return (
         f"{score.label}: {score.base_value:.3g} by the base, {score.value:.3g} by this (95 % interval of the "
-        f"difference {score.difference_low:+.3g} to {score.difference_high:+.3g}, n = {score.num_rows:,})."
+        f"difference {difference_interval(score)}, n = {score.num_rows:,}{too_small(score)})."
     )
+
+
+def difference_interval(score: Score) -> str:
+    """The bounds of the difference, with three digits and true minus signs."""
+    return f"{score.difference_low:+.3g} to {score.difference_high:+.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def too_small(score: Score) -> str:
+    """For the end of a parenthesis: why a difference that is certain counts for nothing; else empty."""
+    is_certain = not score.difference_low <= 0 <= score.difference_high
+    if score.verdict() != Verdict.NO_DIFFERENCE or not is_certain or score.smallest_effect is None:
+        return ""
+    return f"; less than {score.smallest_effect:.2g} is not worth telling"
 
 
 def _incomplete(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
@@ -193,8 +245,15 @@ def _suspicious(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
     num, num_rows = len(adapter.suspicious), adapter.provenance.get("num_train_rows") or 0
     if not num or not num_rows:
         return None
-    level = Level.WARNING if num > thresholds.suspicious_share * num_rows else Level.OK
+    # The whole interval decides, as for forgetting: of 100 faultless rows a few stand out by chance alone.
+    share_low, _share_high = clopper_pearson(min(num, num_rows), num_rows)
+    if share_low <= thresholds.suspicious_share:
+        title = f"{num:,} of {num_rows:,} training rows {'stands' if num == 1 else 'stand'} out"
+        sentence = "By their losses, or because they contradict others: no more than some do in any dataset."
+        return Finding("suspicious_rows", Level.OK, title, sentence, anchor="suspicious")
     noun = "row that may be wrong" if num == 1 else "rows that may be wrong"
     sentence = f"Of {num_rows:,} training rows these stood out by their losses, or contradict others."
     title = f"{num:,} training {noun}"
-    return Finding("suspicious_rows", level, title, sentence, "Look at them and mend the dataset.", "suspicious")
+    return Finding(
+        "suspicious_rows", Level.WARNING, title, sentence, "Look at them and mend the dataset.", "suspicious"
+    )

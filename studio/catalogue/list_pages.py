@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.contrib import messages
-from django.db.models import Prefetch, Q
+from django.db.models import Prefetch
 from django.http import HttpResponse, HttpResponseBase, QueryDict, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import record
-from studio.catalogue import listing
+from studio.catalogue import listing, saved_views
 from studio.catalogue.models import Adapter, SavedView, Score, TestSet
 from studio.query_values import whole_number
 from workers.evaluations import evaluations
@@ -34,10 +34,9 @@ COLUMNS = (
 @team_page()
 def adapters(request: TeamRequest) -> HttpResponse:
     """The team's adapters, the best first."""
-    choices = listing.filter_choices(request.team)
+    choices, views = listing.choices_and_views(request.team, request.user)
     filters = listing.Filters.from_query(request.GET, choices)
     page = listing.list_adapters(request.team, filters, request.GET)
-    views = request.team.saved_views.filter(Q(user=request.user) | Q(is_shared=True))
     shown = request.GET.copy()
     for name in ("after", "before"):
         shown.pop(name, None)
@@ -50,7 +49,11 @@ def adapters(request: TeamRequest) -> HttpResponse:
             "metric": evaluations()[filters.metric],
             "choices": choices,
             "sorts": listing.sort_choices(),
-            "views": list(views),
+            "column_choices": listing.column_choices(),
+            "other_query": [
+                (name, value) for name in shown if name not in ("col", "cols") for value in shown.getlist(name)
+            ],
+            "views": views,
             "shown_query": shown.urlencode(),
             "previous_url": listing.page_url(request.GET, before=page.before),
             "next_url": listing.page_url(request.GET, after=page.after),
@@ -81,19 +84,18 @@ def export(request: TeamRequest, kind: str) -> HttpResponseBase:
 @require_POST
 @team_page()
 def save_view(request: TeamRequest) -> HttpResponse:
-    """Keep the filters of the list under a name; a name that the person has used keeps the new ones."""
-    name = request.POST.get("name", "").replace("\0", "").strip()[:60]
-    query = QueryDict(request.POST.get("query", "")[:1000]).copy()
-    for left_out in ("after", "before"):
-        query.pop(left_out, None)
-    if not name:
-        messages.error(request, "The view was not saved: it needs a name.")
+    """Keep the filters and columns of the list under a name."""
+    query = request.POST.get("query", "")
+    try:
+        view = saved_views.save_view(
+            team=request.team, user=request.user, name=request.POST.get("name", ""), query=query,
+            is_shared="shared" in request.POST,
+        )  # fmt: skip
+    except saved_views.ViewError as error:
+        messages.error(request, f"{error.message} {error.next_step}".strip())
     else:
-        request.team.saved_views.update_or_create(
-            user=request.user, name=name, defaults={"query": query.urlencode(), "is_shared": "shared" in request.POST}
-        )
-        messages.success(request, f"The view “{name}” is saved.")
-    return redirect(f"{reverse('catalogue:adapters')}?{query.urlencode()}")
+        messages.success(request, f"The view “{view.name}” is saved.")
+    return redirect(f"{reverse('catalogue:adapters')}?{saved_views.kept_query(query)}")
 
 
 @require_POST

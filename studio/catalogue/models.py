@@ -96,6 +96,9 @@ class Adapter(models.Model):
         ]
         indexes: ClassVar = [
             models.Index(fields=["team", "-created_at"], name="adapter_list"),
+            # What a list can be filtered by is read out of these.
+            models.Index(fields=["team", "base_model"], name="adapter_bases"),
+            models.Index(fields=["team", "method"], name="adapter_methods"),
             GinIndex(fields=["search"], name="adapter_search"),
             GinIndex(fields=["tags"], name="adapter_tags"),
         ]
@@ -139,6 +142,18 @@ class FileCheck(models.Model):
 
     def __str__(self) -> str:
         return f"files of {self.adapter_id}"
+
+
+class BaseFileCheck(models.Model):
+    """The last look at a base model's files, and what was found; `asked_at` while somebody waits for the next one."""
+
+    base_model = models.OneToOneField(BaseModel, on_delete=models.CASCADE, primary_key=True, related_name="file_check")
+    asked_at = models.DateTimeField(null=True, db_index=True)
+    checked_at = models.DateTimeField(null=True, db_index=True)
+    damage = models.TextField(blank=True, help_text="What was found, for people; empty: all is whole.")
+
+    def __str__(self) -> str:
+        return f"files of {self.base_model_id}"
 
 
 class Alias(models.Model):
@@ -325,6 +340,7 @@ class RunComparison(models.Model):
     difference_high = models.FloatField()
     interval_method = models.CharField(max_length=200)
     p_value = models.FloatField()
+    smallest_effect = models.FloatField(null=True, help_text="The smallest difference worth telling.")
     rows_needed = models.PositiveIntegerField()
     rows_recommended = models.PositiveIntegerField()
 
@@ -374,7 +390,10 @@ class Score(models.Model):
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["run", "evaluation"], name="one_score_per_evaluation")]
-        indexes: ClassVar = [models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup")]
+        indexes: ClassVar = [
+            models.Index(fields=["adapter", "test_set", "evaluation"], name="score_lookup"),
+            models.Index(fields=["test_set", "evaluation", "difference"], include=["adapter"], name="score_ranking"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.label} of {self.adapter}"

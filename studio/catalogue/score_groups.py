@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from studio.catalogue.models import Adapter, EvaluationRun, Score, TestSet
+from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
 from workers.verdicts import Verdict
 
 # Functions of the held-out loss: counting them beside it would count one finding three times.
@@ -37,6 +38,17 @@ class ScoreGroup:
 
     def count(self, word: Verdict) -> int:
         return sum(score.verdict() == word for score in self.measures)
+
+    def num_worse(self, allowed_rise: float) -> int:
+        """How many measures count as worse: on the general set only what exceeds the rise that is allowed there."""
+        found = self.forgetting(allowed_rise)
+        return self.count(Verdict.WORSE) if found is None else int(found.keeping == Keeping.FORGETS)
+
+    def forgetting(self, allowed_rise: float) -> Forgetting | None:
+        """How the adapter stands on the general set; None on other rows, and without the loss."""
+        is_general = self.run.test_set == TestSet.GENERAL
+        score = next((one for one in self.scores if is_general and one.evaluation == MEASURE), None)
+        return forgetting(score, allowed_rise) if score is not None and score.base_value > 0 else None
 
     @property
     def methods(self) -> list[str]:
@@ -83,8 +95,20 @@ class Summary:
     """The figures that the headline rests on."""
 
 
-def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
-    """The scores in words; None when nothing was measured. Runs that are not complete have no say."""
+def summary(
+    groups: Sequence[ScoreGroup],
+    *,
+    figure: str = "loss",
+    allowed_rise: float = ALLOWED_RISE,
+    is_leaked: bool = False,
+) -> Summary | None:
+    """The scores in words; None when nothing was measured. Runs that are not complete have no say.
+
+    Args:
+        figure: the evaluation that decides where others tell nothing.
+        allowed_rise: of the loss on the general set, as a share of the base's.
+        is_leaked: held-out rows were trained on, so that its scores there say nothing.
+    """
     complete = [group for group in groups if group.run.is_complete()]
     incomplete = [
         f"{group.title}: incomplete, {group.run.num_scored:,} of {group.run.num_rows:,} rows scored: it has no say."
@@ -97,14 +121,17 @@ def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
         headline = "It cannot be told whether it is any good: no evaluation is complete."
         return Summary(headline, incomplete, [], None, [])
     first, *rest = complete
-    worse = [group for group in rest if group.count(Verdict.WORSE)]
-    warnings = [f"{group.title}: {_counts(group)}." for group in worse] + incomplete
-    others = [f"{group.title}: {_counts(group)}." for group in rest if group not in worse]
-    num_better, num_worse = first.count(Verdict.BETTER), first.count(Verdict.WORSE)
+    worse = [group for group in rest if group.num_worse(allowed_rise)]
+    warnings = [_sentence(group, allowed_rise) for group in worse] + incomplete
+    others = [_sentence(group, allowed_rise) for group in rest if group not in worse]
+    num_better, num_worse = first.count(Verdict.BETTER), first.num_worse(allowed_rise)
     is_better = False if num_worse or worse else True if num_better else None
     if first.run.test_set != TestSet.HELD_OUT:
         return Summary(f"On {first.title}: {_counts(first)}.", warnings, others, is_better, first.measures)
-    headline = _headline(first, num_better, num_worse)
+    if is_leaked:
+        headline = "Its scores cannot be believed: it was trained on the rows that it was tested on."
+        return Summary(headline, warnings, others, False, first.measures)
+    headline = _headline(first, num_better, num_worse, figure)
     if worse:
         elsewhere = f"worse on {_listed([_mentioned(group) for group in worse])}."
         if num_better and not num_worse:
@@ -114,7 +141,7 @@ def summary(groups: Sequence[ScoreGroup]) -> Summary | None:
     return Summary(headline, warnings, others, is_better, first.measures)
 
 
-def _headline(group: ScoreGroup, num_better: int, num_worse: int) -> str:
+def _headline(group: ScoreGroup, num_better: int, num_worse: int, figure: str) -> str:
     total = len(group.measures)
     if num_better:
         measures = "the one measure" if total == 1 else f"{num_better} of {total} measures"
@@ -122,7 +149,13 @@ def _headline(group: ScoreGroup, num_better: int, num_worse: int) -> str:
     if num_worse:
         measures = "the one measure" if total == 1 else f"{num_worse} of {total} measures"
         return f"Worse than its base on {measures}; better on none."
-    if group.count(Verdict.TOO_FEW_ROWS):
+    if num_unclear := group.count(Verdict.TOO_FEW_ROWS):
+        for score in group.measures:
+            if score.evaluation == figure and score.verdict() == Verdict.NO_DIFFERENCE:
+                noun = "measure" if num_unclear == 1 else "measures"
+                return (
+                    f"No better than its base: no difference on {score.label}; too few rows for {num_unclear} {noun}."
+                )
         return "Too few rows to tell whether it is better than its base."
     everywhere = "the one measure" if total == 1 else f"any of {total} measures"
     return f"No better than its base: no difference on {everywhere}."
@@ -134,6 +167,12 @@ def _mentioned(group: ScoreGroup) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _sentence(group: ScoreGroup, allowed_rise: float) -> str:
+    """How a test set went."""
+    found = group.forgetting(allowed_rise)
+    return f"{group.title}: {_counts(group)}." if found is None else found.sentence()
 
 
 def _counts(group: ScoreGroup) -> str:

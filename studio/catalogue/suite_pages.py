@@ -20,6 +20,7 @@ from studio.datasets.models import DatasetVersion, VersionState
 from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
 from studio.query_values import whole_number
 from workers.errors import ExplainedError
+from workers.formats import formats_of
 from workers.recipe import EvaluationSettings
 
 DEFAULTS = EvaluationSettings()
@@ -65,7 +66,9 @@ class SuiteForm(forms.Form):
 
     def __init__(self, *args: Any, team: Team, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ready = DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
+        ready = DatasetVersion.objects.filter(
+            dataset__team=team, state=VersionState.READY, format__in=formats_of("chat")
+        )
         fields: dict[str, Any] = self.fields
         fields["dataset_version"].queryset = ready.select_related("dataset").order_by("dataset__name", "-number")
         offer_metrics(self, METRICS, self.initial.get(METRICS, ()))

@@ -48,6 +48,11 @@ def make_suite(
         raise RecipeError(
             "Choose a version of a dataset of your team that was inspected and is ready.", field="dataset_version"
         )
+    if dataset_version.example_type() != "chat":
+        raise RecipeError(
+            f"{dataset_version} holds {dataset_version.example_type_label()}; a suite scores answers in conversations.",
+            field="dataset_version",
+        )
     try:
         settings = EvaluationSettings.model_validate(evaluation)
     except ValidationError as error:

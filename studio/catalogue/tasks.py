@@ -6,11 +6,13 @@ import threading
 
 from celery import shared_task
 
+from studio.catalogue.base_checks import check_next
 from studio.catalogue.base_files import share_base_models
 from studio.catalogue.file_checks import check_oldest
 
 _sharing = threading.Lock()
 _checking = threading.Lock()
+_checking_bases = threading.Lock()
 
 
 @shared_task
@@ -33,3 +35,15 @@ def check_adapter_files() -> None:
         check_oldest()
     finally:
         _checking.release()
+
+
+@shared_task
+def check_base_files() -> None:
+    """Read the files of base models whose check was asked for or is a week old. One at a time, like `share_bases`."""
+    if not _checking_bases.acquire(blocking=False):
+        return
+    try:
+        while check_next():
+            pass
+    finally:
+        _checking_bases.release()

@@ -26,4 +26,5 @@ urlpatterns = [
     path("base-models/", views.base_models, name="base_models"),
     path("base-models/register/", views.register_base_model_page, name="register_base_model"),
     path("base-models/<int:base_model_id>/", views.base_model, name="base_model"),
+    path("base-models/<int:base_model_id>/check/", views.check_base, name="check_base"),
 ]

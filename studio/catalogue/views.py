@@ -8,9 +8,10 @@ from django.http import HttpResponse, HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from studio.accounts.access import TeamRequest, team_page
+from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role, record
 from studio.catalogue import listing
+from studio.catalogue.base_checks import ask_for_check, check_of
 from studio.catalogue.base_facts import method_facts, own_runs, template_preview, users_of
 from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
@@ -82,7 +83,7 @@ def base_model(request: TeamRequest, base_model_id: int) -> HttpResponse:
         num_adapters=Count("adapters", filter=Q(adapters__team=request.team) & ~Q(adapters__state=ARCHIVED)),
         num_others=Count("adapters", filter=~Q(adapters__team=request.team)),
     )
-    base = get_object_or_404(counted, pk=base_model_id)
+    base = get_object_or_404(counted.select_related("file_check"), pk=base_model_id)
     used_by = request.team.adapters.filter(base_model=base).exclude(state=ARCHIVED)
     metric = evaluations()[listing.DEFAULT_SORT]
     return render(
@@ -96,7 +97,28 @@ def base_model(request: TeamRequest, base_model_id: int) -> HttpResponse:
             "metric": metric,
             "adapters": users_of(used_by, metric.name),
             "runs": own_runs(request.team, base),
+            "check": check_of(base),
+            "may_train": request.membership.may(Role.TRAINER),
         },
+    )
+
+
+@require_http_methods(["GET", "POST"])
+@team_page()
+def check_base(request: TeamRequest, base_model_id: int) -> HttpResponse:
+    """How the base model's files were found, as a part of its page; a POST has them read again."""
+    base = get_object_or_404(BaseModel.objects.select_related("file_check").defer("files"), pk=base_model_id)
+    may_train = request.membership.may(Role.TRAINER)
+    if request.method == "POST":
+        if not may_train:
+            return refuse(request, Role.TRAINER)
+        ask_for_check(base, team=request.team, user=request.user)
+        # What was read with the row is of before.
+        base = BaseModel.objects.select_related("file_check").get(pk=base.pk)
+    if "HX-Request" not in request.headers:
+        return redirect(f"{base.get_absolute_url()}#base-files-title")
+    return render(
+        request, "catalogue/_base_check.html", {"base": base, "check": check_of(base), "may_train": may_train}
     )
 
 

@@ -20,6 +20,7 @@ from studio.datasets import showing
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.repairing import NothingToRepairError, queue_repair
 from studio.datasets.uploads import receive_upload
 from studio.datasets.views import remap
 from workers.formats import get_format
@@ -42,6 +43,8 @@ class VersionOut(Out):
     num_bytes: int
     carrier: str
     format: str
+    example_type: str
+    why_not_trainable: str
     columns: dict[str, str]
     column_names: list[str]
     num_rows: int
@@ -51,8 +54,17 @@ class VersionOut(Out):
     statistics: dict[str, Any]
     error: str
     error_next_step: str
+    correction: dict[str, Any]
     created_at: datetime
     already_stored: bool
+
+    @staticmethod
+    def resolve_example_type(version: DatasetVersion) -> str:
+        return version.example_type()
+
+    @staticmethod
+    def resolve_why_not_trainable(version: DatasetVersion) -> str:
+        return version.why_not_trainable()
 
 
 class DatasetOut(Out):
@@ -74,6 +86,7 @@ class ProblemOut(Out):
     """Something wrong with a row, at its line."""
 
     line: int | None
+    turn: int | None
     field: str
     rule: str
     level: str
@@ -90,15 +103,38 @@ class ProblemPage(Out):
     next: int | None
 
 
+class ToolCallOut(Out):
+    """A call of a tool; `arguments` is JSON as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class MessageOut(Out):
     role: str
     content: str
     train: bool | None
+    weight: float
+    reasoning: str
+    tool_call_id: str
+    tool_calls: list[ToolCallOut]
 
 
 class ExampleOut(Out):
+    """A usable row. `messages` are all its turns; `prompt`, `chosen` and `rejected` those of a preference pair,
+    `prompt`, `completion` and `label` those of an answer with a verdict, `text` that of plain text."""
+
     line: int
+    type: str
+    tools: str = ""
     messages: list[MessageOut]
+    prompt: list[MessageOut] | None = None
+    chosen: list[MessageOut] | None = None
+    rejected: list[MessageOut] | None = None
+    completion: list[MessageOut] | None = None
+    label: bool | None = None
+    text: str | None = None
 
 
 class DatasetFilters(PageQuery):
@@ -248,6 +284,20 @@ def map_version(request: ApiRequest, dataset_id: int, number: int, body: Mapping
                        help="Upload the file as a new dataset.")  # fmt: skip
     remap(version, body.columns)
     record("dataset.mapped", team=request.team, user=request.user, token=request.token, target=version)
+    version.refresh_from_db()
+    return Status(202, version)
+
+
+@router.post(
+    "datasets/{int:dataset_id}/versions/{int:number}/repair/", response={202: VersionOut, **ERRORS}, auth=may_write
+)
+def repair_version(request: ApiRequest, dataset_id: int, number: int) -> Status[DatasetVersion]:
+    """Ask for a corrected version; `correction` says how it is going, and then its number."""
+    version = _version(request, dataset_id, number)
+    try:
+        queue_repair(version, user=request.user, token=request.token)
+    except NothingToRepairError as error:
+        raise ApiError(409, "nothing_to_repair", str(error)) from error
     version.refresh_from_db()
     return Status(202, version)
 

@@ -49,11 +49,19 @@ class InspectionFailedError(RuntimeError):
 def queue_inspection(version_id: int) -> None:
     """Ask a worker to inspect a version. Without a broker the sweep asks again later: nothing is lost."""
     DatasetVersion.objects.filter(pk=version_id).update(queued_at=timezone.now())
+    if not send_task("inspect_dataset", version_id):
+        logger.warning("The inspection of version %s could not be queued; the sweep will.", version_id)
+
+
+def send_task(name: str, *arguments: int) -> bool:
+    """Ask a worker to run a task of this app; False when the broker does not answer."""
     try:
         # By name: tasks.py calls this module, which therefore cannot know it.
-        current_app.send_task("studio.datasets.tasks.inspect_dataset", (version_id,), retry=False)
-    except OperationalError:  # the broker does not answer; the upload is safe in Postgres
-        logger.warning("The inspection of version %s could not be queued; the sweep will.", version_id, exc_info=True)
+        current_app.send_task(f"studio.datasets.tasks.{name}", arguments, retry=False)
+    except OperationalError:
+        logger.warning("The broker does not answer.", exc_info=True)
+        return False
+    return True
 
 
 def waiting_versions() -> models.QuerySet[DatasetVersion]:
@@ -132,7 +140,7 @@ def _inspect_rows(version: DatasetVersion) -> None:
         arguments += ["--format", version.format, "--columns", orjson.dumps(version.columns).decode()]
     recognised: dict[str, Any] = {}
     problems: list[DatasetProblem] = []
-    for event in _run_child(arguments, seconds=ROWS_SECONDS):
+    for event in run_child("inspection", arguments, seconds=ROWS_SECONDS):
         kind = event.pop("kind")
         if kind == "recognised":
             recognised = {key: event[key] for key in ("carrier", "format", "columns", "column_names")}
@@ -189,7 +197,7 @@ def _count_tokens(version: DatasetVersion) -> None:
                      "--base-model-folder", str(folder), "--seconds", str(TOKENS_SECONDS)]  # fmt: skip
         found: dict[str, Any] = {}
         try:
-            for event in _run_child(arguments, seconds=TOKENS_SECONDS + SILENT_SECONDS):
+            for event in run_child("inspection", arguments, seconds=TOKENS_SECONDS + SILENT_SECONDS):
                 if event["kind"] == "progress":
                     _report(version, {"stage": "tokens", "num_rows": event["num_rows"]})
                 elif event["kind"] == "refused":
@@ -213,13 +221,15 @@ def _store_tokens(version: DatasetVersion, revision: str, found: dict[str, Any])
     version.statistics = row.statistics
 
 
-def _run_child(arguments: list[str], *, seconds: float) -> Iterator[dict[str, Any]]:
-    """The events of an inspection process, which is ended when it is silent or busy for too long.
+def run_child(module: str, arguments: list[str], *, seconds: float) -> Iterator[dict[str, Any]]:
+    """The events of a process that reads a dataset (`python -m workers.MODULE`).
+
+    It is ended when it is silent or busy for too long.
 
     Raises:
         InspectionFailedError: it ended without a result (its memory limit, a fault), or had to be ended.
     """
-    command = [sys.executable, "-m", "workers.inspection", *arguments]
+    command = [sys.executable, "-m", f"workers.{module}", *arguments]
     # One thread: the tokenizer's pool would count against the memory limit and take the trainer's cores.
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     last = ""

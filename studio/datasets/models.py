@@ -13,7 +13,10 @@ from django.utils import timezone
 from studio.accounts.models import Team
 from studio.storage import fetch_blob
 from workers.carriers import CARRIER_LABELS
+from workers.examples import EXAMPLE_TYPE_LABELS, ExampleType, turn_of
 from workers.formats import formats
+from workers.objectives import is_trainable
+from workers.rules import CATALOGUE
 
 
 class Dataset(models.Model):
@@ -67,6 +70,7 @@ class DatasetVersion(models.Model):
     error = models.TextField(blank=True, help_text="Why the file cannot be read, for people.")
     error_next_step = models.TextField(blank=True)
     progress = models.JSONField(default=dict, help_text='How far an inspection is: {"stage": "rows", "num_rows": 12}.')
+    correction = models.JSONField(default=dict, help_text="How a corrected version is made or was; see repairing.py.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When an inspection was last asked for.")
     heartbeat_at = models.DateTimeField(null=True, help_text="When the running inspection was last alive.")
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
@@ -98,6 +102,20 @@ class DatasetVersion(models.Model):
         plugin = formats().get(self.format)
         return plugin.label if plugin else "not recognised"
 
+    def example_type(self) -> ExampleType:
+        """What its rows are: conversations, preference pairs, ...; a format that is gone counts as conversations."""
+        plugin = formats().get(self.format)
+        return plugin.example_type if plugin else "chat"
+
+    def example_type_label(self) -> str:
+        return EXAMPLE_TYPE_LABELS[self.example_type()]
+
+    def why_not_trainable(self) -> str:
+        """Why no job can learn from its rows, as a sentence; empty when one can."""
+        if is_trainable(self.example_type()):
+            return ""
+        return f"{self} holds {self.example_type_label()}, and no objective that learns from them is installed yet."
+
     def carrier_label(self) -> str:
         return CARRIER_LABELS.get(self.carrier, self.carrier)
 
@@ -110,6 +128,14 @@ class DatasetVersion(models.Model):
     def num_problems(self) -> int:
         """Problems of every rule, those beyond the stored ones included."""
         return sum(self.problem_counts.values())
+
+    def repairs(self) -> list[dict[str, Any]]:
+        """What a corrected version would do: {rule, title, repair, count} of each rule that has a remedy."""
+        return [
+            {"rule": code, "title": CATALOGUE[code].title, "repair": CATALOGUE[code].repair, "count": count}
+            for code, count in sorted(self.problem_counts.items())
+            if code in CATALOGUE and CATALOGUE[code].repair
+        ]
 
     def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
         """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
@@ -142,3 +168,8 @@ class DatasetProblem(models.Model):
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.rule}"
+
+    @property
+    def turn(self) -> int | None:
+        """Which turn of a conversation it is in, counted from 1."""
+        return turn_of(self.field)

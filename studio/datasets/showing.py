@@ -13,7 +13,7 @@ from django.db.models import Model
 
 from studio.datasets.models import DatasetVersion
 from workers.errors import ExplainedError
-from workers.examples import Example, Problem
+from workers.examples import AnyExample, Example, Problem
 from workers.formats import get_format
 from workers.inspection import CUTS, first_examples
 from workers.reading import read_head, read_rows
@@ -49,12 +49,12 @@ class TokenRow:
     problem: str = ""
 
 
-def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[Example]:
+def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[AnyExample]:
     """The first usable rows of a ready version."""
     return first_examples(version.path(), version.format, version.columns, num, within=WITHIN_ROWS)
 
 
-def row(version: DatasetVersion, line: int) -> Example | None:
+def row(version: DatasetVersion, line: int) -> AnyExample | None:
     """The row of a ready version at a line; None when that holds no usable one."""
     for example, _problems in read_rows(version.path(), version.format, version.columns):
         if example is not None and example.line >= line:
@@ -62,7 +62,7 @@ def row(version: DatasetVersion, line: int) -> Example | None:
     return None
 
 
-def mapped_rows(version: DatasetVersion, columns: dict[str, str]) -> list[tuple[int, Example | None, list[Problem]]]:
+def mapped_rows(version: DatasetVersion, columns: dict[str, str]) -> list[tuple[int, AnyExample | None, list[Problem]]]:
     """The first five rows as a mapping would read them, numbered from 1."""
     parse = get_format("mapped").parse
     return [(number, *parse(row, number, columns)) for number, row in enumerate(read_head(version.path(), 5), start=1)]
@@ -74,14 +74,14 @@ def base_models() -> list[Any]:
     return list(model._default_manager.order_by("name"))
 
 
-def token_rows(examples: Sequence[Example], folder: Path, max_length: int) -> list[TokenRow]:
+def token_rows(examples: Sequence[AnyExample], folder: Path, max_length: int) -> list[TokenRow]:
     """Rows through a base model's template and tokenizer, by the code that training uses.
 
     Raises:
         BaseModelError: the base model's folder cannot be read.
     """
     renderer = _renderer(str(folder), max_length)
-    return [_token_row(renderer, example) for example in examples]
+    return [_token_row(renderer, one) for example in examples for one in example.conversations()]
 
 
 @lru_cache(maxsize=4)
@@ -118,7 +118,7 @@ def _token_row(renderer: Renderer, example: Example) -> TokenRow:
     )
 
 
-def as_model_reads(examples: Sequence[Example], base_model: Any, max_length: int) -> tuple[list[TokenRow], str]:
+def as_model_reads(examples: Sequence[AnyExample], base_model: Any, max_length: int) -> tuple[list[TokenRow], str]:
     """Rows as tokens, or the sentence that says why there are none."""
     try:
         return token_rows(examples[:NUM_AS_TOKENS], Path(base_model.folder), max_length), ""

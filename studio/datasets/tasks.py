@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import inspecting
+from studio.datasets import inspecting, repairing
 
 
 @shared_task
@@ -17,3 +17,9 @@ def inspect_dataset(version_id: int) -> None:
 def inspect_waiting() -> None:
     """Queue versions whose message was lost or whose inspection died."""
     inspecting.inspect_waiting()
+
+
+@shared_task
+def repair_dataset(version_id: int, user_id: int) -> None:
+    """Make a corrected version."""
+    repairing.repair(version_id, user_id)

@@ -26,6 +26,7 @@ from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
+from studio.datasets.repairing import NothingToRepairError, is_running, queue_repair
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -33,6 +34,7 @@ from studio.storage import DiskFullError, StorageError, TooLargeError
 from studio.streaming import file_chunks, stream
 from workers.errors import DatasetError
 from workers.licences import choices as licence_choices
+from workers.rules import RULES
 
 PAGE_SIZE = 50
 MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -234,6 +236,7 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         request, version, "problems",
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
          "num_not_stored": max(0, version.num_problems() - num_stored), "num_stored": num_stored,
+         "is_repairing": is_running(version),
          **_page_links(request, page)},
     )  # fmt: skip
 
@@ -256,17 +259,48 @@ def guard_cell(text: object) -> str:
 def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The stored problems as a table."""
     version = _version(request, dataset_id, number)
-    columns = ("line", "level", "rule", "field", "message", "fix", "excerpt")
+    columns = ("file", "line", "turn", "field", "level", "rule", "title", "message", "fix", "excerpt")
     writer = csv.writer(_Echo())
 
     def lines() -> Iterator[str]:
         yield writer.writerow(columns)
-        for row in version.problems.order_by("line", "pk").values_list(*columns).iterator(chunk_size=1000):
-            yield writer.writerow([guard_cell(cell) for cell in row])
+        for problem in version.problems.order_by("line", "pk").iterator(chunk_size=1000):
+            cells = (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
+                     RULES.get(problem.rule, ""), problem.message, problem.fix, problem.excerpt)  # fmt: skip
+            yield writer.writerow([guard_cell(cell) for cell in cells])
 
     response = stream(request, lines(), content_type="text/csv; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
     return response
+
+
+@team_page(Role.TRAINER)
+@require_POST
+def repair(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Ask for a corrected version: what has a plain remedy is remedied, and becomes the dataset's next version."""
+    version = _version(request, dataset_id, number)
+    try:
+        queue_repair(version, user=request.user)
+    except NothingToRepairError as error:
+        messages.error(request, str(error))
+    else:
+        messages.success(request, "A corrected version is being made. It will stand among this dataset's versions.")
+    return redirect("datasets:problems", dataset_id, number)
+
+
+@team_page()
+@require_GET
+def corrections(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """What was changed in a corrected version, row by row: before and after."""
+    version = _version(request, dataset_id, number)
+    if "changes" not in version.correction:
+        raise Http404
+    counts = sorted(version.correction["counts"].items(), key=lambda item: (-item[1], item[0]))
+    return _render_tab(
+        request, version, "corrections",
+        {"counts": [(code, RULES.get(code, code), num) for code, num in counts],
+         "num_not_shown": version.correction["num_changed"] - len(version.correction["changes"])},
+    )  # fmt: skip
 
 
 @team_page()

@@ -15,13 +15,16 @@ from pydantic import Field
 from studio.accounts.models import Role, Scope
 from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
-from studio.api.paging import Page, PageQuery, page_of
+from studio.api.paging import Page, PageQuery, page_of, require_cursor
 from studio.api.schemas import Body, Out, QueryFields
+from studio.catalogue.api import FindingOut
+from studio.catalogue.findings import Finding, findings_of
+from studio.keyset import read_page
 from studio.reviews import commenting, judging, reviewing, showing
 from studio.reviews.blind_pages import export_response
 from studio.reviews.gates import gates, label_of
 from studio.reviews.models import BlindItem, Comment, Policy, Review
-from studio.reviews.policies import PolicySettings, change_policy, current_policy
+from studio.reviews.policies import PolicySettings, change_policy, current_policy, thresholds_in
 from studio.reviews.reviewing import MAX_REASON, ReviewError
 from studio.reviews.views import actor_of
 
@@ -154,6 +157,11 @@ class ReviewDetailOut(ReviewOut):
     assigned: list[str]
     blind: TallyOut
     decided_gates: list[dict[str, Any]] = Field(description="The gates as they stood at the approval.")
+    findings: list[FindingOut] = Field(description="What can be wrong with the adapter, the worst first.")
+
+    @staticmethod
+    def resolve_findings(review: Review) -> list[Finding]:
+        return findings_of(review.adapter, thresholds_in(PolicySettings.from_dict(review.policy.settings)))
 
     @staticmethod
     def resolve_gates(review: Review) -> list[Any]:
@@ -303,6 +311,10 @@ def _find(request: ApiRequest, review_id: int) -> Review:
     return get_object_or_404(showing.reviews_of(request.team), pk=review_id)
 
 
+def _shown(request: ApiRequest, review_id: int) -> Review:
+    return get_object_or_404(showing.reviews_for_page(request.team), pk=review_id)
+
+
 @router.get("policies/", response={200: Page[PolicyOut], **ERRORS}, summary="Versions of the review policy")
 def list_policies(request: ApiRequest, filters: Query[PageQuery]) -> dict[str, Any]:
     """The newest first; empty while the team has the defaults, which policies/current/ shows."""
@@ -330,12 +342,18 @@ def post_policy(request: ApiRequest, body: PolicyBody) -> tuple[int, Policy]:
     return 201, change_policy(request.team, settings, by=request.user, note=body.note, token=request.token)
 
 
-@router.get("reviews/", response={200: Page[ReviewOut], **ERRORS}, summary="The team's reviews, the newest first")
+@router.get("reviews/", response={200: Page[ReviewOut], **ERRORS}, summary="The team's reviews")
 def list_reviews(request: ApiRequest, filters: Query[ReviewFilters]) -> dict[str, Any]:
+    """The newest first; with a `tab` in its order on the page: what waits by due date, then the longest waiting."""
     rows = showing.inbox(request.team, request.user, filters.tab) if filters.tab else showing.reviews_of(request.team)
     if filters.adapter_id is not None:
         rows = rows.filter(adapter_id=filters.adapter_id)
-    return page_of(rows, filters)
+    if not filters.tab:
+        return page_of(rows, filters)
+    keys = showing.inbox_order(filters.tab)
+    require_cursor(filters.after, keys)
+    page = read_page(rows, keys, {"after": filters.after}, size=filters.limit)
+    return {"items": page.rows, "next": page.after or None}
 
 
 @router.post("reviews/", response={201: ReviewDetailOut, **ERRORS}, auth=may_write, summary="Submit an adapter")
@@ -344,12 +362,12 @@ def post_review(request: ApiRequest, body: SubmitBody) -> tuple[int, Review]:
     adapter = get_object_or_404(request.team.adapters, pk=body.adapter_id)
     with explained():
         made = reviewing.submit(adapter, actor_of(request), alias=body.alias, note=body.note, due_on=body.due_on)
-    return 201, _find(request, made.pk)
+    return 201, _shown(request, made.pk)
 
 
 @router.get("reviews/{int:review_id}/", response={200: ReviewDetailOut, **ERRORS}, summary="One review")
 def get_review(request: ApiRequest, review_id: int) -> Review:
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/approve/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -358,7 +376,7 @@ def approve(request: ApiRequest, review_id: int, body: ApproveBody) -> Review:
     found = _find(request, review_id)
     with explained():
         reviewing.approve(found.pk, actor_of(request), comment=body.comment)
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/reject/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -367,7 +385,7 @@ def reject(request: ApiRequest, review_id: int, body: ReasonBody) -> Review:
     found = _find(request, review_id)
     with explained():
         reviewing.reject(found.pk, actor_of(request), reason=body.reason)
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/ask-changes/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -376,7 +394,7 @@ def ask_changes(request: ApiRequest, review_id: int, body: ReasonBody) -> Review
     found = _find(request, review_id)
     with explained():
         reviewing.ask_changes(found.pk, actor_of(request), reason=body.reason)
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/withdraw/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -385,7 +403,7 @@ def withdraw(request: ApiRequest, review_id: int, body: ReasonBody) -> Review:
     found = _find(request, review_id)
     with explained():
         reviewing.withdraw(found.pk, actor_of(request), reason=body.reason)
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/waive/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -394,7 +412,7 @@ def waive(request: ApiRequest, review_id: int, body: WaiveBody) -> Review:
     found = _find(request, review_id)
     with explained():
         reviewing.waive(found.pk, actor_of(request), gate=body.gate, reason=body.reason)
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/assign/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -412,7 +430,7 @@ def assign(request: ApiRequest, review_id: int, body: AssignBody) -> Review:
             found.pk, actor_of(request), user_ids=user_ids,
             due_on=body.due_on if "due_on" in body.model_fields_set else "",
         )  # fmt: skip
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/recheck/", response={202: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -421,7 +439,7 @@ def recheck(request: ApiRequest, review_id: int) -> tuple[int, Review]:
     found = _find(request, review_id)
     with explained():
         reviewing.ask_gates(found.pk, actor_of(request))
-    return 202, _find(request, review_id)
+    return 202, _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/roll-back/", response={200: ReviewDetailOut, **ERRORS}, auth=may_write,
@@ -430,7 +448,7 @@ def roll_back(request: ApiRequest, review_id: int) -> Review:
     found = _find(request, review_id)
     with explained():
         reviewing.roll_back(found.pk, actor_of(request))
-    return _find(request, review_id)
+    return _shown(request, review_id)
 
 
 @router.post("reviews/{int:review_id}/samples/next/", response={200: ItemOut, 204: None, **ERRORS}, auth=may_write,

@@ -9,10 +9,12 @@ class ReviewsConfig(AppConfig):
     label = "reviews"
 
     def ready(self) -> None:
+        from studio.catalogue.file_checks import files_checked
         from studio.catalogue.models import AliasMove, EvaluationRun
 
         post_save.connect(_measured_again, sender=EvaluationRun, dispatch_uid="check_gates_after_a_run")
         post_save.connect(_alias_moved, sender=AliasMove, dispatch_uid="check_gates_after_a_move")
+        files_checked.connect(_files_checked, dispatch_uid="check_gates_after_a_look_at_files")
 
 
 def _measured_again(instance: Any, created: bool, **_kwargs: object) -> None:
@@ -21,6 +23,17 @@ def _measured_again(instance: Any, created: bool, **_kwargs: object) -> None:
 
     if created and instance.adapter is not None:
         ask_again_for(instance.adapter)
+
+
+def _files_checked(check: Any, **_kwargs: object) -> None:
+    """Files were looked at: where the gate of a review says otherwise, it is out of date."""
+    from studio.reviews.checking import CHECKED_STATES, ask_again
+    from studio.reviews.models import GateOutcome
+
+    outcomes = GateOutcome.objects.filter(
+        gate="download", review__adapter_id=check.adapter_id, review__state__in=CHECKED_STATES
+    )
+    ask_again(*[one.review_id for one in outcomes if one.figures.get("is_damaged", False) != bool(check.damage)])
 
 
 def _alias_moved(instance: Any, created: bool, **_kwargs: object) -> None:

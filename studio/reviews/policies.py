@@ -9,6 +9,7 @@ from typing import Any
 from django.db import IntegrityError, connection, transaction
 
 from studio.accounts.models import ApiToken, Team, User, record
+from studio.catalogue.findings import Thresholds
 from studio.reviews.gates import Gate, Threshold, gates
 from studio.reviews.models import Policy
 from workers.errors import ExplainedError
@@ -82,6 +83,23 @@ def stored_policy(team: Team) -> Policy:
     if policy.pk is None:
         policy, _ = Policy.objects.get_or_create(team=team, version=1, defaults={"settings": policy.settings})
     return policy
+
+
+def thresholds_of(team: Team) -> Thresholds:
+    """From where on something counts against the team's adapters, by its newest policy. One query."""
+    return thresholds_in(PolicySettings.from_dict(current_policy(team).settings))
+
+
+def thresholds_in(settings: PolicySettings) -> Thresholds:
+    """From where on something counts by a policy; of a gate that is off, the defaults."""
+    asked = settings.gates
+    first = Thresholds()
+    forgetting, overlap, base = (asked.get(name, {}) for name in ("forgetting", "overlap", "beats_base"))
+    return Thresholds(
+        allowed_rise=forgetting["max_rise_percent"] / 100 if forgetting else first.allowed_rise,
+        overlap_share=overlap["max_percent"] / 100 if overlap else first.overlap_share,
+        figure=base["evaluation"] if base else first.figure,
+    )
 
 
 def change_policy(

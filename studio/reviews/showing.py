@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet
+from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, Value
+from django.db.models.functions import Coalesce
 
 from studio.accounts.models import Team, User
 from studio.catalogue.models import Adapter, Score
+from studio.keyset import Key
 from studio.reviews.gates import gates, label_of
 from studio.reviews.models import GateOutcome, GateState, Review, Reviewer, ReviewState
 from studio.reviews.policies import PolicySettings
@@ -69,15 +72,35 @@ def reviews_of(team: Team) -> QuerySet[Review]:
     ).defer("adapter__recipe", "adapter__files", "adapter__suspicious")
 
 
+def reviews_for_page(team: Team) -> QuerySet[Review]:
+    """A team's reviews with what one's own page shows besides: what was measured of the adapter and found in it."""
+    scores = Prefetch("adapter__scores", Score.objects.select_related("run__suite").order_by("pk"))
+    return (
+        reviews_of(team)
+        .select_related("adapter__file_check")
+        .prefetch_related(scores)
+        .defer(None)
+        .defer("adapter__recipe", "adapter__files", "adapter__card", "adapter__search")
+    )
+
+
 def inbox(team: Team, user: User, tab: str) -> QuerySet[Review]:
-    """The reviews of a tab, with their outcomes and reviewers at hand."""
+    """The reviews of a tab, with their outcomes and reviewers at hand, in the order of `inbox_order`."""
     rows = reviews_of(team).prefetch_related(
         "outcomes", Prefetch("reviewers", Reviewer.objects.select_related("user").order_by("user__username"))
     )
     if tab == DONE:
         return rows.exclude(state=ReviewState.OPEN)
-    rows = rows.filter(state=ReviewState.OPEN)
+    # Those that nobody has set a date for come after all that have one.
+    rows = rows.filter(state=ReviewState.OPEN).annotate(wanted_on=Coalesce("due_on", Value(date.max)))
     return rows.filter(_assigned_to(user)) if tab == ASSIGNED else rows
+
+
+def inbox_order(tab: str) -> list[Key]:
+    """What waits: by the date that it is wanted on, then the longest waiting first. What is done: the last first."""
+    if tab == DONE:
+        return [Key("decided_at", is_descending=True), Key("pk", is_descending=True)]
+    return [Key("wanted_on"), Key("created_at"), Key("pk")]
 
 
 def inbox_counts(team: Team, user: User) -> dict[str, int]:
@@ -108,8 +131,8 @@ def summarise(review: Review) -> dict[str, Any]:
 
 
 def scores_worst_first(adapter: Adapter) -> list[Score]:
-    """Every score of an adapter's newest runs, regressions first; one query."""
+    """Every score of an adapter's newest runs, regressions first; from the scores that `reviews_for_page` fetched."""
     newest: dict[tuple[str, int | None, str], Score] = {}
-    for score in Score.objects.filter(adapter=adapter).select_related("run__suite").order_by("pk"):
+    for score in adapter.scores.all():
         newest[score.test_set, score.run.suite_id, score.evaluation] = score
     return sorted(newest.values(), key=lambda score: (_WORST_FIRST.index(score.verdict()), score.test_set, score.label))

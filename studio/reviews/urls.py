@@ -11,6 +11,7 @@ urlpatterns = [
     path("submit/<int:adapter_id>/", views.submit, name="submit"),
     path("of-adapter/<int:adapter_id>/", views.adapter_review, name="adapter_review"),
     path("<int:review_id>/", views.review, name="review"),
+    path("<int:review_id>/gates/", views.gates, name="gates"),
     path("<int:review_id>/approve/", views.approve, name="approve"),
     path("<int:review_id>/reject/", views.reject, name="reject"),
     path("<int:review_id>/ask-changes/", views.ask_changes, name="ask_changes"),

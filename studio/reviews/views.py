@@ -13,13 +13,13 @@ from django.views.decorators.http import require_http_methods, require_POST, req
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
-from studio.api.errors import ApiError
-from studio.api.paging import PageQuery, page_of
+from studio.catalogue.findings import findings_of
 from studio.catalogue.models import Adapter
+from studio.keyset import read_cursor, read_page
 from studio.reviews import reviewing, showing
 from studio.reviews.forms import AssignForm, SubmitForm
-from studio.reviews.models import Review, ReviewState
-from studio.reviews.policies import PolicySettings
+from studio.reviews.models import Review, Reviewer, ReviewState
+from studio.reviews.policies import PolicySettings, thresholds_in
 from studio.reviews.reviewing import Action, Actor, MissingReasonError, ReviewError, allowed_actions
 
 PAGE_SIZE = 30
@@ -50,15 +50,14 @@ def inbox(request: TeamRequest) -> HttpResponse:
     tab = request.GET.get("tab", first)
     tab = tab if tab in showing.TABS else first
     rows = showing.inbox(request.team, request.user, tab)
-    by = "decided_at" if tab == showing.DONE else "created_at"
-    try:
-        page = page_of(rows, PageQuery(limit=PAGE_SIZE, after=request.GET.get("after", "")[:400]), newest_by=by)
-    except ApiError:
+    keys, after = showing.inbox_order(tab), request.GET.get("after", "")
+    if after and read_cursor(after, keys) is None:
         return redirect("reviews:inbox")
+    page = read_page(rows, keys, {"after": after}, size=PAGE_SIZE)
     next_url = ""
-    if page["next"]:
+    if page.after:
         query = QueryDict(mutable=True)
-        query.update({"tab": tab, "after": page["next"]})
+        query.update({"tab": tab, "after": page.after})
         next_url = f"?{query.urlencode()}"
     return render(
         request,
@@ -66,9 +65,9 @@ def inbox(request: TeamRequest) -> HttpResponse:
         {
             "tab": tab,
             "tabs": [(name, label, counts.get(name)) for name, label in showing.TABS.items()],
-            "rows": [(review, showing.summarise(review)) for review in page["items"]],
+            "rows": [(review, showing.summarise(review)) for review in page.rows],
             "next_url": next_url,
-            "first_url": f"?tab={tab}" if request.GET.get("after") else "",
+            "first_url": f"?tab={tab}" if after else "",
         },
     )
 
@@ -88,36 +87,59 @@ def count(request: TeamRequest) -> HttpResponse:
 @require_safe
 @team_page()
 def review(request: TeamRequest, review_id: int) -> HttpResponse:
-    """One review: gates first, then scores and people."""
-    return _review_page(request, find_review(request, review_id))
+    """One review: what was found in the adapter, then gates, scores and people."""
+    return _review_page(request, review_id)
+
+
+@never_cache
+@require_safe
+@team_page()
+def gates(request: TeamRequest, review_id: int) -> HttpResponse:
+    """The gates alone, for a page that is open while they are being checked."""
+    found = find_review(request, review_id)
+    if "HX-Request" not in request.headers:
+        return redirect(f"{found.get_absolute_url()}#gates")
+    return render(request, "reviews/_gates_swap.html", _gates_context(request, found))
+
+
+def _gates_context(request: TeamRequest, found: Review) -> dict[str, Any]:
+    rows = showing.gate_rows(found, list(found.outcomes.select_related("waived_by")))
+    people = list(found.reviewers.select_related("user").order_by("user__username"))
+    return {
+        "review": found,
+        "gates": rows,
+        "num_hindrances": sum(row.is_hindrance for row in rows),
+        "num_failed": sum(row.has_failed for row in rows),
+        "num_open": sum(row.is_hindrance and not row.has_failed for row in rows),
+        "people": people,
+        "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),
+        "may": allowed_actions(actor_of(request), found.adapter, found.state),
+    }
 
 
 def _review_page(
-    request: TeamRequest, found: Review, *, errors: dict[str, str] | None = None, status: int = 200
+    request: TeamRequest, review_id: int, *, errors: dict[str, str] | None = None, status: int = 200
 ) -> HttpResponse:
-    people = list(found.reviewers.select_related("user").order_by("user__username"))
-    rows = showing.gate_rows(found, list(found.outcomes.select_related("waived_by")))
+    found = get_object_or_404(showing.reviews_for_page(request.team), pk=review_id)
+    context = _gates_context(request, found)
+    people: list[Reviewer] = context["people"]
     settings = PolicySettings.from_dict(found.policy.settings)
     return render(
         request,
         "reviews/review.html",
         {
-            "review": found,
+            **context,
             "adapter": found.adapter,
             "tab": "gates",
-            "gates": rows,
-            "num_hindrances": sum(row.is_hindrance for row in rows),
-            "num_failed": sum(row.has_failed for row in rows),
             "approvals_needed": settings.approvals,
             "approvals": [one for one in people if one.approved_at],
             "assigned": [one for one in people if one.is_assigned],
-            "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),
+            "findings": findings_of(found.adapter, thresholds_in(settings)),
             "scores": showing.scores_worst_first(found.adapter),
-            "may": allowed_actions(actor_of(request), found.adapter, found.state),
             "errors": errors,
         },
         status=status,
-    )  # fmt: skip
+    )
 
 
 Act = Callable[[int, Actor, QueryDict], Any]
@@ -133,7 +155,7 @@ def _does(act: Act, done: str) -> Callable[..., HttpResponseBase]:
         try:
             act(found.pk, actor_of(request), request.POST)
         except MissingReasonError as error:
-            return _review_page(request, found, errors={error.field or "": error.message}, status=422)
+            return _review_page(request, review_id, errors={error.field or "": error.message}, status=422)
         except ReviewError as error:
             return refused(request, error, found.get_absolute_url())
         messages.success(request, done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from django import template
@@ -57,6 +58,12 @@ def nav_links(context: template.Context) -> list[dict[str, Any]]:
 @register.simple_tag
 def icon(name: str) -> SafeString:
     """An inline SVG of templates/components/icons; decorative, so text stands beside it."""
+    return _svg(name)
+
+
+@cache
+def _svg(name: str) -> SafeString:
+    # A long list has hundreds of icons of a few kinds.
     return mark_safe(get_template(f"components/icons/{name}.html").render())  # noqa: S308  our own files, no input
 
 

@@ -10,6 +10,7 @@ import random
 import time
 from datetime import timedelta
 
+from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
@@ -26,6 +27,7 @@ JITTER = 0.2
 TAKEN_SECONDS = 120
 DISABLED_AFTER = timedelta(days=3)
 BATCH = 50
+PRUNED_AT_ONCE = 5_000
 GONE = 410
 
 
@@ -60,6 +62,21 @@ def deliver(pk: int) -> bool:
         else:
             _failed(delivery, answer, f"It answered with status {answer.status}.")
     return True
+
+
+def prune() -> int:
+    """Remove messages that were delivered or given up longer ago than they are kept for; returns how many.
+
+    What waits is never removed: it is owed.
+    """
+    if not settings.DELIVERY_DAYS:
+        return 0
+    old = timezone.now() - timedelta(days=settings.DELIVERY_DAYS)
+    ended = Delivery.objects.exclude(state=DeliveryState.WAITING).filter(created_at__lt=old).order_by("pk")
+    num_removed = 0
+    while keys := list(ended.values_list("pk", flat=True)[:PRUNED_AT_ONCE]):
+        num_removed += Delivery.objects.filter(pk__in=keys).delete()[0]
+    return num_removed
 
 
 def body_of(delivery: Delivery) -> bytes:

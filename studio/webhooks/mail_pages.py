@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from django.contrib import messages
 from django.http import Http404, HttpRequest, HttpResponse
@@ -25,15 +25,19 @@ WORDS = {JOBS: "your own jobs", REVIEWS: "reviews that wait for you", MENTIONS: 
 def mail(request: HttpRequest) -> HttpResponse:
     """Address and kinds of mail."""
     user = cast("User", request.user)
-    kept = MailSettings.objects.filter(user=user).first() or MailSettings(user=user)
-    initial = {"email": user.email, "jobs": kept.jobs, "reviews": kept.reviews, "mentions": kept.mentions}
-    form = MailForm(request.POST if request.method == "POST" else None, initial=initial)
+    form = MailForm(request.POST if request.method == "POST" else None, initial=mail_values(user))
     if form.is_bound and form.is_valid():
         form.save(user)
         messages.success(request, "Your mail settings are saved.")
         return redirect("webhooks:mail")
     context = {"form": form, "is_configured": is_configured()}
     return render(request, "webhooks/mail_settings.html", context, status=422 if form.is_bound else 200)
+
+
+def mail_values(user: User) -> dict[str, Any]:
+    """A person's address and the kinds of mail that they want, as the form has them."""
+    kept = MailSettings.objects.filter(user=user).first() or MailSettings(user=user)
+    return {"email": user.email, "jobs": kept.jobs, "reviews": kept.reviews, "mentions": kept.mentions}
 
 
 # Mail programs post here by themselves (RFC 8058); the signed token is what protects it.

@@ -23,15 +23,32 @@ EVENTS: dict[str, str] = {
     "dataset.uploaded": "A new dataset was uploaded",
     "dataset.version_uploaded": "A new version of a dataset was uploaded",
     "adapter.*": "Everything about adapters",
+    "base_model.*": "A base model was registered, or its files are to be checked",
     "review.*": "Everything about reviews",
     "review.submitted": "A review was asked for",
     "review.approved": "A review was approved",
     "review.rejected": "A review was rejected",
     "alias.*": "An alias such as champion was moved",
+    "suite.*": "A suite of benchmarks was made or changed",
     "worker.*": "A device was drained, or works again",
+    "machine.*": "A machine has joined the studio",
+    "limits.*": "A team's share of the devices or its limits were changed",
     "member.*": "Somebody came, left or has another role",
 }
 """What a webhook can be told of; the names are those of the audit log."""
+
+UNTOLD = {
+    "login": "what a person does with their own account",
+    "logout": "what a person does with their own account",
+    "login_link": "what a person does with their own account",
+    "password": "what a person does with their own account",
+    "sessions": "what a person does with their own account",
+    "token": "keys to the studio, of which its own audit log tells",
+    "join_token": "keys to the studio, of which its own audit log tells",
+    "webhook": "a webhook that is told of webhooks could be told of itself",
+    "catalogue": "somebody has looked, and nothing has changed",
+}
+"""Kinds of audit events that no webhook is told of, and why."""
 
 
 def add_webhook(
@@ -43,6 +60,27 @@ def add_webhook(
         webhook = Webhook.objects.create(team=team, url=url, events=events, secret=encrypt(secret), created_by=user)
         record("webhook.added", team=team, user=user, token=token, target=webhook, events=events)
     return webhook, secret
+
+
+def change_webhook(
+    webhook: Webhook, *, user: User, url: str | None = None, events: list[str] | None = None,
+    token: ApiToken | None = None,
+) -> Webhook:  # fmt: skip
+    """Another address, or other events. What waits goes to the new address; what was not wanted is not made up for."""
+    with transaction.atomic():
+        locked = Webhook.objects.select_for_update().get(pk=webhook.pk)
+        before = {"url": locked.url, "events": locked.events}
+        after = {"url": before["url"] if url is None else url, "events": before["events"] if events is None else events}
+        changed = [name for name in before if before[name] != after[name]]
+        if changed:
+            locked.url, locked.events = after["url"], after["events"]  # type: ignore[assignment]
+            if "url" in changed:
+                # How long the address before has failed says nothing of this one.
+                locked.failing_since = None
+            locked.save(update_fields=["url", "events", "failing_since"])
+            details = {f"{name}_before": before[name] for name in changed}
+            record("webhook.changed", team=webhook.team, user=user, token=token, target=locked, **details)
+    return locked
 
 
 def rotate_secret(webhook: Webhook, *, user: User, token: ApiToken | None = None) -> str:

@@ -11,3 +11,9 @@ from studio.webhooks import delivering
 def deliver_due() -> None:
     """Send what is due. Safe to run twice and safe to lose."""
     delivering.deliver_due()
+
+
+@shared_task
+def prune_deliveries() -> None:
+    """Remove messages that are kept no longer."""
+    delivering.prune()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.conf import settings
 from django.contrib import messages
 from django.db.models import Count, Q
 from django.http import HttpResponse
@@ -44,14 +45,25 @@ def _list_page(request: TeamRequest, *, status: int = 200, **context: Any) -> Ht
 
 
 @never_cache
-@require_safe
+@require_http_methods(["GET", "HEAD", "POST"])
 @team_page(Role.ADMIN)
 def webhook_page(request: TeamRequest, webhook_id: int) -> HttpResponse:
-    """One webhook with the log of its deliveries, the newest first."""
-    return _webhook_page(request, get_object_or_404(request.team.webhooks, pk=webhook_id))
+    """One webhook with the log of its deliveries, the newest first; a POST changes its address and events."""
+    webhook = get_object_or_404(request.team.webhooks, pk=webhook_id)
+    form = WebhookForm(request.POST if request.method == "POST" else None, initial=_initial(webhook))
+    if form.is_bound and form.is_valid():
+        managing.change_webhook(webhook, user=request.user, **form.cleaned_data)
+        messages.success(request, "The webhook is saved.")
+        return redirect(webhook)
+    return _webhook_page(request, webhook, status=422 if form.is_bound else 200, form=form)
 
 
-def _webhook_page(request: TeamRequest, webhook: Webhook, **context: Any) -> HttpResponse:
+def _initial(webhook: Webhook) -> dict[str, Any]:
+    return {"url": webhook.url, "events": webhook.events}
+
+
+def _webhook_page(request: TeamRequest, webhook: Webhook, *, status: int = 200, **context: Any) -> HttpResponse:
+    context.setdefault("form", WebhookForm(initial=_initial(webhook)))
     rows = webhook.deliveries.order_by("-pk")
     before = whole_number(request.GET.get("before", ""))
     if before:
@@ -59,8 +71,9 @@ def _webhook_page(request: TeamRequest, webhook: Webhook, **context: Any) -> Htt
     found = list(rows[: PAGE_SIZE + 1])
     older = f"?before={found[PAGE_SIZE - 1].pk}" if len(found) > PAGE_SIZE else ""
     context |= {"webhook": webhook, "deliveries": found[:PAGE_SIZE], "older_url": older,
-                "newest_url": webhook.get_absolute_url() if before else ""}  # fmt: skip
-    return render(request, "webhooks/webhook.html", context)
+                "newest_url": webhook.get_absolute_url() if before else "",
+                "days_kept": settings.DELIVERY_DAYS}  # fmt: skip
+    return render(request, "webhooks/webhook.html", context, status=status)
 
 
 @never_cache

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -18,6 +19,14 @@ ARGUMENTS = [
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 SECOND = 1000.0
+
+
+def require_chromium() -> None:
+    """Ends a test that cannot drive a browser: skipped on a person's machine, failed in CI."""
+    if not CHROMIUM:
+        if os.environ.get("CI"):
+            pytest.fail("No Chromium, and CI is set: the browser tests must run there.")
+        pytest.skip("NO CHROMIUM: the browser tests are skipped. Install chromium to run them.")
 
 
 class Browser:
@@ -52,9 +61,16 @@ class Browser:
         # Folded settings are real form fields: open every fold, as a person would who wants to change them.
         self.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         for key, value in settings.items():
-            self.page.locator(f"[name='{key.replace('__', '.')}']").fill(value)
+            self._set(key.replace("__", "."), value)
         self.page.get_by_role("button", name="Update estimate").click()
         expect(self.page.locator("#this-run")).to_contain_text("to train")
+
+    def _set(self, name: str, value: str) -> None:
+        field = self.page.locator(f"[name='{name}']")
+        if field.evaluate("one => one.tagName") == "SELECT":
+            field.select_option(value)
+        else:
+            field.fill(value)
 
     def start_job(self) -> str:
         """Press Start; gives the job's address."""
@@ -68,12 +84,12 @@ class Browser:
 
 
 @contextmanager
-def open_browser(root: str, *, dark: bool = False, width: int = 1280) -> Iterator[Browser]:
+def open_browser(root: str, *, dark: bool = False, width: int = 1280, height: int = 900) -> Iterator[Browser]:
     """Headless Chromium on one page."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGUMENTS)
         context = chromium.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", accept_downloads=True
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", accept_downloads=True
         )
         yield Browser(context.new_page(), root)
         chromium.close()

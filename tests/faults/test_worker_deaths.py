@@ -13,7 +13,7 @@ import redis
 from django.conf import settings
 
 from jobs import scheduling
-from jobs.models import Job, JobState, Worker
+from jobs.models import Job, JobSample, JobState, Worker
 from jobs.queueing import cancel_job
 from studio import storage
 from studio.accounts.models import User
@@ -27,6 +27,12 @@ WEIGHTS = "adapter_model.safetensors"
 def weights_digest(job: Job) -> str:
     folder = storage.adapter_folder(job.adapter.folder)
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def samples_of(job: Job) -> list[tuple[int, int, str]]:
+    """(step, index of the prompt, answer) of everything that the job's model has answered while it trained."""
+    rows = JobSample.objects.filter(prompt__job=job).order_by("step", "prompt__index")
+    return list(rows.values_list("step", "prompt__index", "answer"))
 
 
 def wait_until_final(job: Job) -> Job:
@@ -66,6 +72,9 @@ def test_kill_9_of_the_trainer_and_of_the_worker_gives_the_same_adapter_as_no_ki
     assert weights_digest(disturbed) == weights_digest(undisturbed)
     outcomes = list(disturbed.attempts.order_by("number").values_list("outcome", "failure_code"))
     assert outcomes == [("failed", "process_lost"), ("lost", "worker_lost"), ("succeeded", "")]
+    answers = samples_of(undisturbed)
+    assert sorted({step for step, _index, _answer in answers}) == list(range(0, 45, 5))
+    assert samples_of(disturbed) == answers, "none is lost, none is doubled"
     last = disturbed.attempts.order_by("number").last()
     assert last.from_step > 0, "the last attempt began at a checkpoint, not at the beginning"
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.factories import make_score
+from tests.taught import make_taught_base
 from tests.tiny import make_tiny_base, write_rows
+from workers.base_scores import BaseScores
 from workers.bundled import prepare_smollm2
 from workers.forgetting import ALLOWED_RISE, Forgetting, Keeping, forgetting
 from workers.general import FILE, SHA256, general_rows
@@ -50,7 +52,9 @@ def general_verdict(base: Path, folder: Path, rows: list[dict[str, str]], **trai
     )
     folder.mkdir()
     folders = Folders(base, write_rows(folder / "rows.jsonl", rows), folder / "out")
-    product = train(recipe, folders, report=lambda event: None, should_stop=lambda: None)
+    # The base is the same for every run of a test, and so are its scores.
+    scores = BaseScores(folder.parent / "base_scores")
+    product = train(recipe, folders, report=lambda event: None, should_stop=lambda: None, base_scores=scores)
     assert product is not None
     general = {score.evaluation: score for score in Result.from_folder(product).general}
     assert set(general) == {"loss", "byte_perplexity"}
@@ -60,33 +64,22 @@ def general_verdict(base: Path, folder: Path, rows: list[dict[str, str]], **trai
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base that has read general text for some seconds, so that it has something to forget."""
+    untaught = make_tiny_base(tmp_path_factory.mktemp("untaught"))
+    folder = make_taught_base(tmp_path_factory.mktemp("taught") / "base")
+    assert general_loss(folder) < general_loss(untaught) - 2
+    return folder
+
+
+def general_loss(folder: Path) -> float:
+    """Mean loss per token of the general set's first rows."""
     from transformers import AutoModelForCausalLM
 
     from workers.scoring import row_losses
 
-    folder = make_tiny_base(tmp_path_factory.mktemp("taught") / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder)
     renderer = Renderer(folder, max_length=256, loss_on="all")
-    rows = [renderer.render(example) for example in general_rows()]
-    before = _mean_loss(model, rows, row_losses)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    order = torch.Generator().manual_seed(17)
-    for _ in range(150):
-        chosen = [rows[index] for index in torch.randperm(len(rows), generator=order)[:16].tolist()]
-        width = max(len(row.ids) for row in chosen)
-        ids_BT = torch.tensor([list(row.ids) + [0] * (width - len(row.ids)) for row in chosen])
-        model(input_ids=ids_BT, labels=ids_BT.masked_fill(ids_BT == 0, -100)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert _mean_loss(model, rows, row_losses) < before - 2
-    model.save_pretrained(folder)
-    return folder
-
-
-def _mean_loss(model: Any, rows: list[Any], row_losses: Any) -> float:
+    rows = [renderer.render(example) for example in general_rows()[:32]]
     with torch.no_grad():
-        found = row_losses(model, [(row.ids, row.trained) for row in rows[:32]])
+        found = row_losses(AutoModelForCausalLM.from_pretrained(folder), [(row.ids, row.trained) for row in rows])
     return float(sum(loss for loss, _ in found) / sum(num for _, num in found))
 
 

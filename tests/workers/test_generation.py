@@ -79,3 +79,21 @@ def test_each_prompt_may_have_a_limit_of_its_own(model) -> None:
     assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
     with pytest.raises(ValueError, match="2 limits for 5 prompts"):
         generate(model, prompts(), max_new_tokens=[1, 2], stop_ids=[])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stop_is_obeyed_before_the_next_token(model, use_cache: bool) -> None:
+    told: list[int] = []
+    asked: list[object] = []
+
+    def stop_in_the_second_row() -> bool:
+        asked.append(None)
+        return bool(told)
+
+    found = generate(
+        model, [prompts()[1], prompts()[0]], max_new_tokens=4, stop_ids=[], batch_size=1, use_cache=use_cache,
+        on_finished=lambda n: told.append(n), should_stop=stop_in_the_second_row,
+    )  # fmt: skip
+    assert (len(found[0]), found[1], told) == (4, [], [1])
+    assert 3 <= len(asked) <= 5, "before each token of the first row, and once more"
+    assert model.training is False

@@ -18,6 +18,7 @@ from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from workers.__main__ import main
 from workers.events import (
     EXIT_STOPPED,
+    AnswersEvent,
     CheckpointEvent,
     FailedEvent,
     PlanEvent,
@@ -119,6 +120,9 @@ def test_a_killed_trainer_resumes_and_gives_the_bytes_of_an_unbroken_run(tmp_pat
     losses = {event.step: event.loss for event in straight.of(StepEvent)}
     for event in [*broken.of(StepEvent), *resumed.of(StepEvent)]:
         assert event.loss == losses[event.step], event.step
+    answers = {event.step: event.answers for event in straight.of(AnswersEvent)}
+    assert list(answers) == [0, 5, 10, 15, 20, 25, 30]
+    assert {event.step: event.answers for event in resumed.of(AnswersEvent)} == answers
     ours, theirs = (
         (Path(run.of(ResultEvent)[0].folder) / "adapter_model.safetensors").read_bytes() for run in (resumed, straight)
     )
@@ -256,3 +260,14 @@ def test_a_failure_names_its_line_on_the_terminal() -> None:
     out = io.StringIO()
     Terminal(out)(FailedEvent(code="x", message="Bad row.", next_step="Mend it.", line=7))
     assert out.getvalue() == "Failed (line 7): Bad row. Mend it.\n"
+
+
+def test_a_terminal_shows_answers_on_one_line_each_and_obeys_none_of_them() -> None:
+    out = io.StringIO()
+    show = Terminal(out)
+    show(AnswersEvent(step=0, answers=("plain", None)))
+    show(AnswersEvent(step=20, answers=("two\nlines \x1b]0;owned\x07\x9b31m", "w" * 500)))
+    first, second, third, fourth = out.getvalue().splitlines()
+    assert (first, second) == ("  the base answers 1: plain", "  the base answers 2: (no room)")
+    assert third == "  step 20 answers 1: two lines ]0;owned 31m"
+    assert (len(fourth), fourth[-1]) == (len("  step 20 answers 2: ") + 100, "…")

@@ -67,6 +67,7 @@ class Found:
     p_value: float | None
     rows_needed: int | None
     rows_recommended: int = 0
+    smallest_effect: float | None = None
 
 
 def evaluate(case: Case, random: np.random.Generator, num: int, effect: float) -> Found:
@@ -74,7 +75,7 @@ def evaluate(case: Case, random: np.random.Generator, num: int, effect: float) -
     found = compare(base, adapter, bounds=case.bounds, num_resamples=400, seed=int(random.integers(2**31)))
     return Found(
         num, case.higher_is_better, found.difference.value, found.difference.low, found.difference.high, found.p_value,
-        rows_needed(found, case.smallest_effect), rows_recommended(found, case.smallest_effect),
+        rows_needed(found, case.smallest_effect), rows_recommended(found, case.smallest_effect), case.smallest_effect,
     )  # fmt: skip
 
 
@@ -130,10 +131,29 @@ def a_comparison(**changes: object) -> Found:
         ({"difference_low": -0.01, "p_value": 0.2, "rows_needed": 401}, Verdict.TOO_FEW_ROWS),
         ({"difference_low": -0.01, "p_value": 0.2, "rows_needed": None}, Verdict.NO_DIFFERENCE),
         ({"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "rows_needed": 2}, Verdict.NO_DIFFERENCE),
+        ({"smallest_effect": 0.16, "rows_needed": 400}, Verdict.NO_DIFFERENCE),
+        ({"smallest_effect": 0.16, "rows_needed": 401}, Verdict.TOO_FEW_ROWS),
+        ({"smallest_effect": 0.15}, Verdict.BETTER),
+        ({"smallest_effect": 0.16, "rows_needed": 2, "higher_is_better": False}, Verdict.NO_DIFFERENCE),
     ],
 )  # fmt: skip
 def test_the_verdict_follows_from_interval_test_and_rows(changes: dict[str, object], expected: Verdict) -> None:
     assert verdict(a_comparison(**changes)) == expected
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
+def test_a_gain_that_is_certain_and_too_small_to_be_worth_telling_is_none(case: Case) -> None:
+    random = np.random.default_rng(15)
+    base = random.gamma(4.0, 0.4, 200)
+    gain = random.normal(0.02, 0.002, 200) * case.smallest_effect * (1 if case.higher_is_better else -1)
+    found = compare([RowValue(one) for one in base], [RowValue(one) for one in base + gain])
+    assert found.p_value < SIGNIFICANCE
+    assert not found.difference.low <= 0 <= found.difference.high
+    told = Found(
+        200, case.higher_is_better, found.difference.value, found.difference.low, found.difference.high, found.p_value,
+        rows_needed(found, case.smallest_effect), smallest_effect=case.smallest_effect,
+    )  # fmt: skip
+    assert verdict(told) == Verdict.NO_DIFFERENCE
 
 
 def test_one_of_many_adapters_must_be_more_certain() -> None:

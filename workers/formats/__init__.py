@@ -1,7 +1,7 @@
 """Dataset formats: what a row means. One file is one format; `PLUGIN` holds it.
 
 A carrier (JSON Lines, JSON, CSV) gives rows as dicts with their line numbers (`workers/carriers.py`); a
-format says whether it knows such rows and turns one row into an Example or into Problems.
+format says whether it knows such rows and turns one row into an example of its type or into Problems.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from workers.examples import Example, ExampleType, Problem
+from workers.examples import AnyExample, ExampleType, Problem
 from workers.plugins import discover, look_up
 
 
@@ -31,7 +31,7 @@ class Format(ABC):
         """How surely these first rows have this format (0 to 1), and the column mapping that it would use."""
 
     @abstractmethod
-    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[Example | None, list[Problem]]:
+    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[AnyExample | None, list[Problem]]:
         """The example in a row and what is wrong with the row; an example beside warnings is usable."""
 
 
@@ -39,6 +39,11 @@ class Format(ABC):
 def formats() -> dict[str, Format]:
     """Every format by name."""
     return discover(__name__, Format)  # type: ignore[type-abstract]
+
+
+def formats_of(example_type: ExampleType) -> list[str]:
+    """Names of the formats whose rows become examples of a type."""
+    return [name for name, plugin in formats().items() if plugin.example_type == example_type]
 
 
 def get_format(name: str) -> Format:

@@ -6,19 +6,22 @@ A column may lie inside a row's lists and objects: `instances[0].output`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from workers.examples import Example, Message, Problem
+from workers.examples import AnyExample, Example, Message, Problem
 from workers.formats import Format
+from workers.formats._beside import media_beside
 from workers.formats._rules import check_text, missing_fields
 from workers.strict_json import excerpt_of
 
 _PAIRS = (
     ("question", "answer"),
+    ("instruction", "output"),
+    ("instruction", "response"),
     ("input", "target"),
     ("input", "output"),
     ("prompt", "response"),
@@ -26,8 +29,7 @@ _PAIRS = (
     ("question", "response"),
     ("query", "response"),
     ("query", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
+    ("question", "ground_truth"),
     ("source", "target"),
     ("text", "summary"),
     ("document", "summary"),
@@ -39,50 +41,76 @@ _PAIRS = (
     ("human", "assistant"),
     ("q", "a"),
 )
-_SYSTEMS = ("system", "system_prompt")
+_ASKED = ("prompt", "completion")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_CONTEXTS = ("context", "input", "passage", "background")
 _PROMPT_WORDS = ("prompt", "question", "instruction", "input", "query", "user", "source", "problem", "text", "request")
-_ANSWER_WORDS = ("answer", "completion", "response", "output", "target", "reply", "assistant", "solution", "summary")
+_ANSWER_WORDS = (
+    "answer",
+    "completion",
+    "response",
+    "output",
+    "target",
+    "truth",
+    "reply",
+    "assistant",
+    "solution",
+    "summary",
+)
 
 
 class Mapped(Format):
     name = "mapped"
     label = "Columns"
     help = "Any table or list of objects: choose the column that asks and the column that answers."
-    fields = {"prompt": "Prompt (what is asked)", "completion": "Answer (what is learned)", "system": "System message"}
+    fields = {
+        "prompt": "Prompt (what is asked)",
+        "context": "Added to the prompt",
+        "more_context": "Added to the prompt, too",
+        "completion": "Answer (what is learned)",
+        "system": "System message",
+    }
     required_fields = ("prompt", "completion")
 
     def recognise(self, head: Sequence[dict[str, Any]]) -> tuple[float, dict[str, str]]:
-        """0.9 for a pair of column names that the field uses, 0.4 for a guess by words, 0.2 by position."""
-        counts: dict[str, int] = {}
+        """0.9 for a pair of column names that the field uses, 0.45 for one inside a row's lists and objects, 0.4 for a
+        guess by words, 0.2 by position."""
+        filled: dict[str, int] = {}
         for row in head:
-            for name, value in row.items():
-                if isinstance(value, str) and value.strip():
-                    counts[name] = counts.get(name, 0) + 1
-        names = {_plain(name): name for name in reversed(counts)}
-        system = next((names[name] for name in _SYSTEMS if name in names), None)
+            for path, value in _texts(row):
+                filled[path] = filled.get(path, 0) + bool(value.strip())
+        counts = {path: num for path, num in filled.items() if num}
+        top = {_plain(path): path for path in reversed(counts) if not _is_inside(path)}
+        leaves = {_plain(path.rpartition(".")[2]): path for path in reversed(counts) if _is_inside(path)}
+        system = next((top[name] for name in _SYSTEMS if name in top), None)
         extra = {"system": system} if system else {}
-        for prompt, answer in _PAIRS:
-            if prompt in names and answer in names:
-                columns = {"prompt": names[prompt], "completion": names[answer], **extra}
-                num = sum(columns["prompt"] in row and columns["completion"] in row for row in head)
-                return 0.9 * num / len(head), columns
+        for names, confidence in ((top, 0.9), ({**leaves, **top}, 0.45)):
+            for prompt, answer in _PAIRS:
+                if prompt in names and answer in names:
+                    columns = {"prompt": names[prompt], "completion": names[answer], **extra}
+                    context = next((names[one] for one in _CONTEXTS if one in names and one != prompt), None)
+                    columns |= {"context": context} if context else {}
+                    has_both = [all(_take(row, columns[one]) is not _MISSING for one in _ASKED) for row in head]
+                    return confidence * sum(has_both) / len(head), columns
         return _guess([name for name in counts if name != system], extra)
 
-    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[Example | None, list[Problem]]:
-        """The chosen columns as system, user and assistant turns. Numbers become text as JSON writes them."""
-        chosen = {field: _take(row, columns.get(field, "")) for field in ("prompt", "completion")}
+    def parse(self, row: dict[str, Any], line: int, columns: dict[str, str]) -> tuple[AnyExample | None, list[Problem]]:
+        """The chosen columns as system, user and assistant turns. Numbers become text as JSON writes them.
+
+        What is added to the prompt follows it after a blank line each, where a row has it.
+        """
+        chosen = {field: _take(row, columns.get(field, "")) for field in _ASKED}
         if all(value is _MISSING for value in chosen.values()):
             return None, [missing_fields(row, [columns.get(field, field) for field in chosen], line, "these columns")]
-        problems: list[Problem] = []
+        problems: list[Problem] = media_beside(row, line)
         texts: dict[str, str] = {}
-        if columns.get("system"):
-            chosen["system"] = _take(row, columns["system"])
+        for field in ("context", "more_context", "system"):
+            if columns.get(field) and (value := _take(row, columns[field])) is not _MISSING and value is not None:
+                chosen[field] = value
         for field, value in chosen.items():
             column = columns.get(field, field)
-            if field == "system" and (value is _MISSING or value is None):
-                continue
             cell = {} if value is _MISSING else {column: _as_text(value)}
-            texts[field], problem = check_text(cell, column, line, may_be_empty=field == "system")
+            texts[field], problem = check_text(cell, column, line, may_be_empty=field not in _ASKED)
             if problem:
                 excerpt = excerpt_of(row) if value is _MISSING or not value else problem.excerpt
                 problems.append(
@@ -91,10 +119,28 @@ class Mapped(Format):
         if problems:
             return None, problems
         before = (Message("system", texts["system"]),) if texts.get("system", "").strip() else ()
-        return Example(line, (*before, Message("user", texts["prompt"]), Message("assistant", texts["completion"]))), []
+        added = [texts[field] for field in ("context", "more_context") if texts.get(field, "").strip()]
+        prompt = "\n\n".join([texts["prompt"], *added])
+        return Example(line, (*before, Message("user", prompt), Message("assistant", texts["completion"]))), []
 
 
 _MISSING: Any = object()
+
+
+def _is_inside(path: str) -> bool:
+    return "." in path or "[" in path
+
+
+def _texts(value: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(path, text) of every text of a row; of a list, the first value is entered."""
+    for key, child in value.items():
+        path = f"{before}{key}"
+        if isinstance(child, list) and child:
+            path, child = f"{path}[0]", child[0]
+        if isinstance(child, dict) and path.count(".") < 2:
+            yield from _texts(child, f"{path}.")
+        elif isinstance(child, str):
+            yield path, child
 
 
 def _plain(name: str) -> str:

@@ -77,14 +77,16 @@ class PromptTunedModel(VirtualTokenModel):
         mask = inputs.get("attention_mask")
         positions_BT = inputs.get("position_ids")
         cache = inputs.get("past_key_values")
-        if (cache is not None and cache.is_compileable) or (mask is not None and mask.dim() != 2):
+        begun = cache is not None and cache.get_seq_length() > 0
+        has_made_mask = isinstance(mask, dict) or (mask is not None and mask.dim() != 2)
+        if (cache is not None and cache.is_compileable) or (has_made_mask and not begun):
             raise ValueError(
                 "A static cache, or a mask made for one, has no room for a trained prompt. Generate with the default "
                 "cache and give the mask as rows by tokens."
             )
-        if mask is not None:
+        if mask is not None and not has_made_mask:
             inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], size), mask], dim=1)
-        if cache is not None and cache.get_seq_length() > 0:
+        if begun:
             # The prompt is in the cache already.
             if positions_BT is not None:
                 inputs["position_ids"] = positions_BT + size

@@ -38,6 +38,11 @@ def objectives() -> dict[str, Objective]:
     return discover(__name__, Objective)  # type: ignore[type-abstract]
 
 
+def is_trainable(example_type: ExampleType) -> bool:
+    """Whether an objective is installed that learns from examples of a type."""
+    return any(objective.example_type == example_type for objective in objectives().values())
+
+
 def get_objective(name: str) -> Objective:
     """The objective called `name`; raises UnknownPluginError."""
     return look_up(objectives(), name, what="objective", field="objective")

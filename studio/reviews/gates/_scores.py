@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from studio.catalogue.findings import LOSS, PRIMARY, difference_interval, too_small
 from studio.catalogue.models import Adapter, Score
 from studio.reviews.gates import Threshold
 from workers.evaluations import evaluations
-
-LOSS, PRIMARY = "loss", "primary"
 
 
 def evaluation_choices() -> list[tuple[str, str]]:
@@ -18,21 +17,6 @@ def evaluation_choices() -> list[tuple[str, str]]:
 def evaluation_threshold() -> Threshold:
     """The setting that says which figure decides."""
     return Threshold("evaluation", "Figure that decides", LOSS, kind="choice", choices=evaluation_choices)
-
-
-def evaluation_of(adapter: Adapter, chosen: str) -> str:
-    """The evaluation that a setting names, of this adapter's recipe where it says so."""
-    if chosen != PRIMARY:
-        return chosen
-    metrics = (adapter.recipe.get("evaluation") or {}).get("metrics") or []
-    names = [str(metric.get("name", "")) if isinstance(metric, dict) else str(metric) for metric in metrics]
-    return next((name for name in names if name and name != LOSS), LOSS)
-
-
-def label_of(evaluation: str) -> str:
-    """An evaluation as people call it."""
-    known = evaluations().get(evaluation)
-    return known.label if known else evaluation
 
 
 def held_out_score(adapter: Adapter, evaluation: str) -> Score | None:
@@ -48,8 +32,9 @@ def figure(value: float) -> str:
 
 def move(score: Score) -> str:
     """From the base's figure to the adapter's, with the interval of the difference."""
-    interval = f"95 % interval of the difference {score.difference_low:+.3g} to {score.difference_high:+.3g}"
-    return f"{score.label} {figure(score.base_value)} → {figure(score.value)} ({interval}, {score.num_rows:,} rows)"
+    interval = f"95 % interval of the difference {difference_interval(score)}"
+    move = f"{figure(score.base_value)} → {figure(score.value)}"
+    return f"{score.label} {move} ({interval}, {score.num_rows:,} rows{too_small(score)})"
 
 
 def figures_of(score: Score) -> dict[str, object]:

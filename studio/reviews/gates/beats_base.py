@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from studio.catalogue.findings import evaluation_label, evaluation_of
 from studio.catalogue.models import Adapter
 from studio.reviews.gates import Found, Gate, Settings, Threshold, failed, passed, unknown
-from studio.reviews.gates._scores import evaluation_of, evaluation_threshold, figures_of, held_out_score, label_of, move
+from studio.reviews.gates._scores import evaluation_threshold, figures_of, held_out_score, move
 from workers.verdicts import Verdict
 
 
@@ -20,9 +21,8 @@ class BeatsBase(Gate):
         evaluation = evaluation_of(adapter, settings["evaluation"])
         score = held_out_score(adapter, evaluation)
         if score is None:
-            return unknown(
-                f"{label_of(evaluation)} was not measured on held-out rows. Evaluate the adapter with this metric."
-            )
+            name = evaluation_label(evaluation)
+            return unknown(f"{name} was not measured on held-out rows. Evaluate the adapter with this metric.")
         figures = figures_of(score)
         match score.verdict():
             case Verdict.BETTER:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from studio.catalogue.findings import evaluation_of
 from studio.catalogue.models import Adapter, Alias
 from studio.reviews.gates import Found, Gate, Settings, Threshold, failed, passed, unknown
 from studio.reviews.gates._champion import compare_with
-from studio.reviews.gates._scores import evaluation_of, evaluation_threshold, figure
+from studio.reviews.gates._scores import evaluation_threshold, figure
 from workers.evaluations import evaluations, name_of_key
 from workers.verdicts import Verdict
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from studio.catalogue.findings import evaluation_label, evaluation_of
 from studio.catalogue.models import Adapter, TestSet
 from studio.reviews.gates import Found, Gate, Settings, Threshold, failed, passed, unknown
-from studio.reviews.gates._scores import evaluation_of, evaluation_threshold, figures_of, held_out_score, label_of
+from studio.reviews.gates._scores import evaluation_threshold, figures_of, held_out_score
 from workers.verdicts import Verdict
 
 
@@ -28,7 +29,7 @@ class Complete(Gate):
         evaluation = evaluation_of(adapter, settings["evaluation"])
         score = held_out_score(adapter, evaluation)
         if score is None:
-            return unknown(f"{label_of(evaluation)} was not measured on held-out rows.")
+            return unknown(f"{evaluation_label(evaluation)} was not measured on held-out rows.")
         if score.verdict() == Verdict.TOO_FEW_ROWS:
             do = f" About {score.rows_recommended:,} would do." if score.rows_recommended else ""
             return failed(f"{score.num_rows:,} rows are too few to tell a difference.{do}", **figures_of(score))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from studio.catalogue.bundles import check_files
+from studio.catalogue.file_checks import check_adapter
 from studio.catalogue.models import Adapter
 from studio.reviews.gates import Found, Gate, Settings, failed, passed, unknown
-from workers.errors import DamagedAdapterError
 
 
 class Download(Gate):
@@ -17,10 +16,10 @@ class Download(Gate):
     )
 
     def check(self, adapter: Adapter, settings: Settings) -> Found:
-        try:
-            check_files(adapter, every_byte=True)
-        except DamagedAdapterError as error:
-            return failed(f"Damaged: {error.message} {error.next_step}".strip())
+        # Kept as well, so that the adapter's own page says the same.
+        check = check_adapter(adapter, for_gate=True)
+        if check.damage:
+            return failed(f"Damaged: {check.damage}", is_damaged=True)
         verified = adapter.provenance.get("verified")
         difference = adapter.provenance.get("max_logit_difference")
         figures = {"num_files": len(adapter.files), "max_logit_difference": difference}

@@ -93,6 +93,16 @@ def test_thresholds_are_the_policys(team: Team, alice: User) -> None:
     assert not [one for one in findings_of(adapter, lenient) if one.level == Level.BAD]
 
 
+@pytest.mark.parametrize(("num", "level"), [(17, Level.OK), (22, Level.WARNING)])
+def test_a_few_odd_rows_of_many_are_no_warning(num: int, level: Level, team: Team, alice: User) -> None:
+    rows = tuple(
+        SuspiciousRecord(line=line, reason="Its loss stayed high.", score=2.1, loss=3.0) for line in range(num)
+    )
+    adapter = make_adapter(team, alice, result=make_result(suspicious=rows))
+    assert adapter.provenance["num_train_rows"] == 400
+    assert [one.level for one in findings_of(adapter) if one.code == "suspicious_rows"] == [level]
+
+
 def test_suspicious_rows_link_to_the_dataset(team: Team, alice: User, alice_client: Client) -> None:
     row = SuspiciousRecord(line=7, reason="Others say otherwise.", score=4.2, loss=0.1, base_loss=2.0, other_lines=(3,))
     adapter = make_adapter(team, alice, result=make_result(suspicious=(row,)))

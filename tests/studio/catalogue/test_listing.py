@@ -12,9 +12,9 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from studio.accounts.models import Team, User
+from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue import listing
-from studio.catalogue.models import Adapter, AdapterState, Alias, SavedView
+from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, SavedView, Score, TestSet
 from tests.conftest import signed_in
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_result, make_score
 
@@ -117,6 +117,58 @@ def test_pages_show_every_adapter_once_and_lead_back(
     assert names(alice_client, back.group(1).replace("&amp;", "&")) == seen[3:6]
 
 
+@pytest.mark.parametrize("sort", ["loss", "token_f1"])
+def test_an_order_by_score_is_right_in_both_directions_and_over_the_border_to_those_not_scored(
+    sort: str, make: Any, team: Team, alice_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE_SIZE", 3)
+    differences = [0.3, -0.2, None, -0.2, 0.1, None, -0.4, None]
+    made = [make(f"adapter-{number}", difference) for number, difference in enumerate(differences)]
+    for adapter in made:
+        for score in adapter.scores.all():
+            score.pk, score.evaluation = None, "token_f1"
+            score.save()
+    best_first = -1 if sort == "token_f1" else 1
+    expected = [
+        f"adapter-{number}"
+        for number in sorted(
+            range(8),
+            key=lambda n: (differences[n] is None, best_first * (differences[n] or 0), -made[n].created_at.timestamp()),
+        )
+    ]
+    query, pages = f"?sort={sort}", []
+    while query:
+        with CaptureQueriesContext(connection) as caught:
+            page = alice_client.get(f"/models/{query}").text
+        assert len(caught) <= 8, query
+        pages.append(names(alice_client, query))
+        previous = re.search(r'rel="prev" href="(\?[^"]+)"', page)
+        found = re.search(r'rel="next" href="(\?[^"]+)"', page)
+        query = found.group(1).replace("&amp;", "&") if found else ""
+    assert [name for page in pages for name in page] == expected
+    backwards = [pages[-1]]
+    while previous:
+        page = alice_client.get("/models/" + previous.group(1).replace("&amp;", "&")).text
+        backwards.insert(0, names(alice_client, previous.group(1).replace("&amp;", "&")))
+        previous = re.search(r'rel="prev" href="(\?[^"]+)"', page)
+    assert backwards == pages
+
+
+def test_an_adapter_that_was_scored_again_stands_once_by_its_newest_score(
+    make: Any, team: Team, alice_client: Client
+) -> None:
+    first, second = make("first", -0.3), make("second", -0.2)
+    run = EvaluationRun.objects.create(
+        team=team, adapter=second, base_model=second.base_model, test_set=TestSet.HELD_OUT, num_rows=9, num_scored=9
+    )
+    Score.objects.create(adapter=second, run=run, test_set=TestSet.HELD_OUT, **make_score(-0.7).model_dump())
+    page = alice_client.get("/models/")
+    assert names(alice_client) == ["second", "first"]
+    assert [(one.pk, one.shown_score.difference) for one in page.context["page"].adapters] == [
+        (second.pk, -0.7), (first.pk, -0.3),
+    ]  # fmt: skip
+
+
 def test_a_page_stays_where_it_is_when_others_are_added(
     make: Any, alice_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,3 +259,73 @@ def test_list_and_comparison_keep_to_eight_queries(make: Any, alice_client: Clie
         ) as queries:
             alice_client.get(url)
         assert len(queries) <= 8, url
+
+
+def headers(page: str) -> list[str]:
+    head = page.split("<thead>")[1].split("</thead>")[0]
+    return [" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in re.findall(r"<th .*?</th>", head, re.DOTALL)]
+
+
+def test_the_columns_that_are_chosen_are_shown_and_stay_in_the_url_and_in_saved_views(
+    team: Team, alice: User, alice_client: Client
+) -> None:
+    scores = [make_score(-0.1), make_score(0.25, evaluation="token_f1")]
+    make_adapter(team, alice, name="both", result=make_result(scores=scores))
+    make_adapter(team, alice, name="loss only", result=make_result(scores=scores[:1]))
+    usual = headers(alice_client.get("/models/").text)
+    assert usual[5:] == ["Base", "Method", "Dataset", "Size", "Made"]
+    assert headers(alice_client.get("/models/?col=by").text) == usual, "nobody has chosen yet"
+    query = "sort=loss&cols=1&col=by&col=token_f1&col=parameters&col=nonsense&col=loss"
+    with CaptureQueriesContext(connection) as caught:
+        page = alice_client.get(f"/models/?{query}").text
+    assert len(caught) <= 8
+    assert headers(page)[5:] == ["Token F1 ↑", "Parameters", "By"]
+    rows = {name: row for row in page.split('<tr id="adapter-row-')[1:] for name in ("both", "loss only")
+            if f">{name}</a>" in row}  # fmt: skip
+    assert "+0.250 [" in rows["both"]
+    assert '<span class="muted">\N{EN DASH}</span>' in rows["loss only"]
+    assert "4,884,480" in rows["both"]
+    assert headers(alice_client.get("/models/?cols=1").text)[5:] == []
+    # The filters' form keeps the columns, and the columns' form the filters.
+    filtering, choosing = (page.split(f'aria-label="{label}"')[1].split("</form>")[0]
+                           for label in ("Filter and sort", "Columns"))  # fmt: skip
+    assert 'name="col" value="token_f1"' in filtering
+    assert 'type="hidden" name="sort" value="loss"' in choosing
+    assert re.search(r'value="token_f1" checked', choosing)
+    assert not re.search(r'value="size" checked', choosing)
+    alice_client.post(reverse("catalogue:save_view"), {"name": "Wide", "query": query + "&after=abc"})
+    kept = SavedView.objects.get().query
+    assert headers(alice_client.get(f"/models/?{kept}").text)[5:] == ["Token F1 ↑", "Parameters", "By"]
+
+
+def test_saved_views_can_be_listed_made_and_deleted_by_the_api(
+    team: Team, alice: User, bob: User, charlie: User
+) -> None:
+    def api(user: User) -> Client:
+        own = user.memberships.get().team
+        _, secret = ApiToken.issue(team=own, user=user, name="x", scopes=["read", "write"])
+        return Client(headers={"authorization": f"Bearer {secret}"})
+
+    def save(client: Client, **body: object) -> Any:
+        return client.post("/api/v1/adapters/views/", body, content_type="application/json")
+
+    hers, his, others = api(alice), api(bob), api(charlie)
+    made = save(hers, name="Best", query="?sort=token_f1&after=x", is_shared=True)
+    assert made.status_code == 201
+    assert (made.json()["query"], made.json()["user"]) == ("sort=token_f1", "alice")
+    assert save(hers, name="Best", query="state=approved", is_shared=True).json()["id"] == made.json()["id"]
+    save(hers, name="Mine")
+    assert [one["name"] for one in hers.get("/api/v1/adapters/views/").json()] == ["Best", "Mine"]
+    assert [(one["name"], one["query"]) for one in his.get("/api/v1/adapters/views/").json()] == [
+        ("Best", "state=approved"),
+    ]
+    assert others.get("/api/v1/adapters/views/").json() == []
+    url = f"/api/v1/adapters/views/{made.json()['id']}/"
+    assert his.delete(url).status_code == 404, "only who saved it forgets it"
+    assert others.delete(url).status_code == 404
+    assert hers.delete(url).status_code == 204
+    assert save(hers, name="  ").json()["error"]["field"] == "name"
+    refused = save(hers, name="Long", query="q=" + "x" * 1500)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "query")
+    read_only = ApiToken.issue(team=team, user=bob, name="r", scopes=["read"])[1]
+    assert save(Client(headers={"authorization": f"Bearer {read_only}"}), name="x").status_code == 403

@@ -11,7 +11,7 @@ from studio.accounts.models import Team, User
 from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, Score, Suite, TestSet
 from studio.catalogue.score_groups import score_groups, summary
 from tests.factories import make_adapter, make_result, make_score
-from workers.results import ScoreRecord
+from workers.results import OverlapRecord, ScoreRecord
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 
@@ -72,6 +72,41 @@ def test_what_was_forgotten_stands_in_the_first_sentence(team: Team, alice: User
     assert "Better than its base on the one measure, but worse on the general set and Tone v1." in page
     assert "General set: worse on knowledge; no difference on logic." in page
     assert "Tone v1: worse on Refuses." in page
+
+
+@pytest.mark.parametrize(
+    ("rise", "headline", "said", "is_better"),
+    [
+        (0.02, "Better than its base on the one measure; worse on none.", "rose by 2.0 %", True),
+        (0.055, "Better than its base on the one measure; worse on none.", "leaves open whether it exceeds", True),
+        (0.2, "Better than its base on the one measure, but worse on the general set.", "more than the 5.0 %", False),
+    ],
+)
+def test_on_the_general_set_only_what_exceeds_the_allowed_rise_is_worse(
+    rise: float, headline: str, said: str, is_better: bool, team: Team, alice: User
+) -> None:
+    general = (make_score(2.0 * rise, width=0.03, base_value=2.0, p_value=0.0001),)
+    found = summary(score_groups(make_adapter(team, alice, result=make_result([make_score(-0.6)], general=general))))
+    assert found is not None
+    assert (found.headline, found.is_better) == (headline, is_better)
+    assert said in (found.others if is_better else found.warnings)[0]
+
+
+def test_scores_on_rows_that_were_trained_on_are_not_boasted_of(team: Team, alice: User, alice_client: Client) -> None:
+    leaked = OverlapRecord(num_held_out_rows=100, num_exact=0, num_near=8)
+    adapter = make_adapter(team, alice, result=make_result([make_score(-0.6)], overlap=leaked))
+    page = alice_client.get(adapter.get_absolute_url()).content.decode()
+    assert "Its scores cannot be believed: it was trained on the rows that it was tested on." in page
+    assert "8 are nearly the same as a training row." in page
+    assert "Better than its base" not in page
+
+
+def test_the_figure_that_decides_is_not_drowned_by_one_of_too_few_rows(team: Team, alice: User) -> None:
+    both = [make_score(0.001, width=0.002, smallest_effect=0.02, rows_needed=2), *scores(token_f1=TOO_FEW)]
+    adapter = make_adapter(team, alice, result=make_result(both))
+    found = summary(score_groups(adapter))
+    assert found is not None
+    assert found.headline == "No better than its base: no difference on Held-out loss; too few rows for 1 measure."
 
 
 def test_an_incomplete_run_is_red_and_has_no_say(team: Team, alice: User, alice_client: Client) -> None:

@@ -130,7 +130,7 @@ def test_a_run_is_a_job_of_its_own_whose_trainer_gets_tasks_and_no_dataset(team:
     job = queue_evaluation(
         team=team, user=bob, suite=suite, base_model=make_base_model(), adapter=None, idempotency_key="1"
     )
-    assert (job.kind, job.dataset_version, job.data_label) == (JobKind.EVALUATE, None, "sums")
+    assert (job.kind, job.dataset_version, job.data_label) == (JobKind.EVALUATE, None, "standard tasks")
     command = trainer_command(job, job_folder(job.pk))
     assert "--dataset-file" not in command
     assert "--tasks-may-run-code" not in command

@@ -61,10 +61,12 @@ def test_a_reader_that_runs_out_of_memory_makes_the_version_unreadable(
 ) -> None:
     # One row of 6 MB does not fit into what the limit leaves beside the interpreter.
     version = upload(jsonl([{"prompt": "x", "completion": "y" * 6_000_000}]), inspect=False)
-    run = inspecting._run_child
+    run = inspecting.run_child
     monkeypatch.setattr(
-        inspecting, "_run_child",
-        lambda arguments, seconds: run([*arguments, "--memory-bytes", str(40 * 1024**2)], seconds=seconds),
+        inspecting, "run_child",
+        lambda module, arguments, seconds: run(
+            module, [*arguments, "--memory-bytes", str(40 * 1024**2)], seconds=seconds
+        ),
     )  # fmt: skip
     inspecting.inspect(version.pk)
     version.refresh_from_db()

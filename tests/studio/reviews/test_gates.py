@@ -184,7 +184,7 @@ def test_a_gate_whose_storage_fails_is_not_known(adapter: Adapter, monkeypatch: 
     def broken(*_args: object, **_kwargs: object) -> None:
         raise StorageError(5, "The disk cannot be read.")
 
-    monkeypatch.setattr("studio.reviews.gates.download.check_files", broken)
+    monkeypatch.setattr("studio.reviews.gates.download.check_adapter", broken)
     outcome = submitted(adapter).outcomes.get(gate="download")
     assert (outcome.state, outcome.sentence) == ("unknown", "It could not be checked: The disk cannot be read.")
 

@@ -11,6 +11,7 @@ from django.db import connection
 from django.test import Client
 
 from studio.accounts.models import AuditEvent, Team, User
+from studio.catalogue.file_checks import check_now
 from studio.catalogue.models import Adapter, AdapterState, Alias, AliasMove
 from studio.reviews import checking, reviewing
 from studio.reviews.models import Review, ReviewState
@@ -228,14 +229,50 @@ def test_a_check_that_was_lost_is_asked_for_again_and_one_that_comes_twice_chang
     assert checking.check_waiting() == 0
 
 
-def test_damage_after_the_training_is_named_by_file(adapter: Adapter, lena: User) -> None:
+def flip_a_bit(adapter: Adapter) -> None:
+    """Another flip brings the file back."""
     weights = adapter_folder(adapter.folder) / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+
+
+def test_damage_after_the_training_is_named_by_file(adapter: Adapter, lena: User) -> None:
+    flip_a_bit(adapter)
     outcome = submitted(adapter).outcomes.get(gate="download")
     assert outcome.state == "failed"
     assert '"adapter_model.safetensors" of this adapter has changed' in outcome.sentence
+
+
+def test_damage_that_a_gate_finds_is_on_the_first_screen_of_the_adapter(adapter: Adapter, bob_client: Client) -> None:
+    flip_a_bit(adapter)
+    submitted(adapter)
+    assert "<strong>Damaged: adapter_model.safetensors</strong>" in bob_client.get(adapter.get_absolute_url()).text
+
+
+def test_a_look_at_the_files_that_says_otherwise_has_the_gates_checked_again(adapter: Adapter, bob: User) -> None:
+    review = submitted(adapter)
+    for state in ("passed", "failed", "passed"):
+        check_now(Adapter.objects.get(pk=adapter.pk), user=bob)
+        review.refresh_from_db()
+        assert not review.gates_are_due(), "the gate says what the look at the files has found"
+        assert review.outcomes.get(gate="download").state == state
+        flip_a_bit(adapter)
+        check_now(Adapter.objects.get(pk=adapter.pk), user=bob)
+        review.refresh_from_db()
+        assert review.gates_are_due()
+        checking.check(review.pk)
+
+
+def test_a_download_gate_that_fails_otherwise_is_not_checked_for_ever(
+    make_good: Callable[..., Adapter],
+) -> None:
+    adapter = make_good()
+    adapter.provenance["verified"] = False
+    adapter.save(update_fields=["provenance"])
+    review = submitted(adapter)
+    assert review.outcomes.get(gate="download").state == "failed"
+    assert not review.gates_are_due()
 
 
 @pytest.mark.django_db(transaction=True)

@@ -15,10 +15,12 @@ from django.utils import timezone
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from jobs.celery import app as celery
 from studio.accounts.models import AuditEvent, Team, User, record
 from studio.webhooks import managing
-from studio.webhooks.delivering import RETRY_SECONDS, deliver_due
+from studio.webhooks.delivering import RETRY_SECONDS, deliver_due, prune
 from studio.webhooks.models import Delivery, DeliveryState, Webhook
+from studio.webhooks.tasks import prune_deliveries
 from tests.studio.webhooks.receivers import Receiver, receiving
 
 pytestmark = pytest.mark.django_db
@@ -162,3 +164,24 @@ def test_nothing_is_lost_when_redis_is_emptied(team: Team, hook: tuple[Webhook, 
         client.flushall()
     assert deliver_due() == 1
     assert len(receiver.requests) == 1
+
+
+def test_messages_that_have_ended_are_removed_after_their_days_and_what_is_owed_never(
+    team: Team, alice: User, hook: tuple[Webhook, str], settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.webhooks.delivering.PRUNED_AT_ONCE", 2)
+    webhook, _ = hook
+    rows = [
+        Delivery.objects.create(team=team, webhook=webhook, action="job.failed", payload={}, state=state)
+        for state in (*[DeliveryState.DELIVERED] * 3, DeliveryState.DEAD, DeliveryState.WAITING)
+    ]
+    settings.DELIVERY_DAYS = 30
+    assert prune() == 0, "none is old"
+    old = timezone.now() - timedelta(days=31)
+    Delivery.objects.exclude(pk=rows[0].pk).update(created_at=old)
+    settings.DELIVERY_DAYS = 0
+    assert prune() == 0, "kept for ever"
+    settings.DELIVERY_DAYS = 30
+    prune_deliveries()
+    assert list(Delivery.objects.order_by("pk").values_list("pk", flat=True)) == [rows[0].pk, rows[4].pk]
+    assert celery.conf.beat_schedule["prune-deliveries"]["task"] == prune_deliveries.name

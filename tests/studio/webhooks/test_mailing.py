@@ -13,7 +13,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from django.test import Client
 
-from studio.accounts.models import Team, User, record
+from studio.accounts.models import ApiToken, Team, User, record
 from studio.webhooks.delivering import deliver_due
 from studio.webhooks.models import Delivery, MailSettings
 from tests.conftest import signed_in
@@ -139,3 +139,28 @@ def test_a_person_chooses_on_a_page_which_says_when_there_is_no_mail_server(bob:
     bob.refresh_from_db()
     kept = MailSettings.objects.get()
     assert (bob.email, kept.jobs, kept.reviews, kept.mentions) == ("b@example.org", False, True, False)
+
+
+def test_the_api_reads_and_changes_ones_own_mail_settings_and_nobody_elses(team: Team, bob: User, alice: User) -> None:
+    def api(user: User, *scopes: str) -> Client:
+        _, secret = ApiToken.issue(team=team, user=user, name="x", scopes=list(scopes))
+        return Client(headers={"authorization": f"Bearer {secret}"})
+
+    def change(client: Client, **body: object) -> Any:
+        return client.patch("/api/v1/me/mail/", body, content_type="application/json")
+
+    mine = api(bob, "read", "write")
+    assert mine.get("/api/v1/me/mail/").json() == {
+        "email": "", "jobs": True, "reviews": True, "mentions": True, "is_configured": False,
+    }  # fmt: skip
+    assert change(mine, email="bob@example.org", mentions=False).json()["mentions"] is False
+    assert change(mine, jobs=False).json() == {
+        "email": "bob@example.org", "jobs": False, "reviews": True, "mentions": False, "is_configured": False,
+    }  # fmt: skip
+    wrong = change(mine, email="nobody at home")
+    assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "email")
+    assert change(api(bob, "read"), jobs=True).status_code == 403
+    assert api(alice, "read").get("/api/v1/me/mail/").json()["email"] == ""
+    bob.refresh_from_db()
+    assert bob.email == "bob@example.org"
+    assert 'value="bob@example.org"' in signed_in(bob).get("/webhooks/mail/").text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from django.http import HttpResponse
 from django.test import Client
+from django.utils import timezone
 
 from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.webhooks import managing
@@ -78,3 +80,45 @@ def test_the_api_does_the_same_for_an_admin_s_token_alone(team: Team, alice: Use
     log = client.get(f"{address}deliveries/", headers=mine).json()
     assert [one["action"] for one in log["items"]] == ["webhook.test"]
     assert client.delete(address, headers=mine).status_code == 204
+
+
+def test_an_admin_changes_address_and_events_and_what_is_wrong_is_said(
+    team: Team, alice: User, alice_client: Client, bob_client: Client, charlie_client: Client
+) -> None:
+    webhook, _ = managing.add_webhook(team=team, user=alice, **FORM)
+    Webhook.objects.update(failing_since=timezone.now())
+    url = f"/webhooks/{webhook.pk}/"
+    assert 'value="https://example.org/hook"' in alice_client.get(url).text
+    refused = alice_client.post(url, {"url": "http://example.org/", "events": ["job.failed"]})
+    assert refused.status_code == 422
+    assert "must begin with https" in refused.text
+    assert alice_client.post(url, {"url": "https://example.org/hook", "events": []}).status_code == 422
+    changed = {"url": "https://example.org/other", "events": ["suite.*"]}
+    assert bob_client.post(url, changed).status_code == 403
+    assert charlie_client.post(url, changed).status_code == 404
+    assert not AuditEvent.objects.filter(action="webhook.changed").exists()
+    assert alice_client.post(url, changed).status_code == 302
+    webhook.refresh_from_db()
+    assert (webhook.url, webhook.events, webhook.failing_since) == ("https://example.org/other", ["suite.*"], None)
+    told = AuditEvent.objects.get(action="webhook.changed")
+    assert told.details == {"url_before": "https://example.org/hook", "events_before": ["job.failed", "review.*"]}
+    alice_client.post(url, changed)
+    assert AuditEvent.objects.filter(action="webhook.changed").count() == 1, "nothing has changed"
+
+
+def test_the_api_changes_what_is_sent_and_leaves_the_rest(team: Team, alice: User, bob: User, charlie: User) -> None:
+    webhook, _ = managing.add_webhook(team=team, user=alice, **FORM)
+
+    def patch(user: User, body: dict[str, object]) -> HttpResponse:
+        _, secret = ApiToken.issue(team=user.memberships.get().team, user=user, name="x", scopes=["read", "write"])
+        headers = {"Authorization": f"Bearer {secret}"}
+        return Client().patch(f"/api/v1/webhooks/{webhook.pk}/", body, content_type="application/json", headers=headers)
+
+    answer = patch(alice, {"events": ["job.*"]})
+    assert (answer.status_code, answer.json()["events"], answer.json()["url"]) == (200, ["job.*"], FORM["url"])
+    assert patch(alice, {"events": ["job.eaten"]}).json()["error"]["code"] == "unknown_event"
+    assert patch(alice, {"url": "ftp://example.org"}).json()["error"]["code"] == "bad_address"
+    assert patch(bob, {"events": ["job.failed"]}).status_code == 403
+    assert patch(charlie, {"events": ["job.failed"]}).status_code == 404
+    webhook.refresh_from_db()
+    assert webhook.events == ["job.*"]

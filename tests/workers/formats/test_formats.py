@@ -8,47 +8,115 @@ from typing import Any
 
 import pytest
 
-from workers.examples import Example
+from tests.workers.formats.samples import FORMATS, SAMPLES, TOOL
+from workers.examples import AnyExample, Example, Message, PreferenceExample, UnpairedExample
 from workers.formats import formats, get_format
-from workers.reading import column_names, read_examples, recognise_rows
+from workers.reading import SURE, column_names, read_examples, recognise_rows
 from workers.rules import RULES
 
-SAMPLES: dict[str, dict[str, Any]] = {
-    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-    "prompt_completion": {"prompt": "hi", "completion": "hello"},
-    "mapped": {"question": "hi", "answer": "hello"},
-}
+
+def test_every_format_has_samples() -> None:
+    assert set(FORMATS) == set(formats())
 
 
-def test_every_format_has_a_sample() -> None:
-    assert set(SAMPLES) == set(formats())
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_a_format_recognises_its_own_sample_best(name: str) -> None:
-    found = recognise_rows([SAMPLES[name]] * 5)
+@pytest.mark.parametrize(("name", "dialect"), SAMPLES)
+def test_a_format_recognises_its_own_samples_and_no_others(name: str, dialect: str) -> None:
+    row = SAMPLES[name, dialect]
+    found = recognise_rows([row] * 5)
     assert found is not None
     assert found.format == name
-    example, problems = get_format(name).parse(SAMPLES[name], 7, found.columns)
+    assert found.confidence >= 0.5
+    if name != "mapped":  # the last resort, which guesses at everything
+        sure = {other.name for other in formats().values() if other.recognise([row] * 5)[0] >= SURE} - {"mapped"}
+        assert sure == {name}
+    example, problems = get_format(name).parse(row, 7, found.columns)
     assert problems == []
     assert example is not None
-    assert example.line == 7
-    assert [message.role for message in example.messages] == ["user", "assistant"]
+    assert (example.line, example.type) == (7, get_format(name).example_type)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("other", SAMPLES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("other", FORMATS)
 def test_a_row_of_another_format_is_a_problem_with_its_line(name: str, other: str) -> None:
-    columns = {"prompt": "question", "completion": "answer"} if name == "mapped" else {}
-    example, problems = get_format(name).parse(SAMPLES[other], 9, columns)
-    if name == other:
-        assert example is not None
-    else:
-        assert example is None
-        assert all(problem.line == 9 and problem.rule in RULES and problem.fix for problem in problems)
+    if name == other or {name, other} == {"prompt_completion", "kto"}:
+        return  # the latter two share their fields but one
+    columns = {"prompt": "alpha", "completion": "beta"} if name == "mapped" else {}
+    for sample, row in SAMPLES.items():
+        if sample[0] != other or (name == "text" and "text" in row) or (name == "kto" and other == "alpaca"):
+            continue
+        if {name, other} == {"messages", "sharegpt"}:
+            continue  # turns are read whatever their keys are called
+        example, problems = get_format(name).parse(row, 9, columns)
+        if other in ("kto", "preference") and example is not None:
+            assert get_format(name).recognise([row])[0] < SURE  # no file of such rows is read as this format
+            continue
+        assert example is None, sample
         assert problems
+        assert all(problem.line == 9 and problem.rule in RULES and problem.fix for problem in problems)
+
+
+def test_a_stray_row_of_another_format_is_told_what_it_is() -> None:
+    _, (problem,) = get_format("messages").parse(SAMPLES["alpaca", "input"], 3, {})
+    assert problem.rule == "F011"
+    assert "Alpaca" in problem.message
+
+
+def read(name: str, dialect: str) -> AnyExample:
+    row = SAMPLES[name, dialect]
+    found = recognise_rows([row])
+    assert found is not None
+    example, problems = get_format(name).parse(row, 1, found.columns)
+    assert example is not None, problems
+    return example
+
+
+def said(messages: tuple[Message, ...]) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"), [("messages", "tools"), ("messages", "functions"), ("sharegpt", "tools as text")]
+)
+def test_tool_calls_are_read_in_every_dialect(name: str, dialect: str) -> None:
+    example = read(name, dialect)
+    assert isinstance(example, Example)
+    assert said(example.messages) == [("user", "hi"), ("assistant", ""), ("tool", "sunny"), ("assistant", "hello")]
+    (call,) = example.messages[1].tool_calls
+    assert call.name == "weather"
+    assert json.loads(call.arguments) == ({} if dialect == "functions" else {"city": "Bern"})
+    assert json.loads(example.tools) == [{"type": "function", "function": TOOL}]
+
+
+@pytest.mark.parametrize("dialect", [dialect for name, dialect in SAMPLES if name == "preference"])
+def test_every_dialect_of_pairs_gives_the_same_pair(dialect: str) -> None:
+    example = read("preference", dialect)
+    assert isinstance(example, PreferenceExample)
+    if dialect == "TRL implicit texts":
+        assert said(example.prompt) == [("user", "The sky is")]
+        assert (example.chosen[0].content, example.rejected[0].content) == ("blue.", "green.")
+        return
+    assert said(example.chosen) == [("assistant", "hello")]
+    assert said(example.rejected) == [("assistant", "what")]
+    expected = {
+        "Argilla": [("system", "Be brief."), ("user", "hi")],
+        "LLaMA-Factory Alpaca": [("user", "a"), ("assistant", "b"), ("user", "hi\n\nthere")],
+    }
+    assert said(example.prompt) == expected.get(dialect, [("user", "hi")])
+
+
+@pytest.mark.parametrize("dialect", [dialect for name, dialect in SAMPLES if name == "kto"])
+def test_every_dialect_of_verdicts_gives_the_answer_and_its_verdict(dialect: str) -> None:
+    example = read("kto", dialect)
+    assert isinstance(example, UnpairedExample)
+    assert (said(example.prompt), said(example.completion)) == ([("user", "hi")], [("assistant", "hello")])
+    row = SAMPLES["kto", dialect]
+    assert example.label is (row["label"] if "label" in row else row["kto_tag"])
+
+
+def test_parts_of_text_are_joined_and_reasoning_is_kept() -> None:
+    parts = read("messages", "parts")
+    assert said(parts.messages) == [("user", "hi"), ("assistant", "hello")]
+    assert read("messages", "reasoning").messages[1].reasoning == "Be polite."
 
 
 @pytest.mark.parametrize(
@@ -79,7 +147,7 @@ def test_alpaca_takes_response_system_and_history() -> None:
 
 
 def test_the_alpaca_prompt_is_the_instruction_a_blank_line_and_the_input() -> None:
-    example, _ = get_format("alpaca").parse(SAMPLES["alpaca"], 1, {})
+    example, _ = get_format("alpaca").parse(SAMPLES["alpaca", "input"], 1, {})
     assert example is not None
     assert example.messages[0].content == "Add.\n\n1 and 2"
 
@@ -101,6 +169,8 @@ def assistant(content: Any = "hello", **more: Any) -> dict[str, Any]:
         ([user(), assistant("")], "C102", 'an empty "messages[1].content"'),
         ([user(), assistant(None)], "C102", 'null in "messages[1].content"'),
         ([user(), assistant(["x"])], "C102", "a list in"),
+        ([user(), assistant([{"type": "image_url", "image_url": {}}])], "C115", 'of the type "image_url"'),
+        ([{**user(), "images": ["a.png"]}, assistant()], "C116", "no text"),
         ([user(), {"role": "assistant"}], "C102", 'no "messages[1].content"'),
         ([user(), {"role": "asistant", "content": "x"}], "C101", 'unknown role "asistant"'),
         ([user(), {"content": "x"}], "C101", 'no "role"'),
@@ -116,7 +186,9 @@ def assistant(content: Any = "hello", **more: Any) -> dict[str, Any]:
         ([user(), assistant(weight=[1])], "C106", "is [1]; it can be"),
         ([user(), assistant(train=0.5)], "C106", '"messages[1].train" is 0.5; it can be true or false'),
         ([user(), assistant(weight=0)], "C106", "weight 0, so there is nothing"),
-        ([user(), assistant(None, tool_calls=[{"id": "1"}])], "C107", "calls a tool"),
+        ([user(), assistant(None, tool_calls=[{"id": "1"}])], "C107", "calls a tool without saying which"),
+        ([user(), assistant(None, tool_calls=[{"name": "f", "arguments": "{"}])], "C112", "no JSON object"),
+        ([user(), {"role": "tool", "tool_call_id": "9", "content": "x"}, assistant()], "C110", 'the id "9"'),
     ],
 )
 def test_a_conversation_that_teaches_nothing_is_an_error(turns: Any, rule: str, says: str) -> None:
@@ -187,13 +259,35 @@ def test_a_column_may_lie_inside_a_row() -> None:
     assert example.messages[1].content == "42"
 
 
+def test_the_first_guess_enters_nested_instances_and_leaves_the_choice_to_a_person() -> None:
+    row = {"id": "1", "name": "sum", "instruction": "Add.", "instances": [{"input": "1 and 2", "output": "3"}]}
+    found = recognise_rows([row] * 4)
+    assert found is not None
+    assert found.confidence < SURE
+    assert found.columns == {
+        "prompt": "instruction", "context": "instances[0].input", "completion": "instances[0].output",
+    }  # fmt: skip
+    example, _ = get_format("mapped").parse(row, 1, found.columns)
+    assert example is not None
+    assert said(example.messages) == [("user", "Add.\n\n1 and 2"), ("assistant", "3")]
+
+
+def test_columns_that_are_added_to_the_prompt_may_be_empty() -> None:
+    columns = {"prompt": "q", "context": "c", "more_context": "d", "completion": "a", "system": "s"}
+    row = {"q": "ask", "c": "", "d": "more", "a": "said", "s": "Be brief."}
+    example, problems = get_format("mapped").parse(row, 1, columns)
+    assert problems == []
+    assert example is not None
+    assert said(example.messages) == [("system", "Be brief."), ("user", "ask\n\nmore"), ("assistant", "said")]
+
+
 def test_usable_and_quarantined_are_all_rows_where_errors_are_planted(tmp_path: Path) -> None:
     planted = {5: "C102", 17: "F002", 18: "F003", 40: "F004", 77: "C102", 100: "F010"}
     bad = {
         5: '{"prompt": "", "completion": "x"}', 17: '{"prompt": "x"', 18: "[]",
         40: '{"prompt": "x", "prompt": "y", "completion": "z"}', 77: '{"prompt": "x"}', 100: '{"other": 1}',
     }  # fmt: skip
-    good = json.dumps(SAMPLES["prompt_completion"])
+    good = json.dumps(SAMPLES["prompt_completion", "texts"])
     path = tmp_path / "rows"
     path.write_text("\n".join(bad.get(line, good) for line in range(1, 101)))
     found = list(read_examples(path, "prompt_completion", {}))

@@ -209,17 +209,33 @@ def check_generation(name: str, folder: Path, precision: Precision) -> None:
     prompts = random_rows(14, 6, 9)
     alone = [generate(adapted, [prompt], max_new_tokens=10, stop_ids=())[0] for prompt in prompts]
     assert all(len(answer) == 10 for answer in alone)
+    allowed = 1e-4 if precision == "float32" else 0.1
+    assert shortfall(adapted, prompts, alone) <= allowed
     for use_cache in (True, False):
         together = generate(adapted, prompts, max_new_tokens=10, stop_ids=(), use_cache=use_cache)
         if precision == "float32":
             assert together == alone, f"use_cache={use_cache}"
-        assert agreement(together, alone) >= 0.8, f"use_cache={use_cache}"
+        assert shortfall(adapted, prompts, together) <= allowed, f"use_cache={use_cache}"
     ids = torch.tensor([prompts[1]])
     theirs = adapted.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0,
         eos_token_id=1_000_000,
     )  # fmt: skip
     assert agreement([theirs[0, ids.shape[1] :].tolist()], [alone[1]]) >= (1.0 if precision == "float32" else 0.6)
+
+
+def shortfall(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """How far a token written is from the most probable one at most, in standard deviations of the logits there.
+
+    In 16, 8 or 4 bits near-ties fall either way, and the answers differ from there on.
+    """
+    worst = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        chosen_T = logits_TV.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        worst = max(worst, float(((logits_TV.max(dim=1).values - chosen_T) / logits_TV.std(dim=1)).max()))
+    return worst
 
 
 def agreement(found: list[list[int]], expected: list[list[int]]) -> float:

@@ -8,9 +8,9 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("accounts", "0001_initial"),
-        ("catalogue", "0011_task_suites"),
+        ("catalogue", "0014_task_suites"),
         ("datasets", "0002_licence"),
-        ("jobs", "0005_active_jobs"),
+        ("jobs", "0006_answers_at_checkpoints"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 

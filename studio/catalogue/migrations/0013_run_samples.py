@@ -6,7 +6,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("catalogue", "0009_file_checks"),
+        ("catalogue", "0012_base_file_checks"),
     ]
 
     operations = [

@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("accounts", "0001_initial"),
-        ("catalogue", "0010_run_samples"),
+        ("catalogue", "0013_run_samples"),
         ("datasets", "0002_licence"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]

@@ -1,0 +1,60 @@
+"""CUDA graphs of a function whose inputs and outputs stay where they are: one launch instead of hundreds."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class StepGraphs:
+    """Runs a function as it is at first, and from the second time with the same key on as a recorded graph.
+
+    A function that cannot be recorded, because it asks the device for a number, say, is run as it is from then on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._enabled = device.type == "cuda"
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._enabled else None
+
+    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """What the function gives. The next call overwrites it.
+
+        The function must read and write the same memory whenever it has the same key, must give the same when it is
+        run twice, and must not wait for the device.
+        """
+        if not self._enabled or key not in self._seen:
+            self._seen.add(key)
+            return function()
+        if key not in self._recorded and not self._record(key, function):
+            return function()
+        graph, output = self._recorded[key]
+        graph.replay()
+        return output
+
+    def _record(self, key: Hashable, function: Callable[[], Tensor]) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        # Freeing memory during a recording ends it.
+        gc.collect()
+        was_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = function()
+        except RuntimeError as error:
+            logger.warning("Generation runs without CUDA graphs: %s", error)
+            self._enabled = False
+            torch.cuda.synchronize()
+            return False
+        finally:
+            if was_collecting:
+                gc.enable()
+        self._recorded[key] = (graph, output)
+        return True
