@@ -37,6 +37,16 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "fetch-waiting": {
+            "task": "studio.datasets.tasks.fetch_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
+        "throw-away-old-uploads": {
+            "task": "studio.datasets.tasks.throw_away_old_uploads",
+            "schedule": 600.0,
+            "options": {"expires": 600},
+        },
         "deliver-due": {
             "task": "studio.webhooks.tasks.deliver_due",
             "schedule": 10.0,

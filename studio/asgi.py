@@ -18,7 +18,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
 Message = Mapping[str, Any]
 django_application = get_asgi_application()
-streams = [(re.compile(path), import_string(name)) for path, name in settings.ASGI_STREAMS.items()]
+streams = [(re.compile(call), import_string(name)) for call, name in settings.ASGI_STREAMS.items()]
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SENTENCE = b"The studio's disk is full, so nothing was stored. Free some space and try again."
@@ -30,9 +30,9 @@ async def application(
     send: Callable[[Message], Awaitable[None]],
 ) -> None:
     """Django, and answers for what strikes before Django has a request: no space for its body, or too large a body."""
-    if scope["type"] == "http" and scope["method"] == "GET":
-        for path, stream in streams:
-            if path.fullmatch(scope["path"]):
+    if scope["type"] == "http":
+        for call, stream in streams:
+            if call.fullmatch(f"{scope['method']} {scope['path']}"):
                 await stream(scope, receive, send)
                 return
     has_answered = False

@@ -78,8 +78,13 @@ async def refuse(scope: Mapping[str, Any], receive: Receive, send: Send) -> None
     ]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
     await send({"type": "http.response.body", "body": content, "more_body": True})
+    await discard(receive)
+    await send({"type": "http.response.body"})
+
+
+async def discard(receive: Receive) -> None:
+    """Throw away what still arrives of a refused body, for SECONDS_TO_STOP_SENDING."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SECONDS_TO_STOP_SENDING):
             while (await receive()).get("more_body", False):
                 pass
-    await send({"type": "http.response.body"})

@@ -51,6 +51,8 @@ BEHIND_PROXY = _flag("STUDIO_BEHIND_PROXY", False)
 DEBUG = _flag("STUDIO_DEBUG", False)
 # Largest accepted upload, in bytes.
 MAX_UPLOAD_BYTES = int(os.environ.get("STUDIO_MAX_UPLOAD_BYTES", 5 * 1024**3))
+# Seconds without a byte after which the sender of an upload counts as gone. Tests shorten it.
+UPLOAD_SILENT_SECONDS = float(os.environ.get("STUDIO_UPLOAD_SILENT_SECONDS", 20))
 # Seconds a claim holds a job without renewal; heartbeat and reaper follow from it. Tests shorten it.
 LEASE_SECONDS = float(os.environ.get("STUDIO_LEASE_SECONDS", 60))
 # Seconds between an idle worker's own looks at the queue, for when a wake-up message is lost.
@@ -70,6 +72,8 @@ BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "
 TASKS_FOLDER = Path(os.environ["STUDIO_TASKS_FOLDER"]).resolve() if os.environ.get("STUDIO_TASKS_FOLDER") else None
 # True lets tasks run the Python functions that their files name: they run with the rights of a worker.
 TASKS_MAY_RUN_CODE = _flag("STUDIO_TASKS_MAY_RUN_CODE", False)
+# Folders (separated by colons) below which an admin may make datasets of files, where web and workers see them.
+DATASET_ROOTS = [Path(p) for p in os.environ.get("STUDIO_DATASET_ROOTS", "").split(":") if p]
 # The studio's address as people reach it, for links in mails.
 PUBLIC_URL = os.environ.get("STUDIO_PUBLIC_URL", f"http://{HOST}:{PORT or 8000}").rstrip("/")
 # The mail server. Without a host no mail is sent.
@@ -135,6 +139,8 @@ ROOT_URLCONF = "studio.urls"
 API_ROUTERS = [
     "studio.api.me.router",
     "studio.datasets.api.router",
+    "studio.datasets.upload_api.router",
+    "studio.datasets.adding_api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.naming_api.router",
     "studio.catalogue.views_api.router",
@@ -147,8 +153,12 @@ API_ROUTERS = [
     "jobs.quotas.router",
 ]
 ASGI_APPLICATION = "studio.asgi.application"
-# Paths of responses that last, and the ASGI application of each: named as strings like the routers.
-ASGI_STREAMS = {r"/jobs/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/events/": "jobs.streams.application"}
+# Calls whose response or body lasts ("METHOD path"), and the ASGI application of each: strings like the routers.
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ASGI_STREAMS = {
+    rf"GET /jobs/{_UUID}/events/": "jobs.streams.application",
+    rf"(PATCH|POST) /(datasets|api/v1)/uploads/{_UUID}/": "studio.datasets.tus_stream.application",
+}
 
 TEMPLATES = [
     {

@@ -17,6 +17,7 @@ from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.datasets import showing
+from studio.datasets.changes import changes_of
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.removing import DatasetInUseError, delete_dataset
@@ -135,6 +136,22 @@ class ExampleOut(Out):
     completion: list[MessageOut] | None = None
     label: bool | None = None
     text: str | None = None
+
+
+class ChangesOut(Out):
+    """What a version changed; lines are the first of each kind, those of removed rows in the version before."""
+
+    state: Literal["first", "waiting", "done", "failed"]
+    error: str = ""
+    against: int | None = Field(None, description="Number of the version before.")
+    key: str = Field("", description="The column that names the rows; empty: they were matched by what they say.")
+    num_added: int | None = None
+    num_removed: int | None = None
+    num_edited: int | None = None
+    num_unchanged: int | None = None
+    added: list[int] = []
+    removed: list[int] = []
+    edited: list[int] = []
 
 
 class DatasetFilters(PageQuery):
@@ -258,6 +275,12 @@ def list_problems(request: ApiRequest, dataset_id: int, number: int, filters: Qu
         "num_problems": version.num_problems(),
         "next": items[-1].pk if len(found) > filters.limit else None,
     }
+
+
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/changes/", response={200: ChangesOut, **ERRORS})
+def version_changes(request: ApiRequest, dataset_id: int, number: int) -> dict[str, Any]:
+    """Rows against those of the version before; ask again while the state is waiting."""
+    return changes_of(_version(request, dataset_id, number)) or {"state": "first"}
 
 
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/preview/", response={200: list[ExampleOut], **ERRORS})

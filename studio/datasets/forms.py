@@ -11,8 +11,8 @@ from workers.formats import get_format
 from workers.licences import choices
 
 
-class UploadForm(forms.Form):
-    """A file and what to call it."""
+class TargetForm(forms.Form):
+    """What a new dataset is to be called."""
 
     name = forms.CharField(
         max_length=120, required=False, help_text="Empty: the file's name without its ending.", label="Name"
@@ -20,9 +20,32 @@ class UploadForm(forms.Form):
     licence = forms.ChoiceField(
         choices=choices, required=False, label="Licence of the data", help_text="Decides what adapters may be shared."
     )
+
+
+class UploadForm(TargetForm):
+    """A file and what to call it."""
+
     file = forms.FileField(
         label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
     )
+
+
+class PasteForm(TargetForm):
+    """Rows as text, and what to call them."""
+
+    # Stripped rows would have other line numbers than the person sees.
+    rows = forms.CharField(
+        label="Rows", widget=forms.Textarea(attrs={"rows": 14, "class": "font-mono text-sm", "spellcheck": "false"}),
+        strip=False, help_text="JSON Lines, a JSON list, or a table with a header: copied cells of a spreadsheet work.",
+    )  # fmt: skip
+
+    field_order = ("rows", "name", "licence")
+
+
+class FolderForm(TargetForm):
+    """A file of the server, and what to call it."""
+
+    path = forms.CharField(max_length=4000, label="File", widget=forms.HiddenInput)
 
 
 class LicenceForm(forms.Form):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from django.conf import settings
 from django.db import models
@@ -73,6 +74,11 @@ class DatasetVersion(models.Model):
     correction = models.JSONField(default=dict, help_text="How a corrected version is made or was; see repairing.py.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When an inspection was last asked for.")
     heartbeat_at = models.DateTimeField(null=True, help_text="When the running inspection was last alive.")
+    source = models.JSONField(
+        default=dict,
+        help_text='Where the rows came from: {"kind": "hub", "id": "..."}; empty: a person sent them.',
+    )
+    changes = models.JSONField(default=dict, help_text="Against the version before, once asked for; see changes.py.")
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -173,3 +179,69 @@ class DatasetProblem(models.Model):
     def turn(self) -> int | None:
         """Which turn of a conversation it is in, counted from 1."""
         return turn_of(self.field)
+
+
+class UploadState(models.TextChoices):
+    """How far a file that arrives bit by bit has come."""
+
+    RECEIVING = "receiving", "Receiving"
+    FINISHED = "finished", "Finished"
+    REFUSED = "refused", "Refused"
+
+
+class Upload(models.Model):
+    """A file on its way to becoming a dataset version: sent by a browser in pieces, or fetched by a worker.
+
+    Its row is the truth about how much of it is safe: `num_received` is raised after the bytes are on the disk.
+    """
+
+    id = models.UUIDField(primary_key=True, default=uuid4, editable=False)
+    team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="uploads")
+    dataset = models.ForeignKey(
+        Dataset, null=True, on_delete=models.CASCADE, related_name="uploads", help_text="Empty: a new dataset."
+    )
+    state = models.CharField(max_length=12, choices=UploadState.choices, default=UploadState.RECEIVING)
+    file_name = models.CharField(max_length=255, help_text="As the person named it, cleaned for display.")
+    name = models.CharField(max_length=120, blank=True, help_text="The new dataset's; empty: by the file's name.")
+    licence = models.CharField(max_length=80, blank=True, help_text="The new dataset's.")
+    source = models.JSONField(default=dict, help_text="As DatasetVersion.source; empty: it is sent in pieces.")
+    num_bytes = models.BigIntegerField(null=True, help_text="Of the whole file; empty: not known before it is there.")
+    num_received = models.BigIntegerField(default=0, help_text="Bytes that are on the disk.")
+    declared_sha256 = models.CharField(max_length=64, blank=True, help_text="What the sender says the file's is.")
+    sha256 = models.CharField(max_length=64, blank=True, help_text="Of the whole file, once it is there.")
+    version = models.ForeignKey(DatasetVersion, null=True, on_delete=models.CASCADE, related_name="uploads")
+    was_stored = models.BooleanField(default=False, help_text="Whether the team had this very file before.")
+    error_code = models.CharField(max_length=40, blank=True)
+    error_field = models.CharField(max_length=40, blank=True)
+    error = models.TextField(blank=True, help_text="Why it did not become a version, for people.")
+    error_next_step = models.TextField(blank=True)
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+    touched_at = models.DateTimeField(default=timezone.now, help_text="When it last got on.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the worker that fetches it was last alive.")
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=models.Q(num_bytes=None) | models.Q(num_received__lte=models.F("num_bytes")),
+                name="no_more_is_received_than_there_is",
+            ),
+        ]
+        indexes: ClassVar = [models.Index(fields=["team", "state", "-touched_at"], name="upload_list")]
+
+    def __str__(self) -> str:
+        return self.file_name
+
+    def get_absolute_url(self) -> str:
+        return reverse("datasets:upload_item", args=[self.pk])
+
+    def is_receiving(self) -> bool:
+        return self.state == UploadState.RECEIVING
+
+    def is_complete(self) -> bool:
+        """Whether every byte is here; what is fetched says so itself."""
+        return self.num_bytes is not None and self.num_received == self.num_bytes
+
+    def percent(self) -> int:
+        """How much is here, from 0 to 100."""
+        return 100 * self.num_received // self.num_bytes if self.num_bytes else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import inspecting, repairing
+from studio.datasets import changes, fetching, inspecting, repairing, resumable
 
 
 @shared_task
@@ -23,3 +23,27 @@ def inspect_waiting() -> None:
 def repair_dataset(version_id: int, user_id: int) -> None:
     """Make a corrected version."""
     repairing.repair(version_id, user_id)
+
+
+@shared_task
+def throw_away_old_uploads() -> None:
+    """Remove uploads that nobody went on with for a day."""
+    resumable.throw_away_old()
+
+
+@shared_task
+def fetch_upload(upload_id: str) -> None:
+    """Fetch a file that no browser sends."""
+    fetching.fetch(upload_id)
+
+
+@shared_task
+def fetch_waiting() -> None:
+    """Queue fetches whose message was lost or whose worker died."""
+    fetching.fetch_waiting()
+
+
+@shared_task
+def find_changes(version_id: int) -> None:
+    """Compare a version with the one before it."""
+    changes.find_changes(version_id)

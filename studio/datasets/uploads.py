@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from django.conf import settings
 from django.db import IntegrityError, transaction
@@ -54,22 +55,70 @@ def receive_upload(
         DatasetError: the file cannot be read at all or the name is taken; nothing is stored or registered.
         DiskFullError, TooLargeError: see `incoming_blob`; nothing is stored or registered.
     """
-    shown_name = clean_file_name(file_name)
+    refuse_taken_name(team, dataset, name)
+    with incoming_blob(chunks, max_bytes=settings.MAX_UPLOAD_BYTES) as blob:
+        return register_file(
+            blob, team=team, user=user, file_name=file_name, dataset=dataset, name=name, licence=licence
+        )
+
+
+def receive_pasted(
+    rows: str, *, team: Team, user: User, dataset: Dataset | None = None, name: str = "", licence: str = ""
+) -> DatasetVersion:
+    """Store pasted text as a file and register it as `receive_upload` does; raises what that raises."""
+    # A browser ends every line of a text field with two characters; a file that is uploaded has one.
+    text = rows.replace("\r\n", "\n")
+    first_line = text.lstrip().partition("\n")[0]
+    ending = {"{": "jsonl", "[": "json"}.get(first_line[:1], "tsv" if "\t" in first_line else "csv")
+    return receive_upload(
+        team=team, user=user, file_name=f"pasted rows.{ending}", chunks=[text.encode()], dataset=dataset, name=name,
+        licence=licence,
+    )  # fmt: skip
+
+
+def register_file(
+    blob: IncomingBlob,
+    *,
+    team: Team,
+    user: User,
+    file_name: str,
+    dataset: Dataset | None = None,
+    name: str = "",
+    licence: str = "",
+    source: dict[str, Any] | None = None,
+    note: Callable[[DatasetVersion], object] = lambda _version: None,
+) -> DatasetVersion:
+    """Check a file whose bytes have arrived and register it; every way into the studio ends here.
+
+    Args:
+        blob: the bytes, which are moved to their place when they are registered and are the caller's otherwise.
+        source: where the rows came from, see DatasetVersion.source.
+        note: called with the version before it is committed, to be committed with it.
+
+    The others, what it returns and what it raises are those of `receive_upload`.
+    """
+    shown_name, name = clean_file_name(file_name), clean_name(name)
+    refuse_taken_name(team, dataset, name)
+    with transaction.atomic():
+        if (same := _same_file(team, blob.sha256)) is not None:
+            note(same)
+            return same
+    # Before it is kept, so that a refusal has nothing to take back from where other uploads keep theirs.
+    check_file(blob.path, shown_name)
+    blob.share()
+    try:
+        with transaction.atomic():
+            return _register(team, user, shown_name, blob, dataset, name, licence, source or {}, note)
+    except IntegrityError as error:
+        remove_unused_blob(blob.sha256)
+        raise _name_taken(name) from error
+
+
+def refuse_taken_name(team: Team, dataset: Dataset | None, name: str) -> None:
+    """Raise DatasetError when a new dataset's name is too long or taken, before anything is sent in vain."""
     name = clean_name(name)
     if dataset is None and name and team.datasets.filter(name=name).exists():
         raise _name_taken(name)
-    with incoming_blob(chunks, max_bytes=settings.MAX_UPLOAD_BYTES) as blob:
-        if (same := _same_file(team, blob.sha256)) is not None:
-            return same
-        # Before it is kept, so that a refusal has nothing to take back from where other uploads keep theirs.
-        check_file(blob.path, shown_name)
-        blob.share()
-        try:
-            with transaction.atomic():
-                return _register(team, user, shown_name, blob, dataset, name, licence)
-        except IntegrityError as error:
-            remove_unused_blob(blob.sha256)
-            raise _name_taken(name) from error
 
 
 def _same_file(team: Team, sha256: str) -> DatasetVersion | None:
@@ -88,10 +137,13 @@ def _register(
     dataset: Dataset | None,
     name: str,
     licence: str,
+    source: dict[str, Any],
+    note: Callable[[DatasetVersion], object],
 ) -> DatasetVersion:
     lock_blob(blob.sha256)
     # The team may have sent the same file twice at once.
     if (same := _same_file(team, blob.sha256)) is not None:
+        note(same)
         return same
     is_new = dataset is None
     target = dataset or Dataset.objects.create(
@@ -106,6 +158,7 @@ def _register(
         file_name=shown_name,
         sha256=blob.sha256,
         num_bytes=blob.num_bytes,
+        source=source,
         created_by=user,
     )
     record(
@@ -116,6 +169,7 @@ def _register(
         sha256=blob.sha256,
         num_bytes=blob.num_bytes,
     )
+    note(version)
     # Last, so that a row that cannot be written leaves no file behind.
     failpoint("upload.before_keep")
     blob.keep()

@@ -1,12 +1,19 @@
 from django.urls import path
 
-from studio.datasets import views
+from studio.datasets import adding_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
 urlpatterns = [
     path("", views.dataset_list, name="list"),
     path("upload/", views.upload, name="upload"),
+    path("upload/paste/", adding_views.paste, name="paste"),
+    path("upload/folder/", adding_views.folder, name="folder"),
+    path("uploads/", upload_views.uploads, name="uploads"),
+    path("uploads/<uuid:upload_id>/", upload_views.upload_item, name="upload_item"),
+    path("uploads/<uuid:upload_id>/progress/", upload_views.upload_progress, name="upload_progress"),
+    path("uploads/<uuid:upload_id>/target/", upload_views.upload_target, name="upload_target"),
+    path("uploads/<uuid:upload_id>/cancel/", upload_views.upload_cancel, name="upload_cancel"),
     path("<int:dataset_id>/", views.detail, name="detail"),
     path("<int:dataset_id>/licence/", views.change_licence, name="licence"),
     path("<int:dataset_id>/delete/", views.delete, name="delete"),
@@ -18,6 +25,7 @@ urlpatterns = [
     path(_VERSION + "repair/", views.repair, name="repair"),
     path(_VERSION + "corrections/", views.corrections, name="corrections"),
     path(_VERSION + "versions/", views.versions, name="versions"),
+    path(_VERSION + "changes/", views.changes, name="changes"),
     path(_VERSION + "used-by/", views.used_by, name="used_by"),
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
     path(_VERSION + "rows/<int:line>/", views.row, name="row"),

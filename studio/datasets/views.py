@@ -21,6 +21,8 @@ from django.views.decorators.http import require_GET, require_POST
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
 from studio.datasets import showing
+from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
+from studio.datasets.changes import changes_of
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
@@ -79,10 +81,10 @@ def _spooling(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRespon
 @team_page(Role.TRAINER)
 def upload(request: TeamRequest) -> HttpResponse:
     """A form with a file; works without a script. A refusal shows the same form with the sentence, as a 422."""
-    chosen = request.POST.get("dataset") or request.GET.get("dataset")
-    dataset = get_object_or_404(request.team.datasets, pk=whole_number(chosen) or 0) if chosen else None
+    dataset = chosen_dataset(request)
+    context = adding_context(request, dataset) | {"way": "file"}
     if request.method != "POST":
-        return render(request, "datasets/upload.html", {"form": UploadForm(), "dataset": dataset})
+        return render(request, "datasets/upload.html", {**context, "form": UploadForm()})
     form = UploadForm(request.POST, request.FILES)
     handler = next((one for one in request.upload_handlers if isinstance(one, SpoolingUploadHandler)), None)
     status = 422
@@ -98,7 +100,7 @@ def upload(request: TeamRequest) -> HttpResponse:
                 dataset=dataset, name=form.cleaned_data["name"], licence=form.cleaned_data["licence"],
             )  # fmt: skip
         except DatasetError as error:
-            form.add_error("name" if error.field == "name" else "file", f"{error.message} {error.next_step}".strip())
+            explain_in(form, error, "file")
         except StorageError as error:
             form.add_error("file", error.strerror or str(error))
             status = _status_of(error)
@@ -106,7 +108,7 @@ def upload(request: TeamRequest) -> HttpResponse:
             if version.already_stored:
                 messages.info(request, f"This very file is stored already, as {version}. Nothing was uploaded twice.")
             return redirect(version)
-    return render(request, "datasets/upload.html", {"form": form, "dataset": dataset}, status=status)
+    return render(request, "datasets/upload.html", {**context, "form": form}, status=status)
 
 
 def _status_of(error: OSError) -> int:
@@ -314,6 +316,17 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         "versions",
         {"versions": version.dataset.versions.select_related("created_by").order_by("-number")},
     )
+
+
+@team_page()
+@require_GET
+def changes(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
+    """Which rows were added, removed and edited since the version before; the fragment asks until that is known."""
+    version = _version(request, dataset_id, number)
+    found = changes_of(version)
+    if request.htmx:  # type: ignore[attr-defined]
+        return render(request, "datasets/_changes.html", {"version": version, "changes": found})
+    return _render_tab(request, version, "changes", {"changes": found})
 
 
 @team_page()

@@ -1,9 +1,9 @@
 """Where files live: one interface over a local folder or an S3-compatible storage. Blobs are addressed by content.
 
-Layout below the data folder: `blobs/<aa>/<sha256>` (uploads), `base_models/<name>/`, `jobs/<job id>/`
-(recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (finished products) and `quantised/<revision>/` (bases
-that workers have quantised, made again when they are gone). Everything is written aside, flushed to disk and then
-renamed, so a reader never sees half a file. With a storage that machines
+Layout below the data folder: `blobs/<aa>/<sha256>` (uploads), `uploads/` (those on their way, parts.py),
+`base_models/<name>/`, `jobs/<job id>/` (recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (finished
+products) and `quantised/<revision>/` (bases that workers have quantised, made again when they are gone). Everything is
+written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
 share (STUDIO_S3_BUCKET) the same paths are its keys, and each machine's data folder is a cache of it.
 """
 
@@ -47,6 +47,7 @@ __all__ = [
     "job_folder",
     "keep_adapter",
     "open_adapter_file",
+    "refuse_without_space",
     "remove_blob",
     "store_blob",
     "sync_folder",
@@ -156,9 +157,17 @@ def store_blob(chunks: Iterable[bytes], *, max_bytes: int) -> StoredBlob:
         return StoredBlob(incoming.sha256, incoming.num_bytes)
 
 
+def refuse_without_space(num_bytes: int) -> None:
+    """Raise DiskFullError when the data folder's disk has less free than a file of this size needs."""
+    settings.DATA_DIR.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(settings.DATA_DIR).free < num_bytes:
+        raise explain_disk_error(OSError(errno.ENOSPC, "No space left on device"))
+
+
 def explain_disk_error(error: OSError) -> OSError:
     """A full disk as a DiskFullError that says how much is free; any other error as it is."""
-    if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+    # EFBIG: no file may be as large as this one would be, on this disk or for this process.
+    if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return error
     free = shutil.disk_usage(settings.DATA_DIR).free
     return DiskFullError(

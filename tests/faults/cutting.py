@@ -1,4 +1,4 @@
-"""A way between a worker and its Postgres that can be cut, or go silent, while both are healthy."""
+"""A way between two healthy processes that can be cut, or go silent: to Postgres, or from a browser to the web."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ class Proxy:
 
     def __init__(self, folder: Path, target: Path) -> None:
         self.folder, self._target = folder, target
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folder / self.NAME))
-        self._listener.listen(64)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / self.NAME))
+        listener.listen(64)
+        self._begin(listener)
+
+    def _begin(self, listener: socket.socket) -> None:
+        self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._other: dict[socket.socket, socket.socket] = {}
@@ -64,11 +68,15 @@ class Proxy:
         if self._is_cut:
             near.close()
             return
-        far = socket.socket(socket.AF_UNIX)
-        far.connect(str(self._target / self.NAME))
+        far = self._connect()
         for one, other in ((near, far), (far, near)):
             self._other[one] = other
             self._selector.register(one, selectors.EVENT_READ)
+
+    def _connect(self) -> socket.socket:
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(str(self._target / self.NAME))
+        return far
 
     def _carry(self, one: socket.socket) -> None:
         try:
@@ -90,3 +98,16 @@ class Proxy:
     def _close_all(self) -> None:
         while self._other:
             self._drop(next(iter(self._other)))
+
+
+class TcpProxy(Proxy):
+    """The same between a browser and a web process."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.root = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._begin(listener)
+
+    def _connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._port))
