@@ -26,7 +26,10 @@ class UploadForm(TargetForm):
     """A file and what to call it."""
 
     file = forms.FileField(
-        label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
+        label="File",
+        allow_empty_file=True,
+        max_length=None,
+        help_text="JSON Lines, JSON, CSV, TSV or text in UTF-8, also in gzip or zstd; or Parquet.",
     )
 
 
