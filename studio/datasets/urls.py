@@ -31,4 +31,5 @@ urlpatterns = [
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
     path(_VERSION + "rows/<int:line>/", views.row, name="row"),
     path(_VERSION + "file/", views.file, name="file"),
+    path(_VERSION + "export/", views.export, name="export"),
 ]
