@@ -16,13 +16,12 @@ from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
-from studio.datasets import showing
+from studio.datasets import exporting, showing
 from studio.datasets.changes import changes_of
 from studio.datasets.licensing import set_licence
-from studio.datasets.models import Dataset, DatasetScan, DatasetVersion
+from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.repairing import NothingToRepairError, queue_repair
-from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
 from studio.datasets.uploads import receive_upload
 from studio.datasets.views import remap
 from workers.formats import get_format
@@ -43,6 +42,7 @@ class VersionOut(Out):
     file_name: str
     sha256: str
     num_bytes: int
+    source: dict[str, str]
     carrier: str
     format: str
     example_type: str
@@ -155,47 +155,6 @@ class ChangesOut(Out):
     edited: list[int] = []
 
 
-class ScanOut(Out):
-    """One scan of a version's rows and how far it is. `kinds` counts its findings by kind."""
-
-    name: str
-    label: str
-    help: str
-    state: Literal["waiting", "running", "done", "failed", "skipped"]
-    percent: int = Field(description="Of the rows to read, while it runs.")
-    num_findings: int
-    kinds: dict[str, int]
-    notes: list[str]
-    error: str
-    seconds: float
-
-
-class FindingOut(Out):
-    """Something about a row; `other_line` is the row that it is like. Secrets are masked in `excerpt`."""
-
-    line: int
-    kind: str
-    message: str
-    other_line: int | None
-    excerpt: str
-
-
-class FindingPage(Out):
-    """Findings by line; `num_findings` counts all of the scan, `next` is the `after` of the next page."""
-
-    items: list[FindingOut]
-    num_findings: int
-    next: int | None
-
-
-class FindingFilters(QueryFields):
-    """Which findings to give."""
-
-    kind: str = Field("", max_length=60)
-    after: int = Field(-1, ge=-1, le=2**31 - 1, description="`next` of the page before; -1 for the first page.")
-    limit: int = Field(50, ge=1, le=200)
-
-
 class DatasetFilters(PageQuery):
     """What the list of datasets may be narrowed by."""
 
@@ -229,6 +188,13 @@ def _datasets(request: ApiRequest) -> QuerySet[Dataset]:
 def _version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
     versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset")
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
+
+
+def _ready(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    version = _version(request, dataset_id, number)
+    if not version.is_ready():
+        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
+    return version
 
 
 @router.get("datasets/", response={200: Page[DatasetOut], **ERRORS})
@@ -319,49 +285,17 @@ def list_problems(request: ApiRequest, dataset_id: int, number: int, filters: Qu
     }
 
 
-@router.get("datasets/{int:dataset_id}/versions/{int:number}/scans/", response={200: list[ScanOut], **ERRORS})
-def list_scans(request: ApiRequest, dataset_id: int, number: int) -> list[DatasetScan]:
-    """The scans of the version's rows; empty until they are asked for, which a worker does after the inspection."""
-    return scans_of(_version(request, dataset_id, number))
+class ExportQuery(QueryFields):
+    """How the rows are written."""
+
+    kind: exporting.Kind = Field("parquet", description="Of the file with the rows.")
 
 
-def _scan(request: ApiRequest, dataset_id: int, number: int, name: str) -> DatasetScan:
-    version = _version(request, dataset_id, number)
-    return get_object_or_404(version.scans.select_related("version"), name=name)
-
-
-@router.get(
-    "datasets/{int:dataset_id}/versions/{int:number}/scans/{slug:name}/findings/",
-    response={200: FindingPage, **ERRORS},
-)
-def list_findings(
-    request: ApiRequest, dataset_id: int, number: int, name: str, filters: Query[FindingFilters]
-) -> dict[str, Any]:
-    """What a scan found, by line."""
-    scan = _scan(request, dataset_id, number, name)
-    rows = scan.findings.filter(place__gt=filters.after).order_by("place")
-    if filters.kind:
-        rows = rows.filter(kind=filters.kind)
-    found = list(rows[: filters.limit + 1])
-    items = found[: filters.limit]
-    more = len(found) > filters.limit
-    return {"items": items, "num_findings": scan.num_findings, "next": items[-1].place if more else None}
-
-
-@router.post(
-    "datasets/{int:dataset_id}/versions/{int:number}/scans/{slug:name}/run/",
-    response={202: ScanOut, **ERRORS},
-    auth=may_write,
-)
-def run_scan(request: ApiRequest, dataset_id: int, number: int, name: str) -> Status[DatasetScan]:
-    """Run a scan that is over once more."""
-    scan = _scan(request, dataset_id, number, name)
-    try:
-        scan_again(scan)
-    except ScanRunsError as error:
-        raise ApiError(409, "scan_not_over", str(error), help="Wait until its state changes.") from error
-    scan.refresh_from_db()
-    return Status(202, scan)
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/export/", response={200: None, **ERRORS})
+def export_version(request: ApiRequest, dataset_id: int, number: int, asked: Query[ExportQuery]) -> Any:
+    """A zip of a folder that `datasets.load_dataset` reads: usable rows, a card, and why other rows are not used."""
+    version = _ready(request, dataset_id, number)
+    return exporting.response(request, version, asked.kind, user=request.user, token=request.token)
 
 
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/changes/", response={200: ChangesOut, **ERRORS})
@@ -373,10 +307,7 @@ def version_changes(request: ApiRequest, dataset_id: int, number: int) -> dict[s
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/preview/", response={200: list[ExampleOut], **ERRORS})
 def preview_version(request: ApiRequest, dataset_id: int, number: int) -> Any:
     """The first usable rows, as the format reads them."""
-    version = _version(request, dataset_id, number)
-    if not version.is_ready():
-        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
-    return showing.preview(version)
+    return showing.preview(_ready(request, dataset_id, number))
 
 
 @router.put(
