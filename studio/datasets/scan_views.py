@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.http import HttpResponse, StreamingHttpResponse
@@ -13,20 +10,13 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
+from studio.datasets.csv_tables import csv_response
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding
 from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
-from studio.datasets.views import PAGE_SIZE, _page_links, _render_tab, _version, guard_cell
-from studio.streaming import stream
+from studio.datasets.views import PAGE_SIZE, _page_links, _render_tab, _version
 
 NUM_FIRST = 5
 _COLUMNS = ("file", "line", "kind", "message", "other line", "excerpt")
-
-
-class _Echo:
-    """csv writes into it and gets the line back."""
-
-    def write(self, line: str) -> str:
-        return line
 
 
 @team_page()
@@ -83,17 +73,11 @@ def scan_csv(request: TeamRequest, dataset_id: int, number: int, name: str) -> S
     """The findings that are kept as a table."""
     version = _version(request, dataset_id, number)
     shown = _scan(version, name)
-    writer = csv.writer(_Echo())
-
-    def lines() -> Iterator[str]:
-        yield writer.writerow(_COLUMNS)
-        for one in shown.findings.order_by("place").iterator(chunk_size=1000):
-            cells = (version.file_name, one.line, one.kind, one.message, one.other_line, one.excerpt)
-            yield writer.writerow([guard_cell(cell) for cell in cells])
-
-    response = stream(request, lines(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = f'attachment; filename="{shown.name}-{version.dataset_id}-v{version.number}.csv"'
-    return response
+    rows = (
+        (version.file_name, one.line, one.kind, one.message, one.other_line, one.excerpt)
+        for one in shown.findings.order_by("place").iterator(chunk_size=1000)
+    )
+    return csv_response(request, f"{shown.name}-{version.dataset_id}-v{version.number}.csv", _COLUMNS, rows)
 
 
 @team_page(Role.TRAINER)

@@ -55,16 +55,18 @@ class NearDuplicates(Scan):
         import numpy as np
 
         lines, digests = array("Q"), array("Q")
-        chunks: list[Signatures] = []
+        # Grows in place: joining arrays would take twice the memory.
+        values = array("H")
         compared = iter(rows)
         while chunk := list(islice(compared, min(CHUNK_ROWS, MAX_COMPARED - len(lines)))):
             lines.extend(example.line for example in chunk)
             digests.extend(digest_of(example) for example in chunk)
-            chunks.append(_signatures(chunk))
+            values.frombytes(_signatures(chunk).tobytes())
         num_left = sum(1 for _ in compared)
-        if chunks:
+        if lines:
             lines_N = np.array(lines, np.int64)
-            shares_N, others_N = _nearest(rows, chunks, np.array(digests, np.uint64))
+            signatures_NV = np.frombuffer(values, np.uint16).reshape(-1, NUM_VALUES)
+            shares_N, others_N = _nearest(rows, signatures_NV, np.array(digests, np.uint64))
             for index in np.flatnonzero(others_N >= 0).tolist():
                 other = int(lines_N[others_N[index]])
                 share = f"{shares_N[index]:.0%}"
@@ -91,14 +93,12 @@ def _phrases(words: list[str], line: int) -> list[str]:
 
 
 def _nearest(
-    rows: Rows, chunks: list[Signatures], digests_N: NDArray[np.uint64]
+    rows: Rows, signatures_NV: Signatures, digests_N: NDArray[np.uint64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """For each row the share of equal values and the index of the nearest earlier row; -1 where none is near."""
     import numpy as np
 
     num = len(digests_N)
-    signatures_NV = np.concatenate(chunks)
-    chunks.clear()
     bands_NB = signatures_NV.view(np.uint64)
     shares_N = np.zeros(num, np.float32)
     others_N = np.full(num, -1, np.int64)

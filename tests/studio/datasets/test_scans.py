@@ -89,10 +89,14 @@ def test_while_they_run_the_fragment_shows_how_far_and_asks_again(upload: Upload
     assert "Waiting for a worker" in fragment
 
 
-def test_all_rows_are_paged_and_come_as_csv(upload: Upload, bob_client: Client) -> None:
+def test_all_rows_are_paged_and_come_as_csv(
+    upload: Upload, bob_client: Client, django_assert_max_num_queries: Any
+) -> None:
     version = upload(planted(60))
     run_all(version)
     page = f"{version.get_absolute_url()}scans/exact_duplicates/"
+    with django_assert_max_num_queries(8):
+        bob_client.get(page)
     first, second = (bob_client.get(f"{page}?page={number}").content.decode() for number in (1, 2))
     assert "1 to 50 of 60" in first
     assert "rows/110/" in first
@@ -102,6 +106,39 @@ def test_all_rows_are_paged_and_come_as_csv(upload: Upload, bob_client: Client) 
     table = list(csv.DictReader(io.StringIO(b"".join(answer.streaming_content).decode())))  # type: ignore[attr-defined]
     assert [int(row["line"]) for row in table] == list(range(61, 121))
     assert {row["other line"] for row in table} == {"4"}
+
+
+def test_findings_of_one_kind_can_be_asked_for(upload: Upload, bob_client: Client, team: Team, bob: User) -> None:
+    rows = clean_rows(30)
+    rows[4]["completion"] = "N/A"
+    rows[9]["completion"] = "The sea is blue. " * 8
+    version = upload(jsonl(rows))
+    run_all(version)
+    page = bob_client.get(f"{version.get_absolute_url()}scans/answers/?kind=empty").content.decode()
+    assert "Repeats itself (1)" in page
+    assert "rows/5/" in page
+    assert "rows/10/" not in page
+    address = f"/api/v1/datasets/{version.dataset_id}/versions/1/scans/answers/findings/"
+    items = api(team, bob, "read").get(address, {"kind": "repeats itself"}).json()["items"]
+    assert [(one["line"], one["kind"]) for one in items] == [(10, "repeats itself")]
+
+
+def test_no_secret_is_stored_or_shown_whole(upload: Upload, bob_client: Client) -> None:
+    secret = "ghp_" + "Ab3Cd4Ef5Gh6Ij7Kl8Mn9Op0Qr1St2Uv3Wx4"
+    rows = clean_rows(12)
+    rows[4]["completion"] += f" Use {secret} and write to maria.huber@firma-huber.at."
+    version = upload(jsonl(rows))
+    run_all(version)
+    stored = "".join(f"{one.kind} {one.message} {one.excerpt}" for one in ScanFinding.objects.all())
+    shown = "".join(
+        bob_client.get(f"{version.get_absolute_url()}scans/{page}").content.decode()
+        for page in ("", "secrets/", "personal_data/")
+    )
+    for text in (stored, shown):
+        assert "ghp_… (40 characters)" in text
+        assert "m…@firma-huber.at" in text
+        assert secret[5:12] not in text
+        assert "maria" not in text
 
 
 def test_the_api_gives_the_same(upload: Upload, team: Team, bob: User) -> None:
