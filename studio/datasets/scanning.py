@@ -29,6 +29,7 @@ MAX_ATTEMPTS = 3
 """A scan that took its worker with it this often is not tried again by itself."""
 LOST_AFTER = timedelta(minutes=2)
 NUM_SWEPT = 5
+MAX_ASKED = 100
 HEARTBEAT_SECONDS = 5.0
 _TOO_MUCH = "It takes more memory or time than a scan may use. A file of fewer rows can be scanned."
 
@@ -66,18 +67,25 @@ def scan_next(version_id: int) -> None:
         _run(scan)
     except _SupersededError:
         logger.info("Scan %s goes on elsewhere, or not at all.", scan.pk)
-    if _free(version.scans).exists():
+    left = _free(version.scans)
+    if left.exists():
+        left.update(queued_at=timezone.now())
         send_task("scan_dataset", version_id)
 
 
 def scan_waiting() -> int:
     """Ask for scans that nobody runs and for those that versions lack; returns for how many versions."""
+    now = timezone.now()
     _give_up()
-    lost = set(_free(DatasetScan.objects, queued_before=timezone.now() - LOST_AFTER).values_list("version", flat=True))
-    idle = _lacking().exclude(pk__in=lost).order_by("-pk").values_list("pk", flat=True)[:NUM_SWEPT]
-    asked = sorted(lost)[:100] + list(idle)
-    DatasetScan.objects.filter(version__in=asked, state=ScanState.WAITING).update(queued_at=timezone.now())
-    for version_id in asked:
+    # The next scan of a version is asked for by the one that runs.
+    running = DatasetScan.objects.filter(state=ScanState.RUNNING, heartbeat_at__gte=now - DEAD_AFTER)
+    lost = _free(DatasetScan.objects, queued_before=now - LOST_AFTER).exclude(version__in=running.values("version"))
+    asked = set(lost.order_by("version").values_list("version", flat=True).distinct()[:MAX_ASKED])
+    for version in _lacking().order_by("-pk")[:NUM_SWEPT]:
+        prepare(version)
+        asked.add(version.pk)
+    DatasetScan.objects.filter(version__in=asked, state=ScanState.WAITING).update(queued_at=now)
+    for version_id in sorted(asked):
         send_task("scan_dataset", version_id)
     return len(asked)
 

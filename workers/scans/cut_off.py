@@ -20,7 +20,7 @@ from workers.strict_json import EXCERPT_CHARS, excerpt_of
 
 MIN_WORDS = 12
 """Shorter answers (labels, titles, names) need no full stop."""
-MOST_END = 0.8
+MOST_END = 0.9
 """Share of the long answers that must end with an end of sentence."""
 MIN_LONG = 10
 MAX_CANDIDATES = 200_000

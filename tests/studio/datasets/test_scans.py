@@ -219,11 +219,14 @@ def test_the_sweep_asks_for_lost_dead_and_lacking_scans_and_gives_up_in_the_end(
     version = upload(planted())
     no_broker.clear()
     assert scan_waiting() == 1  # it has none yet
-    scanning.prepare(version)
+    assert version.scans.count() == len(scans())
     assert scan_waiting() == 0  # they were asked for just now
     long_ago = timezone.now() - timedelta(minutes=10)
     version.scans.update(queued_at=long_ago)
     assert scan_waiting() == 1
+    version.scans.update(queued_at=long_ago)
+    version.scans.filter(name="secrets").update(state="running", heartbeat_at=timezone.now())
+    assert scan_waiting() == 0  # the one that runs asks for the next
     version.scans.update(state="running", heartbeat_at=timezone.now(), attempt=1)
     assert scan_waiting() == 0
     version.scans.update(heartbeat_at=long_ago)
