@@ -1,7 +1,8 @@
 """Rows in another language than the data set's.
 
 Languages are told by CLD2 (pycld2, Apache 2.0): a naive Bayes classifier of character fours that runs offline, knows 83
-languages, says itself when it is not sure, and is some fifty times as fast as langid. Only sure answers count.
+languages, says itself when it is not sure, and read 26,000 texts of 600 characters a second where py3langid read 2,300.
+Only sure answers count.
 
 A data set may well have several languages: those of at least one row in ten are its own, and rows in any other are
 told of. Code in fences is left out, and so is text too short to tell.
@@ -19,9 +20,11 @@ from workers.scans import Finding, Note, Rows, Scan
 
 OWN_SHARE = 0.1
 MIN_LETTERS = 40
+COUNTED_CHARACTERS = 200
+"""In which so many letters must stand."""
 MIN_PERCENT = 70
 """Part of the text, in percent, that is in its main language."""
-MAX_CHARACTERS = 4000
+MAX_CHARACTERS = 2000
 MAX_TOLD = 8
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+", re.S)
 _NO_TEXT = re.compile("[^\\S\n]+|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufff0-\uffff]+")
@@ -77,7 +80,7 @@ def _identifier() -> Callable[[str], str]:
 
     def identify(text: str) -> str:
         text = _NO_TEXT.sub(" ", _CODE.sub(" ", text[: 2 * MAX_CHARACTERS]))[:MAX_CHARACTERS]
-        if sum(map(str.isalpha, text)) < _least(text):
+        if sum(map(str.isalpha, text[:COUNTED_CHARACTERS])) < _least(text):
             return ""
         try:
             is_sure, _, found = pycld2.detect(text, returnVectors=False)

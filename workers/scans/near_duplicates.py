@@ -13,6 +13,7 @@ of their own and are sorted one after the other: half a gigabyte for two million
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -34,6 +35,7 @@ NUM_NEIGHBOURS = 8
 """Rows before it in the same band that a row is held against, beside the band's first."""
 MAX_COMPARED = 3_000_000
 CHUNK_ROWS = 1000
+ARENA_KIB = 64 * 1024
 CHUNK_PAIRS = 100_000
 SEED = 42
 
@@ -78,6 +80,9 @@ class NearDuplicates(Scan):
 def _signatures(chunk: Sequence[AnyExample]) -> Signatures:
     """[rows of the chunk, V]; a row of fewer than three words is one phrase."""
     import numpy as np
+
+    # Its allocator would take a gigabyte of addresses at once, half of what the memory limit lets this process have.
+    os.environ.setdefault("MIMALLOC_ARENA_RESERVE", str(ARENA_KIB))
     from rensa import RMinHash
 
     phrases = [_phrases(words_of(example), example.line) for example in chunk]
