@@ -1,6 +1,6 @@
 """Answers that stop in the middle, as a limit on tokens or characters leaves them.
 
-An end of sentence is missing only where other answers have one: what a data set never writes says nothing. So the
+An end of sentence is missing only where other answers have one: what a dataset never writes says nothing. So the
 answers are counted first, and those without an end are told of when most of the long ones end with one. The last word
 is called cut when it stands nowhere else in the answers and others begin with it.
 """

@@ -1,10 +1,10 @@
-"""Rows in another language than the data set's.
+"""Rows in another language than the dataset's.
 
 Languages are told by CLD2 (pycld2, Apache 2.0): a naive Bayes classifier of character fours that runs offline, knows 83
 languages, says itself when it is not sure, and read 26,000 texts of 600 characters a second where py3langid read 2,300.
 Only sure answers count.
 
-A data set may well have several languages: those of at least one row in ten are its own, and rows in any other are
+A dataset may well have several languages: those of at least one row in ten are its own, and rows in any other are
 told of. Code in fences is left out, and so is text too short to tell.
 """
 
