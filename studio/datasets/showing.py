@@ -1,52 +1,22 @@
-"""What the dataset pages show: rows as chats, rows as tokens, histograms, problems by rule."""
+"""What the dataset pages show: rows as chats, histograms, problems by rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from django.apps import apps
 from django.db.models import Model
 
 from studio.datasets.models import DatasetVersion
-from workers.errors import ExplainedError
-from workers.examples import AnyExample, Example, Problem
+from workers.examples import AnyExample, Problem
 from workers.formats import get_format
 from workers.inspection import CUTS, first_examples
 from workers.reading import read_head, read_rows
-from workers.rendering import Renderer, RenderingError
 from workers.rules import RULES
 
 NUM_PREVIEW = 20
-NUM_AS_TOKENS = 5
 WITHIN_ROWS = 2000
-MAX_SHOWN_TOKENS = 2000
-MAX_SHOWN_CHARS = 8000
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of a rendered row. `kind` is trained, context, end (an end-of-turn token that is trained) or cut."""
-
-    text: str
-    kind: str
-    id: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A row as the model reads it."""
-
-    line: int
-    tokens: list[Token]
-    num_tokens: int
-    num_trained: int
-    num_cut: int
-    num_hidden: int
-    problem: str = ""
 
 
 def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[AnyExample]:
@@ -56,7 +26,7 @@ def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[AnyExample]
 
 def row(version: DatasetVersion, line: int) -> AnyExample | None:
     """The row of a ready version at a line; None when that holds no usable one."""
-    for example, _problems in read_rows(version.path(), version.format, version.columns):
+    for example, _problems in read_rows(version.path(), version.format, version.columns, start=line):
         if example is not None and example.line >= line:
             return example if example.line == line else None
     return None
@@ -71,59 +41,7 @@ def mapped_rows(version: DatasetVersion, columns: dict[str, str]) -> list[tuple[
 def base_models() -> list[Any]:
     """Every registered base model. Named in a string: catalogue stands above datasets."""
     model: type[Model] = apps.get_model("catalogue", "BaseModel")
-    return list(model._default_manager.order_by("name"))
-
-
-def token_rows(examples: Sequence[AnyExample], folder: Path, max_length: int) -> list[TokenRow]:
-    """Rows through a base model's template and tokenizer, by the code that training uses.
-
-    Raises:
-        BaseModelError: the base model's folder cannot be read.
-    """
-    renderer = _renderer(str(folder), max_length)
-    return [_token_row(renderer, one) for example in examples for one in example.conversations()]
-
-
-@lru_cache(maxsize=4)
-def _renderer(folder: str, max_length: int) -> Renderer:
-    return Renderer(Path(folder), max_length=max_length, loss_on="assistant")
-
-
-def _token_row(renderer: Renderer, example: Example) -> TokenRow:
-    try:
-        rendered = renderer.render(example)
-    except RenderingError as error:
-        return TokenRow(example.line, [], 0, 0, 0, 0, problem=f"{error.message} {error.next_step}")
-    tokens: list[Token] = []
-    shown = 0
-    pieces = zip(rendered.ids, rendered.trained, rendered.offsets, strict=True)
-    for index, (token_id, trained, (start, end)) in enumerate(pieces):
-        if index == MAX_SHOWN_TOKENS:
-            break
-        # Tokens of one character (an emoji in bytes) share its place: the first of them shows it.
-        text = rendered.text[max(start, shown) : end]
-        shown = max(shown, end)
-        kind = "end" if trained and token_id in renderer.stop_ids else "trained" if trained else "context"
-        tokens.append(Token(text, kind, token_id))
-    if rendered.num_cut and len(rendered.ids) <= MAX_SHOWN_TOKENS:
-        tokens.append(Token(rendered.text[shown : shown + MAX_SHOWN_CHARS], "cut"))
-    return TokenRow(
-        line=example.line,
-        tokens=tokens,
-        num_tokens=len(rendered.ids) + rendered.num_cut,
-        num_trained=rendered.num_trained,
-        num_cut=rendered.num_cut,
-        num_hidden=max(0, len(rendered.ids) - MAX_SHOWN_TOKENS),
-        problem=rendered.problem.message if rendered.problem else "",
-    )
-
-
-def as_model_reads(examples: Sequence[AnyExample], base_model: Any, max_length: int) -> tuple[list[TokenRow], str]:
-    """Rows as tokens, or the sentence that says why there are none."""
-    try:
-        return token_rows(examples[:NUM_AS_TOKENS], Path(base_model.folder), max_length), ""
-    except ExplainedError as error:
-        return [], f"{error.message} {error.next_step}".strip()
+    return list(model._default_manager.only("name", "folder", "revision").order_by("name"))
 
 
 @dataclass(frozen=True)

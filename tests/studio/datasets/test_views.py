@@ -20,7 +20,7 @@ from studio.datasets.views import guard_cell
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 from tests.tiny import make_tiny_base
 
-TABS = ("", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
+TABS = ("", "learned/", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
 HOSTILE = ["<script>alert(1)</script>", "{{7*7}}", '<div hx-get="/x" hx-trigger="load">', "\x1b[31m", "a\u202eb"]
 
 
@@ -121,24 +121,12 @@ def test_no_cell_is_a_formula(cell: str) -> None:
     assert guard_cell(cell) == f"'{cell}"
 
 
-def test_the_rows_are_shown_as_a_base_model_reads_them(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
-    base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
-    version = upload(jsonl([{"prompt": "<script>x</script>", "completion": "fine"}, *good_rows()]))
-    shown = bob_client.get(page(version, f"?base={base.pk}&length=256")).content.decode()
-    assert "end of turn, trained" in shown
-    assert "bg-success text-success-content" in shown
-    assert "<script>x" not in shown
+def test_the_statistics_count_tokens_of_each_base_model(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
+    BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    version = upload(jsonl(good_rows()))
     statistics = bob_client.get(page(version, "statistics/")).content.decode()
     assert "Tokens with tiny" in statistics
     assert "<svg" in statistics
-
-
-def test_a_base_model_whose_folder_is_gone_is_explained(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
-    base = BaseModel.objects.create(name="gone", folder=str(tmp_path / "gone"), revision="r" * 64)
-    version = upload(jsonl(good_rows()))
-    answer = bob_client.get(page(version, f"?base={base.pk}"))
-    assert answer.status_code == 200
-    assert "tokenizer.json" in answer.content.decode()
 
 
 def test_the_inspection_polls_until_it_is_over(upload: Upload, bob_client: Client) -> None:
@@ -251,9 +239,11 @@ def test_numbers_that_are_none_are_no_fault_of_the_server(
 ) -> None:
     base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
     version = upload(jsonl(good_rows()))
-    answer = bob_client.get(version.get_absolute_url(), {"base": base.pk, "length": number})
-    assert answer.status_code == 200
-    assert '<option value="1024" selected>' in answer.content.decode()
+    for field in ("base", "length", "line"):
+        answer = bob_client.get(page(version, "learned/"), {"base": base.pk, field: number})
+        is_line = (number, field) == ("٣", "line")  # a three
+        assert answer.status_code == (200 if is_line else 422)
+        assert ('id="error-summary"' in answer.content.decode()) is not is_line
     assert bob_client.get("/datasets/upload/", {"dataset": number}).status_code == 404
     assert bob_client.get(page(version, "problems/"), {"page": number, "rule": number}).status_code == 200
 
