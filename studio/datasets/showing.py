@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from django.db.models import Model
 from studio.datasets.models import DatasetVersion
 from workers.examples import AnyExample, Problem
 from workers.formats import get_format
-from workers.inspection import CUTS, first_examples
+from workers.inspection import CUTS, MAX_TURNS, first_examples
 from workers.reading import read_head, read_rows
 from workers.rules import RULES
 
@@ -45,13 +46,54 @@ def base_models() -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """A histogram as the SVG template draws it, 0 to 100 in both directions for each bar's unit."""
+class Bar:
+    """A bar of a drawing 100 high and BAR_WIDTH wide, and its line of the table beside it.
 
-    bars: list[dict[str, Any]]
-    marks: list[dict[str, Any]]
+    `short` stands under it, `name` in the table; `mark` is the length at which a line is drawn at its right side.
+    """
+
+    x: int
+    y: str
+    height: str
+    short: str
+    name: str
+    count: int
+    mark: int | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Bars as the SVG template draws them. `what` heads the table's first column, `counted` its second."""
+
+    bars: list[Bar]
     width: int
     description: str
+    what: str
+    counted: str
+    total: int
+
+
+BAR_WIDTH = 20
+
+
+Count = tuple[str, str, int, int | None]
+
+
+def drawing(counts: Sequence[Count], *, what: str, counted: str, description: str) -> Drawing:
+    """Bars of (short name, name, count, mark)."""
+    highest = max((count for _, _, count, _ in counts), default=0) or 1
+    bars = []
+    for index, (short, name, count, mark) in enumerate(counts):
+        height = 100 * count / highest
+        bars.append(Bar(index * BAR_WIDTH + 1, f"{100 - height:.2f}", f"{height:.2f}", short, name, count, mark))
+    return Drawing(bars, BAR_WIDTH * len(bars), description, what, counted, sum(bar.count for bar in bars))
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Stored lengths: their drawing, and the figures that stand beside it."""
+
+    drawing: Drawing
     cuts: list[tuple[int, int]]
     num_rows: int
     mean: float
@@ -60,36 +102,52 @@ class Histogram:
     is_whole: bool
 
 
-def histogram(found: dict[str, Any], unit: str) -> Histogram | None:
-    """The drawing of stored lengths; None when there are none."""
+def histogram(found: dict[str, Any], unit: str, counted: str = "rows") -> Histogram | None:
+    """What is shown of stored lengths; None when there are none."""
     bins = found.get("histogram") or []
     if not bins:
         return None
-    highest = max(rows for _, rows in bins)
-    bars, marks, below = [], [], 0
-    for index, (bound, rows) in enumerate(bins):
-        height = 100 * rows / highest
-        bars.append(
-            {"x": index * 20 + 1, "y": f"{100 - height:.2f}", "height": f"{height:.2f}", "middle": index * 20 + 10,
-             "label": f"{below:,} to {bound:,} {unit}: {rows:,} rows", "bound": bound}
-        )  # fmt: skip
-        if bound in CUTS and unit == "tokens":
-            marks.append({"x": (index + 1) * 20, "bound": bound})
+    counts: list[Count] = []
+    below = 0
+    for bound, rows in bins:
+        mark = bound if bound in CUTS and unit == "tokens" else None
+        counts.append((f"{bound:,}", f"{below:,} to {bound:,}", rows, mark))
         below = bound + 1
     num = found["num_rows"]
     cut = found.get("cut", {})
     return Histogram(
-        bars=bars,
-        marks=marks,
-        width=20 * len(bins),
-        description=f"Lengths of {num:,} rows in {unit}, the longest {found['longest']:,}",
+        drawing=drawing(
+            counts, what=unit.capitalize(), counted=counted.capitalize(),
+            description=f"Lengths of {num:,} {counted} in {unit}, the longest {found['longest']:,}",
+        ),
         cuts=[(bound, cut[str(bound)]) for bound in CUTS if str(bound) in cut],
         num_rows=num,
         mean=found["total"] / num if num else 0.0,
         longest=found["longest"],
         total=found["total"],
         is_whole=found.get("is_whole", True),
-    )
+    )  # fmt: skip
+
+
+def turns(statistics: dict[str, Any]) -> Drawing | None:
+    """How many turns the rows have; None for rows without turns."""
+    found = statistics.get("turns") or []
+    if not found:
+        return None
+    counts = [
+        (f"{num}+" if num == MAX_TURNS else str(num), f"{num} or more" if num == MAX_TURNS else str(num), rows, None)
+        for num, rows in found
+    ]
+    return drawing(counts, what="Turns", counted="Rows", description="Rows by their number of turns")
+
+
+def roles(statistics: dict[str, Any]) -> Drawing | None:
+    """Who speaks in how many turns, the most frequent first; None when that was not counted."""
+    found = sorted(statistics.get("roles", {}).items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return None
+    counts = [(role, role.capitalize(), num, None) for role, num in found]
+    return drawing(counts, what="Role", counted="Turns", description="Turns by who speaks")
 
 
 def problem_groups(version: DatasetVersion) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def inspection(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
 @team_page()
 @require_GET
 def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
-    """Lengths of the rows in tokens per base model, in characters, and turns."""
+    """Lengths of the rows in tokens per base model and in characters, of the answers, turns and roles."""
     version = version_or_404(request, dataset_id, number)
     tokens = []
     for base in showing.base_models():
@@ -203,10 +203,16 @@ def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
         tokens.append(
             {"base": base, "found": found, "histogram": showing.histogram(found, "tokens") if found else None}
         )
-    characters = showing.histogram(version.statistics.get("characters", {}), "characters")
+    found = version.statistics
     return render_tab(
         request, version, "statistics",
-        {"tokens": tokens, "characters": characters, "turns": version.statistics.get("turns", [])},
+        {
+            "tokens": tokens,
+            "characters": showing.histogram(found.get("characters", {}), "characters"),
+            "answers": showing.histogram(found.get("answers", {}), "characters", "answers"),
+            "turns": showing.turns(found),
+            "roles": showing.roles(found),
+        },
     )  # fmt: skip
 
 

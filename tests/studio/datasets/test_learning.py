@@ -139,6 +139,7 @@ def test_hostile_rows_and_settings_stay_text_and_sentences(upload: Upload, bob_c
         answer = bob_client.get(page(version, query))
         assert answer.status_code == 422, query
         assert 'id="error-summary"' in answer.content.decode()
+    assert "Give a whole number from 16 to 1,048,576." in bob_client.get(page(version, "?length=3")).content.decode()
 
 
 def test_a_viewer_sees_it_and_another_team_does_not(
