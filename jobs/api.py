@@ -81,7 +81,7 @@ class JobOut(Out):
     seconds_left: float | None
     attempt: int
     base_model_id: int
-    dataset_version_id: int
+    dataset_version_id: int | None = Field(description="null for an evaluation on standard tasks")
     adapter_id: int | None
     kind: str = Field(description="train makes an adapter, evaluate an evaluation run.")
     evaluation_run_id: int | None
@@ -524,7 +524,13 @@ def duplicate(
     _check_key(idempotency_key)
     job = get_object_or_404(request.team.jobs.select_related("base_model"), pk=job_id)
     base_model = _base_model(body.base_model) if body.base_model is not None else job.base_model
-    version = _dataset_version(request, body.dataset_version or job.dataset_version_id)
+    version_id = body.dataset_version or job.dataset_version_id
+    if version_id is None:
+        raise RecipeError(
+            "This job scored standard tasks, so there is no dataset to train on.",
+            next_step="Name a dataset_version.", field="dataset_version",
+        )  # fmt: skip
+    version = _dataset_version(request, version_id)
     asked = job.asked_recipe
     values = {**asked, **{name: one for name in ("name", "method", "precision") if (one := getattr(body, name))}}
     kept = asked["settings"] if values["method"] == asked["method"] else {}

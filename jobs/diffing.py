@@ -79,8 +79,9 @@ def weights_comparison(a: Job, b: Job) -> ByteComparison | None:
 
 def _values(job: Job) -> Iterator[tuple[tuple[str, str], str]]:
     """((section, label), value) of a job."""
-    yield ("Data and base", "Dataset version"), str(job.dataset_version)
-    yield ("Data and base", "Dataset sha256"), job.dataset_version.sha256
+    yield ("Data and base", "Dataset version"), job.data_label
+    if job.dataset_version is not None:
+        yield ("Data and base", "Dataset sha256"), job.dataset_version.sha256
     yield ("Data and base", "Base model"), job.base_model.name
     facts: dict[str, Any] = job.adapter.provenance if job.adapter else {}
     revision = facts.get("base_revision") or job.recipe.get("base_model", {}).get("revision") or job.base_model.revision

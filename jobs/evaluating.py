@@ -13,8 +13,9 @@ from jobs.models import Job, JobKind
 from jobs.queueing import queue_job
 from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue.models import Adapter, BaseModel, Suite
+from studio.catalogue.task_suites import checked_definitions
 from workers.errors import ExplainedError, RecipeError
-from workers.memory import Estimate, estimate
+from workers.memory import DatasetFacts, Estimate, estimate
 from workers.recipe import BaseModelRef, DatasetRef, EvaluationSettings, Recipe
 from workers.resolving import resolve
 
@@ -43,7 +44,7 @@ def queue_evaluation(
             f"{suite} is archived.", next_step="Take it out of the archive, or use a newer version.", field="suite"
         )
     recipe = evaluation_recipe(suite, adapter, base_model)
-    facts, _ = dataset_facts(suite.dataset_version, base_model)
+    facts = _facts(suite, base_model, recipe)
     shape, device = base_model.model_shape(), choose_device().facts
     resolved = resolve(recipe, shape, facts, device)
     return queue_job(
@@ -54,11 +55,35 @@ def queue_evaluation(
     )  # fmt: skip
 
 
+def _facts(suite: Suite, base_model: BaseModel, recipe: Recipe) -> DatasetFacts:
+    """The suite's rows in tokens. Of standard tasks nobody knows them: rows as long as the recipe reads stand for them.
+
+    Raises:
+        RecipeError: the task files are not those that the suite was made of, or cannot be run any more.
+    """
+    if suite.dataset_version is not None:
+        return dataset_facts(suite.dataset_version, base_model)[0]
+    if checked_definitions(suite.tasks) != suite.evaluation["definitions_sha256"]:
+        raise RecipeError(
+            f"The task files of {suite} have changed since it was made, so its figures would not compare.",
+            next_step="Make its next version, or have the files restored.", field="suite",
+        )  # fmt: skip
+    longest = min(recipe.training.max_length, base_model.model_shape().context_length)
+    return DatasetFacts(num_rows=1, total_tokens=longest, longest=longest)
+
+
 def evaluation_recipe(suite: Suite, adapter: Adapter | None, base_model: BaseModel) -> Recipe:
     """The recipe of an evaluation: the adapter's own, on the suite's rows and with its metrics."""
     version = suite.dataset_version
-    dataset = DatasetRef(name=str(version), format=version.format, columns=version.columns or {}, sha256=version.sha256)
-    evaluation = EvaluationSettings.model_validate(suite.evaluation)
+    if version is None:
+        dataset = DatasetRef(name=", ".join(suite.tasks)[:200], format="lm_eval")
+        # The tasks say what is measured.
+        evaluation = EvaluationSettings(metrics=(), num_generated=0, general=False)
+    else:
+        dataset = DatasetRef(
+            name=str(version), format=version.format, columns=version.columns or {}, sha256=version.sha256
+        )
+        evaluation = EvaluationSettings.model_validate(suite.evaluation)
     what = f"{adapter.name} v{adapter.version}" if adapter is not None else base_model.name
     name = f"{what} on {suite}"[:120]
     if adapter is None:
@@ -67,7 +92,10 @@ def evaluation_recipe(suite: Suite, adapter: Adapter | None, base_model: BaseMod
             base_model=BaseModelRef(name=base_model.name, revision=base_model.revision),
         )  # fmt: skip
     own = Recipe.from_dict(adapter.recipe)
-    return own.model_copy(update={"name": name, "dataset": dataset, "evaluation": evaluation})
+    # Nothing is trained: by what a best step was chosen need not be among what is measured here.
+    training = own.training.model_copy(update={"best_by": "loss"})
+    update = {"name": name, "dataset": dataset, "evaluation": evaluation, "training": training}
+    return own.model_copy(update=update)
 
 
 def queue_guardrails(adapter: Adapter, job: Job) -> None:

@@ -34,6 +34,7 @@ def base_model_folder(job: Job) -> Path:
 
 def dataset_file(job: Job) -> Path:
     """The file of a job's dataset on this machine; see `fetch_blob`."""
+    assert job.dataset_version is not None, "an evaluation on standard tasks has no dataset"
     return storage.fetch_blob(job.dataset_version.sha256)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.estimating import estimate_values, plan_for
 from jobs.failures import kind_of
-from jobs.models import Job, JobState
+from jobs.models import Job, JobKind, JobState
 from jobs.queueing import queue_job
 from studio.accounts.models import ApiToken, User
 from workers.errors import RecipeError
@@ -96,7 +96,8 @@ ACTIONS: Mapping[str, Changer] = {
 
 def actions_for(job: Job) -> list[Action]:
     """What is offered for a failed job, the most useful first; nothing for any other."""
-    if job.state != JobState.FAILED:
+    # Every one of them changes how something is trained.
+    if job.state != JobState.FAILED or job.kind != JobKind.TRAIN:
         return []
     asked, ran = Recipe.from_dict(job.asked_recipe), Recipe.from_dict(job.recipe)
     changes = ((name, ACTIONS[name](asked, ran, job)) for name in kind_of(job.failure_code).actions)
@@ -119,6 +120,7 @@ def run_again_with(job: Job, user: User, action: str, *, idempotency_key: str, t
         )
     change = ACTIONS[action](Recipe.from_dict(job.asked_recipe), Recipe.from_dict(job.recipe), job)
     assert change is not None, "what is offered changes something"
+    assert job.dataset_version is not None, "what is trained has a dataset"
     plan = plan_for(change.recipe, job.base_model, job.dataset_version)
     return queue_job(
         team=job.team, user=user, recipe=plan.recipe, asked_recipe=change.recipe, estimate=estimate_values(plan),

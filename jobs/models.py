@@ -119,7 +119,8 @@ class Job(models.Model):
     asked_recipe = models.JSONField(help_text="The recipe as it was asked for.")
     estimate = models.JSONField(default=dict, help_text="workers.memory.Estimate at queueing.")
     base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="jobs")
-    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="jobs")
+    # Null for an evaluation on standard tasks, whose rows are no dataset's.
+    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, null=True, related_name="jobs")
     adapter = models.OneToOneField(Adapter, on_delete=models.PROTECT, null=True, related_name="job")
     # Of a job that evaluates: what is scored (a base alone when there is no adapter) on what, and the product.
     scored_adapter = models.ForeignKey(Adapter, on_delete=models.PROTECT, null=True, related_name="evaluation_jobs")
@@ -195,6 +196,10 @@ class Job(models.Model):
                 | (~models.Q(state=JobState.SUCCEEDED) & models.Q(adapter__isnull=True, evaluation_run__isnull=True)),
                 name="a_product_exactly_when_succeeded",
             ),
+            models.CheckConstraint(
+                condition=models.Q(dataset_version__isnull=False) | models.Q(kind=JobKind.EVALUATE),
+                name="what_is_trained_has_a_dataset",
+            ),
         ]
         indexes: ClassVar = [
             models.Index(
@@ -227,6 +232,11 @@ class Job(models.Model):
 
     def is_final(self) -> bool:
         return self.state in FINAL_STATES
+
+    @property
+    def data_label(self) -> str:
+        """What it trains or scores on: a dataset version, or standard tasks, which its name and its suite tell."""
+        return str(self.dataset_version) if self.dataset_version else "standard tasks"
 
 
 class JobAttempt(models.Model):

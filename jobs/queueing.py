@@ -42,7 +42,7 @@ def queue_job(
     user: User,
     recipe: Recipe,
     base_model: BaseModel,
-    dataset_version: DatasetVersion,
+    dataset_version: DatasetVersion | None,
     idempotency_key: str,
     asked_recipe: Recipe | None = None,
     estimate: dict[str, object] | None = None,
@@ -62,20 +62,21 @@ def queue_job(
         parent: the job that this one repeats or began as a copy of.
         queued_as: how the job's first event begins: "Queued", "Run again", "Run again exactly".
         scored_adapter, suite: of a job that evaluates.
+        dataset_version: None for an evaluation on standard tasks.
 
     Raises:
         RecipeError: the dataset is not ready or not the team's.
         IdempotencyConflictError: the key belongs to a job with another recipe.
     """
-    if dataset_version.dataset.team_id != team.pk:
+    if dataset_version is not None and dataset_version.dataset.team_id != team.pk:
         raise RecipeError("There is no such dataset.", field="dataset")
-    if dataset_version.state != VersionState.READY:
+    if dataset_version is not None and dataset_version.state != VersionState.READY:
         raise RecipeError(
             f"{dataset_version} is not ready: {dataset_version.get_state_display().lower()}.",
             next_step="Open the dataset to see what is missing.",
             field="dataset",
         )
-    if reason := dataset_version.why_not_trainable():
+    if dataset_version is not None and (reason := dataset_version.why_not_trainable()):
         raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset")
     asked = (asked_recipe or recipe).to_dict()
     known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
@@ -114,7 +115,7 @@ def queue_job(
         if known is not None:
             return _same_job(known, asked)
         for field, needed in (("dataset", dataset_version), ("base_model", base_model)):
-            if not type(needed).objects.filter(pk=needed.pk).exists():
+            if needed is not None and not type(needed).objects.filter(pk=needed.pk).exists():
                 raise RecipeError(
                     f"{needed} was deleted at this moment, so the job was not queued.",
                     next_step="Choose another one.",

@@ -35,7 +35,8 @@ def run_exactly(job: Job, user: User, *, idempotency_key: str, token: ApiToken |
 
 def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
     """Why a job cannot be repeated exactly; None when it can."""
-    if job.kind != JobKind.TRAIN or job.state != JobState.SUCCEEDED or job.adapter is None:
+    version = job.dataset_version
+    if job.kind != JobKind.TRAIN or job.state != JobState.SUCCEEDED or job.adapter is None or version is None:
         return NotRepeatableError(
             f"“{job.name}” has made no adapter that could be made again.", next_step="Duplicate it instead."
         )
@@ -51,7 +52,7 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
             f"registered now is {job.base_model.revision[:12]}.",
             next_step="Register the old files again, or duplicate the job to train on the new ones.",
         )
-    version, sha256 = job.dataset_version, recipe.dataset.sha256
+    sha256 = recipe.dataset.sha256
     if sha256 and version.sha256 != sha256:
         return NotRepeatableError(
             f"{version} has other contents than the adapter was trained on: its sha256 was {sha256[:12]} and is "

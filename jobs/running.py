@@ -25,6 +25,7 @@ from jobs.trainers import Seat, Trainer
 from studio import storage
 from studio.catalogue.models import Adapter, EvaluationRun
 from studio.catalogue.registering import checked_files, register_adapter, register_run
+from studio.datasets.models import DatasetVersion
 from workers.failpoints import failpoint
 from workers.recipe import Recipe
 from workers.results import Result
@@ -162,13 +163,28 @@ def trainer_command(job: Job, folder: Path) -> list[str]:
         *TRAINER, str(folder / "recipe.json"),
         "--out", str(folder),
         "--base-model-folder", str(files.base_model_folder(job)),
-        "--dataset-file", str(files.dataset_file(job)),
         "--attempt", str(job.attempt),
         *(["--micro-batch-size", str(job.micro_batch_size)] if job.micro_batch_size else []),
         "--quantised-cache", str(storage.quantised_folder()),
-        "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+        *_data_options(job),
         *(_evaluation_options(job) if job.kind == JobKind.EVALUATE else []),
     ]  # fmt: skip
+
+
+def _data_options(job: Job) -> list[str]:
+    """Whose rows are trained or scored on: a dataset's, or those of standard tasks."""
+    if job.dataset_version is not None:
+        return [
+            "--dataset-file", str(files.dataset_file(job)),
+            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+        ]  # fmt: skip
+    assert job.suite is not None
+    asked, folder = job.suite.evaluation, settings.TASKS_FOLDER
+    options = ["--tasks-folder", str(folder or "STUDIO_TASKS_FOLDER"), "--tasks-sha256", asked["definitions_sha256"]]
+    options += [f"--task={name}" for name in job.suite.tasks]
+    options += ["--num-fewshot", str(asked["num_fewshot"])] if asked["num_fewshot"] is not None else []
+    options += [] if asked["with_chat_template"] else ["--without-chat-template"]
+    return [*options, *(["--tasks-may-run-code"] if settings.TASKS_MAY_RUN_CODE else [])]
 
 
 def _evaluation_options(job: Job) -> list[str]:
@@ -283,9 +299,14 @@ def _register(job: Job, key: str, files: list[dict[str, str | int]], result: Res
         )  # fmt: skip
     return register_adapter(
         team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
-        dataset_version=job.dataset_version, recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
+        dataset_version=_trained_on(job), recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
         result=result,
     )  # fmt: skip
+
+
+def _trained_on(job: Job) -> DatasetVersion:
+    assert job.dataset_version is not None, "only an evaluation may have no dataset"
+    return job.dataset_version
 
 
 def _record_retry(job: Job, *, code: str, message: str) -> None:

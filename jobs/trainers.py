@@ -197,8 +197,11 @@ class Seat:
         return self._warmth
 
     def may_stay_after(self, job: Job) -> bool:
-        """Whether a trainer of this job can serve another afterwards: not one that trains the base's own weights."""
-        return self.seconds > 0 and not get_method(str(job.recipe["method"])).product.is_whole_model
+        """Whether a trainer of this job can serve another afterwards: not one that trains the base's own weights, nor
+        one that has run the tasks of others."""
+        if self.seconds <= 0 or job.dataset_version_id is None:
+            return False
+        return not get_method(str(job.recipe["method"])).product.is_whole_model
 
     def take(self, job: Job) -> Trainer | None:
         """The warm trainer if it is the right one for the job; any other is ended first."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.checks import Warning as Warned
 from django.core.exceptions import ImproperlyConfigured
 
 TAG = "studio"
@@ -42,3 +43,28 @@ def check_servers(**_kwargs: Any) -> list[CheckMessage]:
         )
         for name in missing
     ]
+
+
+@register(TAG)
+def check_tasks_folder(**_kwargs: Any) -> list[CheckMessage]:
+    """A folder of tasks that is not there would only be found out when a job fails; code in it is worth a word."""
+    folder = settings.TASKS_FOLDER
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        return [
+            Error(
+                f"STUDIO_TASKS_FOLDER names {folder}, which is no folder.",
+                hint="Make it and copy task files (YAML) with their data into it, or leave the variable empty.",
+                id="studio.E003",
+            )
+        ]
+    if settings.TASKS_MAY_RUN_CODE:
+        return [
+            Warned(
+                f"STUDIO_TASKS_MAY_RUN_CODE lets task files in {folder} run Python with the rights of a worker.",
+                hint="Let only people whom you trust with the machine write into that folder.",
+                id="studio.W003",
+            )
+        ]
+    return []

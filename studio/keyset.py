@@ -73,8 +73,17 @@ def read_page(
 def write_cursor(row: Model, keys: Sequence[Key]) -> str:
     """A row's place in the order, for a URL."""
     values = [getattr(row, key.name) for key in keys]
-    plain = [value.isoformat() if isinstance(value, date) else value for value in values]
-    return base64.urlsafe_b64encode(json.dumps(plain).encode()).decode().rstrip("=")
+    return pack([value.isoformat() if isinstance(value, date) else value for value in values])
+
+
+def pack(values: Sequence[Any]) -> str:
+    """Plain values as text that a URL may hold."""
+    return base64.urlsafe_b64encode(json.dumps(values).encode()).decode().rstrip("=")
+
+
+def unpack(text: str) -> Any:
+    """What `pack` was given; raises ValueError for text that it did not make."""
+    return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
 
 
 def read_cursor(text: str, keys: Sequence[Key]) -> list[Any] | None:
@@ -82,7 +91,7 @@ def read_cursor(text: str, keys: Sequence[Key]) -> list[Any] | None:
     if not text or len(text) > MAX_CURSOR:
         return None
     try:
-        values = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+        values = unpack(text)
         if not isinstance(values, list) or len(values) != len(keys):
             return None
         return [_read(value, key) for value, key in zip(values, keys, strict=True)]

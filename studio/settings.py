@@ -67,6 +67,11 @@ STALL_SECONDS = float(os.environ.get("STUDIO_STALL_SECONDS", 900))
 WARM_SECONDS = float(os.environ.get("STUDIO_WARM_SECONDS", 600))
 # Folders (separated by colons) below which an admin may register base models.
 BASE_MODEL_ROOTS = [Path(p) for p in os.environ.get("STUDIO_BASE_MODEL_ROOTS", "").split(":") if p]
+# Folder with task files of lm-evaluation-harness (what its --include_path takes) and their data, on this machine and on
+# every worker; empty: no suites of standard tasks.
+TASKS_FOLDER = Path(os.environ["STUDIO_TASKS_FOLDER"]).resolve() if os.environ.get("STUDIO_TASKS_FOLDER") else None
+# True lets tasks run the Python functions that their files name: they run with the rights of a worker.
+TASKS_MAY_RUN_CODE = _flag("STUDIO_TASKS_MAY_RUN_CODE", False)
 # Folders (separated by colons) below which an admin may make datasets of files, where web and workers see them.
 DATASET_ROOTS = [Path(p) for p in os.environ.get("STUDIO_DATASET_ROOTS", "").split(":") if p]
 # The studio's address as people reach it, for links in mails.

@@ -85,6 +85,7 @@ class ContinuousBatch:
         When it was ended before its end, rows that were not finished are left out.
         """
         waiting = deque(_Row(index, ids, limit, []) for index, ids, limit in prompts)
+        self._wanted_slots = max(1, min(self._wanted_slots, len(waiting)))
         self._num_columns = _up(max((len(row.prompt) + row.limit for row in waiting), default=0) + 1)
         rows = list(waiting)
         with grouped_attention(self._model):

@@ -33,7 +33,7 @@ from workers.test_sets import rows_sha256, settings_sha256
 from workers.training import Folders, base_facts, check_revision, dataset_facts, facts_of_device, versions
 
 
-class _Stopped(Exception):  # noqa: N818 - an outcome, not an error
+class Stopped(Exception):  # noqa: N818 - an outcome, not an error
     """The evaluation ends without a product because it was asked to."""
 
 
@@ -81,7 +81,7 @@ def evaluate(
         base_rows = kept.get(key)
         model: Any = None
         if base_rows is None or adapter is not None:
-            _end_if_asked(should_stop)
+            end_if_asked(should_stop)
             report(PhaseEvent(phase="loading"))
             model = bases.load(base, recipe.precision, device, say=lambda text: report(MessageEvent(text=text)))
         if base_rows is None:
@@ -89,19 +89,19 @@ def evaluate(
             kept.put(key, base_rows)
         rows = base_rows
         if adapter is not None:
-            if (name := damaged_file(adapter, lambda name: _digest(adapter / name))) is not None:
+            if (name := damaged_file(adapter, lambda name: file_digest(adapter / name))) is not None:
                 raise DamagedAdapterError(
                     f'The file "{name}" of this adapter is missing or has changed since it was made.',
                     next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
                 )
             model = adapters.load(model, adapter)
             rows = _score(model, renderer, examples, recipe, "evaluating", report, should_stop)
-    except _Stopped:
+    except Stopped:
         report(StoppedEvent(mode=should_stop() or "now", step=0))
         return None
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise _out_of_memory(device) from error
+            raise out_of_memory(device) from error
         raise
     report(PhaseEvent(phase="packaging"))
     for message in scoring.left_out_messages(rows, recipe.evaluation.metrics):
@@ -160,8 +160,11 @@ def read_rows(
     return examples, len(left_out)
 
 
-def write(folder: Path, result: Result) -> Path:
-    """The result's folder: complete, or not there. `result.json`, its rows in `eval/`, and checksums."""
+def write(folder: Path, result: Result, *, layout: Path | None = None) -> Path:
+    """The result's folder: complete, or not there. `result.json`, its rows in `eval/`, and checksums.
+
+    `layout` is a folder of the evaluation harness's results, which moves into `eval/`.
+    """
     aside = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "eval").mkdir(parents=True)
@@ -169,6 +172,8 @@ def write(folder: Path, result: Result) -> Path:
         for name, records in (("samples", result.samples), ("held_out", result.held_out)):
             lines = [json.dumps(record.model_dump(mode="json"), ensure_ascii=False) + "\n" for record in records]
             (aside / "eval" / f"{name}.jsonl").write_text("".join(lines), "utf-8", errors="replace")
+        if layout is not None:
+            layout.replace(aside / "eval" / layout.name)
         result.write(aside)
         adapters.write_checksums(aside)
     except OSError as error:
@@ -191,20 +196,23 @@ def _score(
     rows = scoring.score_test_set(
         model, renderer, examples, recipe.evaluation, report=report, phase=phase, should_stop=should_stop
     )
-    _end_if_asked(should_stop)
+    end_if_asked(should_stop)
     return rows
 
 
-def _digest(path: Path) -> str | None:
+def file_digest(path: Path) -> str | None:
+    """Digest of a file; None for one that is not there."""
     return file_sha256(path) if path.is_file() else None
 
 
-def _end_if_asked(should_stop: ShouldStop) -> None:
+def end_if_asked(should_stop: ShouldStop) -> None:
+    """Raises Stopped when a stop was asked for."""
     if should_stop() is not None:
-        raise _Stopped
+        raise Stopped
 
 
-def _out_of_memory(device: torch.device) -> OutOfMemoryError:
+def out_of_memory(device: torch.device) -> OutOfMemoryError:
+    """What scoring that ran out of memory says."""
     peak, has = devices.peak_memory_bytes(device), devices.memory_bytes(device)
     return OutOfMemoryError(
         f"Scoring ran out of memory: it held {peak / GIB:.1f} GiB when it asked for more, and the device has "

@@ -63,9 +63,11 @@ class Forgetting:
 
     def sentence(self) -> str:
         """The verdict with its figures, for people."""
-        change = "rose" if self.rise >= 0 else "fell"
+        change = f"{'rose' if self.rise >= 0 else 'fell'} by {_percent(abs(self.rise))}"
+        if _percent(self.rise) == _percent(0.0):
+            change = "stayed the same"
         figures = (
-            f"The loss on general text {change} by {_percent(abs(self.rise))} (95 % interval of the rise "
+            f"The loss on general text {change} (95 % interval of the rise "
             f"{_percent(self.rise_low)} to {_percent(self.rise_high)}, n = {self.num_rows:,})"
         )
         ends = {
@@ -118,4 +120,5 @@ def general_scores(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[Scored
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %".replace("-", "\N{MINUS SIGN}")
+    # "z": what rounds to zero has no sign.
+    return f"{100 * share:z.1f} %".replace("-", "\N{MINUS SIGN}")

@@ -7,19 +7,19 @@ fetched. Results are left in the harness's own layout. Needs the extra: pip inst
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workers.errors import ExplainedError
 from workers.lm_eval_layout import HarnessRun, read_run
+from workers.task_files import INSTALL, HarnessError, choose_tasks
 
 EXIT_FAILED = 1
-_TASK_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([^\"'#\n]+?)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -27,12 +27,6 @@ _OFFLINE = {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-class HarnessError(ExplainedError):
-    """The evaluation harness is not installed, or cannot run what was asked."""
-
-    code = "harness"
 
 
 @dataclass(frozen=True)
@@ -48,74 +42,98 @@ class HarnessRequest:
     limit: int | None = None
     batch_size: str = "8"
     with_chat_template: bool = True
+    may_run_code: bool = False
+    """Whether a task may bring functions of its own, which are then run."""
 
 
-def task_names(folder: Path) -> list[str]:
-    """The tasks and groups that the files of a folder define; raises HarnessError when there is no such folder."""
-    if not folder.is_dir():
-        raise HarnessError(f"There is no folder of tasks at {folder}.", next_step="Name one with --tasks-folder.")
-    found = set()
-    for path in folder.rglob("*.yaml"):
-        found |= {name.strip() for name in _TASK_NAME.findall(path.read_text("utf-8", errors="replace"))}
-    return sorted(found)
-
-
-def run(request: HarnessRequest) -> HarnessRun:
+def run(request: HarnessRequest, *, model: Any = None, label: str = "") -> HarnessRun:
     """Runs the tasks by the harness's own evaluator and gives what it wrote.
 
+    Args:
+        model: an LM of the harness around a model that is loaded already; None has the harness load the folders.
+        label: what the results call such a model.
+
     Raises:
-        HarnessError: the extra is not installed, a task is in no file of the folder, or the harness refuses it.
+        HarnessError: the extra is not installed, a task is in no file of the folder, runs code where that is not
+            allowed, or is refused by the harness.
     """
-    known = task_names(request.tasks)
-    if missing := [name for name in request.names if name not in known]:
-        raise HarnessError(
-            f"No file in {request.tasks} defines the task {missing[0]}.",
-            next_step=f"Choose among: {', '.join(known) or 'none, the folder has no task files'}.",
-        )
+    choose_tasks(request.tasks, request.names, may_run_code=request.may_run_code)
     for name, folder in (("base model", request.base), ("adapter", request.adapter)):
         if folder is not None and not folder.is_dir():
             raise HarnessError(f"There is no folder of the {name} at {folder}.")
-    # Before anything of it is imported: its libraries read these once.
-    os.environ.update(_OFFLINE)
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.tasks import TaskManager
+    prepare()
+    from jinja2 import TemplateError
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
 
-        from workers.devices import choose_device
-    except ImportError as error:
-        raise HarnessError(
-            f"The evaluation harness is not installed here ({error}).",
-            next_step="Install it with: pip install -c docker/constraints.txt '.[worker,harness]'.",
-        ) from error
-    arguments = {"pretrained": str(request.base)}
-    if request.adapter is not None:
-        arguments["peft"] = str(request.adapter)
-    tracker = EvaluationTracker(output_path=str(request.out))
+    from workers.device_errors import is_out_of_memory
+    from workers.devices import choose_device
+
+    arguments = {"pretrained": label or str(request.base.resolve())}
+    if request.adapter is not None and model is None:
+        arguments["peft"] = str(request.adapter.resolve())
+    tasks, out = request.tasks.resolve(), request.out.resolve()
+    tracker = EvaluationTracker(output_path=str(out))
     try:
-        results = simple_evaluate(
-            model="hf",
-            model_args=arguments,
-            tasks=list(request.names),
-            num_fewshot=request.num_fewshot,
-            limit=request.limit,
-            batch_size=request.batch_size,
-            device=str(choose_device()),
-            apply_chat_template=request.with_chat_template,
-            task_manager=TaskManager(include_path=str(request.tasks), include_defaults=False),
-            evaluation_tracker=tracker,
-            log_samples=True,
-        )
-    except (ValueError, KeyError, FileNotFoundError, ConnectionError, RuntimeError) as error:
+        # Data files that a task names by a relative path lie in its folder.
+        with contextlib.chdir(tasks), _templates(may_run_code=request.may_run_code):
+            results = simple_evaluate(
+                model="hf" if model is None else model,
+                model_args=arguments,
+                tasks=list(request.names),
+                num_fewshot=request.num_fewshot,
+                limit=request.limit,
+                batch_size=request.batch_size,
+                device=str(choose_device()),
+                apply_chat_template=request.with_chat_template,
+                task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+                evaluation_tracker=tracker,
+                log_samples=True,
+                confirm_run_unsafe_code=request.may_run_code,
+            )
+    except (ValueError, KeyError, OSError, RuntimeError, TemplateError) as error:
+        if is_out_of_memory(error):
+            raise
         raise HarnessError(
             f"The evaluation harness cannot run {', '.join(request.names)}: {str(error).strip()[:500]}",
-            next_step="Let the task's dataset_path and data_files name files of this machine.",
+            next_step="Let the task's dataset_path and data_files name files of its folder.",
         ) from error
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for name in results["configs"]:
         tracker.save_results_samples(task_name=name, samples=samples[name])
-    return read_run(request.out)
+    return read_run(out)
+
+
+def prepare() -> None:
+    """Imports the harness so that it reaches no network; raises HarnessError where it is not installed."""
+    # Before anything of it is imported: its libraries read these once.
+    os.environ.update(_OFFLINE)
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise HarnessError(
+            f"The evaluation harness is not installed here ({error}).", next_step=f"Install it with: {INSTALL}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _templates(*, may_run_code: bool) -> Iterator[None]:
+    """Has the harness render a task's templates in Jinja's sandbox, out of which they reach no code."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    usual = utils.env
+    if not may_run_code:
+        utils.env = ImmutableSandboxedEnvironment(
+            loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline
+        )
+        utils.env.filters.update(usual.filters)
+    try:
+        yield
+    finally:
+        utils.env = usual
 
 
 def table(found: HarnessRun) -> str:
@@ -142,6 +160,7 @@ def main(given: Sequence[str] | None = None) -> int:
             limit=options.limit,
             batch_size=options.batch_size,
             with_chat_template=not options.without_chat_template,
+            may_run_code=options.tasks_may_run_code,
         )
         print(table(run(request)))
     except ExplainedError as error:
@@ -161,6 +180,7 @@ def _parse(given: Sequence[str] | None) -> Any:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows of each task only")
     parser.add_argument("--batch-size", default="8", metavar="N", help='rows at once, or "auto"')
     parser.add_argument("--without-chat-template", action="store_true", help="give the model the bare text of the task")
+    parser.add_argument("--tasks-may-run-code", action="store_true", help="run functions that the task files name")
     return parser.parse_args(given)
 
 

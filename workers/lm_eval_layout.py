@@ -41,6 +41,8 @@ class HarnessTask:
     higher_is_better: dict[str, bool | None]
     num_rows: int
     samples: list[dict[str, Any]] = field(default_factory=list)
+    subtasks: tuple[str, ...] = ()
+    """Of a group: what its figures are taken over."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def read_run(path: Path) -> HarnessRun:
                 higher_is_better=value.get("higher_is_better", {}).get(name, {}),
                 num_rows=int(value.get("n-samples", {}).get(name, {}).get("effective", 0)),
                 samples=list(_read_lines(samples)) if samples.exists() else [],
+                subtasks=tuple(value.get("group_subtasks", {}).get(name, ())),
             )
         return HarnessRun(str(value.get("model_name") or ""), tasks, value.get("config") or {})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

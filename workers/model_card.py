@@ -214,7 +214,8 @@ def _fault_lines(result: Result) -> list[str]:
         sentence = forgetting(general).sentence()
         found.append(f"- {sentence[0].lower()}{sentence[1:].rstrip('.')}")
     if result.suspicious:
-        found.append(f"- training rows that may be wrong, by their losses and contradictions: {len(result.suspicious)}")
+        num = result.provenance.num_suspicious_rows or len(result.suspicious)
+        found.append(f"- training rows that may be wrong, by their losses and contradictions: {num}")
     return found
 
 

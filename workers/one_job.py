@@ -122,6 +122,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--evaluate", action="store_true", help="train nothing: score the base, and --adapter-folder, on every row"
     )
     parser.add_argument("--adapter-folder", type=Path, metavar="DIR", help="with --evaluate: the adapter to score")
+    parser.add_argument(
+        "--tasks-folder", type=Path, metavar="DIR", help="with --evaluate: task files of lm-eval instead of a dataset"
+    )
+    parser.add_argument("--task", action="append", default=[], metavar="T", help="a task or group of that folder")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a task's question")
+    parser.add_argument("--without-chat-template", action="store_true", help="give the model a task's bare text")
+    parser.add_argument("--tasks-may-run-code", action="store_true", help="run functions that task files name")
+    parser.add_argument("--tasks-sha256", default="", metavar="HEX", help="what the task files must still be")
     parser.add_argument("--max-rows", type=int, metavar="N", help="with --evaluate: the first N usable rows only")
     parser.add_argument(
         "--base-scores", type=Path, metavar="DIR", help="keep what base models were measured at here, for later runs"
@@ -144,6 +152,8 @@ def _run(
     base_model = _place(
         options.base_model_folder, recipe.base_model.path, folders_of, BaseModelError, "base_model.path", "folder"
     )
+    if options.tasks_folder is not None:
+        return _run_tasks(options, recipe, base_model, report, control, held)
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
     quiet_environment()
     if read is None and held is None:
@@ -179,6 +189,37 @@ def _run(
         bases=bases,
         base_scores=scores,
     )
+
+
+def _run_tasks(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    base_model: Path,
+    report: Callable[[Any], None],
+    control: Control,
+    held: HeldBases | None,
+) -> Path | None:
+    """Standard tasks of the evaluation harness instead of a dataset's rows."""
+    quiet_environment()
+    from workers import devices
+    from workers.bases import Bases
+    from workers.quantised import QuantisedCache
+    from workers.task_suites import TaskRequest, evaluate_tasks
+
+    devices.set_threads()
+    bases = held or Bases()
+    cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
+    bases.prepare(read=read_with_stamps, cache=cache)
+    asked = TaskRequest(
+        folder=options.tasks_folder.resolve(), names=tuple(options.task), num_fewshot=options.num_fewshot,
+        max_rows=options.max_rows, with_chat_template=not options.without_chat_template,
+        may_run_code=options.tasks_may_run_code, definitions_sha256=options.tasks_sha256,
+    )  # fmt: skip
+    adapter = options.adapter_folder.resolve() if options.adapter_folder is not None else None
+    return evaluate_tasks(
+        recipe, base_model, options.out.resolve(), asked, adapter=adapter, report=report, should_stop=control.wanted,
+        attempt=options.attempt, bases=bases,
+    )  # fmt: skip
 
 
 def begin_reading(folder: Path) -> Reading:

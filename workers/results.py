@@ -152,6 +152,9 @@ class Provenance(_Part):
     num_steps: int = 0
     epochs: float = 0.0
     num_train_rows: int = 0
+    num_suspicious_rows: int | None = Field(
+        None, description="Training rows that may be wrong, of which a result lists the first."
+    )
     num_held_out_rows: int = Field(0, description="Held-out rows that the scores are from.")
     num_validation_rows: int = Field(
         0, description="Further held-out rows, on which early stopping and the best step were chosen."

@@ -5,6 +5,7 @@ The form, the API's schema and the command line (`python -m workers describe`) a
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ class Setting:
             if text in self.words:
                 return text
             if self.separator:
-                return tuple(part.strip() for part in text.split(self.separator) if part.strip())
+                # As in a CSV file: a part that holds the separator stands in quotes.
+                parts = next(csv.reader([text.replace("\n", " ")], delimiter=self.separator, skipinitialspace=True), [])
+                return tuple(part.strip() for part in parts if part.strip())
             return tuple(part for part in re.split(r"[,\s]+", text) if part)
         return text
 
@@ -235,10 +238,15 @@ def to_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(one) for one in value)
+        return ", ".join(_part(str(one)) for one in value)
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return str(value)
+
+
+def _part(text: str) -> str:
+    """One of several values, in quotes where it could be read as several."""
+    return '"' + text.replace('"', '""') + '"' if "," in text or '"' in text else text
 
 
 def quoted(text: str) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 100
+"""Rows that a result lists."""
 UNUSUAL = 2.0
 """Spreads above rows of like length from which a row's loss is unusual: 1 row in 44 where losses are normal. Hampel's
 rule cuts at 3, to throw rows away; a list for people to look through, the worst first, may be longer."""
@@ -95,7 +96,7 @@ class Suspect:
 def suspects(
     examples: Iterable[Example], lines: Sequence[int], num_tokens: Sequence[int], visits: Visits
 ) -> list[Suspect]:
-    """The training rows that may be wrong, the most suspicious first, at most 100.
+    """The training rows that may be wrong, the most suspicious first.
 
     Args:
         examples: the training rows.
@@ -121,7 +122,7 @@ def suspects(
         score = max(spread, 0.0) + added
         others = against.other_lines if against else ()
         found.append(Suspect(line, round(score, 3), round(spread, 3), " ".join(reasons), others))
-    return sorted(found, key=lambda one: (-one.score, one.line))[:MAX_ROWS]
+    return sorted(found, key=lambda one: (-one.score, one.line))
 
 
 def spreads_of(visits: Visits, num_tokens: Sequence[int]) -> NDArray[np.float64]:

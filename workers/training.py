@@ -61,7 +61,7 @@ from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, Susp
 from workers.schedule import learning_rate
 from workers.splitting import split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
-from workers.suspicion import Visits, suspects
+from workers.suspicion import MAX_ROWS, Visits, suspects
 from workers.test_sets import rows_sha256, settings_sha256
 from workers.validating import Validator, validation_event
 
@@ -757,8 +757,16 @@ def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     return rows
 
 
-def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
-    """The training rows that may be wrong, with their losses by the adapter and by the base."""
+@dataclass(frozen=True)
+class Suspicious:
+    """Training rows that may be wrong: how many there are, and the most suspicious of them."""
+
+    num_rows: int
+    worst: tuple[SuspiciousRecord, ...] = ()
+
+
+def suspicious_rows(run: Run, model: Any) -> Suspicious:
+    """The training rows that may be wrong, the worst with their losses by the adapter and by the base."""
     data, recipe = run.data, run.recipe
     trained_on = {data.tokens.lines[row] for row in data.train}
 
@@ -768,9 +776,10 @@ def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
                 yield row
 
     num_tokens = [_num_loss_tokens(data, row) for row in range(len(data.tokens))]
-    found = suspects(examples(), data.tokens.lines, num_tokens, run.visits)
-    if not found:
-        return ()
+    all_found = suspects(examples(), data.tokens.lines, num_tokens, run.visits)
+    if not all_found:
+        return Suspicious(0)
+    found = all_found[:MAX_ROWS]
     lines = {one.line for one in found}
     rows = [row for row in examples() if row.line in lines]
 
@@ -783,7 +792,7 @@ def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
     if not get_method(recipe.method).product.is_whole_model:  # then the base's own weights are gone
         with model.disable_adapter():
             of_base = losses()
-    return tuple(
+    worst = tuple(
         SuspiciousRecord(
             line=one.line,
             reason=one.reason,
@@ -795,6 +804,7 @@ def suspicious_rows(run: Run, model: Any) -> tuple[SuspiciousRecord, ...]:
         for one in found
         if one.line in of_adapter
     )
+    return Suspicious(len(all_found), worst)
 
 
 def package(
@@ -803,7 +813,7 @@ def package(
     base_rows: list[ScoredRow],
     adapter_rows: list[ScoredRow],
     general: tuple[ScoreRecord, ...],
-    suspicious: tuple[SuspiciousRecord, ...],
+    suspicious: Suspicious,
     position: Position,
     stopped_at: int | None,
     started: float,
@@ -826,7 +836,7 @@ def package(
         settings_sha256=settings_sha256(run.recipe.evaluation, run.renderer),
         general=general,
         overlap=run.data.overlap,
-        suspicious=suspicious,
+        suspicious=suspicious.worst,
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),
@@ -842,6 +852,7 @@ def package(
             num_steps=position.step,
             epochs=plan_epochs,
             num_train_rows=len(run.data.train),
+            num_suspicious_rows=suspicious.num_rows,
             num_held_out_rows=len(run.data.held_out),
             **_choice(run, position),
             dataset_sha256=run.data.sha256,

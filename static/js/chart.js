@@ -30,6 +30,18 @@
     return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(4)).toString();
   };
 
+  // The axes of a chart over steps, in the colours of its box.
+  const axes = (box) => {
+    const grid = { stroke: colour(box, "text-base-content", 0.12), width: 1 };
+    const axis = { stroke: colour(box, "text-base-content", 0.75), grid, ticks: grid, font: "12px system-ui, sans-serif" };
+    return [
+      { ...axis, values: (_plot, splits) => splits.map((at) => (Number.isInteger(at) ? at.toLocaleString("en") : "")) },
+      { ...axis, size: 58, values: (_plot, splits) => splits.map(figure) },
+    ];
+  };
+
+  const STEP = { label: "Step", value: (_plot, found) => (found === null ? "–" : String(found)) };
+
   class Curves {
     constructor(root) {
       this.root = root;
@@ -80,28 +92,18 @@
     series(box, name) {
       const line = colour(box, "text-primary");
       const value = (_plot, found) => figure(found);
-      const step = { label: "Step", value: (_plot, found) => (found === null ? "–" : String(found)) };
-      if (name !== "loss") return [step, { label: "Value", stroke: line, width: 2, spanGaps: true, points: { show: false }, value }];
+      if (name !== "loss") return [STEP, { label: "Value", stroke: line, width: 2, spanGaps: true, points: { show: false }, value }];
       const dot = colour(box, "text-warning");
       return [
-        step,
+        STEP,
         { label: "Loss", stroke: colour(box, "text-primary", 0.35), width: 1, spanGaps: true, points: { show: false }, value },
         { label: "Smoothed", stroke: line, width: 2, spanGaps: true, points: { show: false }, value },
         { label: "Validation", stroke: dot, width: 1.5, dash: [4, 4], spanGaps: true, points: { show: true, size: 7, fill: dot }, value },
       ];
     }
 
-    axis(box) {
-      const grid = { stroke: colour(box, "text-base-content", 0.12), width: 1 };
-      return { stroke: colour(box, "text-base-content", 0.75), grid, ticks: grid, font: "12px system-ui, sans-serif" };
-    }
-
     build(chart) {
       const { box, name } = chart;
-      const axes = [
-        { ...this.axis(box), values: (_plot, splits) => splits.map((at) => (Number.isInteger(at) ? at.toLocaleString("en") : "")) },
-        { ...this.axis(box), size: 58, values: (_plot, splits) => splits.map(figure) },
-      ];
       const options = {
         width: Math.max(200, box.clientWidth),
         height: Math.max(160, box.clientHeight - 30),
@@ -109,7 +111,7 @@
         legend: { live: true },
         cursor: { sync: { key: "job" }, drag: { x: true, y: false } },
         series: this.series(box, name),
-        axes,
+        axes: axes(box),
       };
       chart.plot = new uPlot(options, this.dataOf(name), box);
     }
@@ -139,4 +141,5 @@
   }
 
   window.Curves = Curves;
+  window.ChartParts = { axes, figure, STEP };
 })();

@@ -2,6 +2,7 @@
 document.addEventListener("DOMContentLoaded", () => {
   const section = document.getElementById("compare-curves");
   if (!section) return;
+  const { axes, figure, STEP } = ChartParts;
   const box = section.querySelector("[data-chart]");
   const empty = section.querySelector("[data-chart-empty]");
   let curves = [];
@@ -11,8 +12,6 @@ document.addEventListener("DOMContentLoaded", () => {
   // Neighbours in the list are far apart on the colour wheel; each is light on dark and dark on light.
   const hue = (index) => (index * 137.5 + 250) % 360;
   const colour = (index, alpha = 1) => `oklch(${isDark() ? 0.78 : 0.52} 0.14 ${hue(index)} / ${alpha})`;
-  const ink = (alpha) => `color-mix(in oklab, ${getComputedStyle(section).color} ${alpha * 100}%, transparent)`;
-  const figure = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
 
   // One column per curve and kind over the steps of all of them.
   const data = () => {
@@ -30,8 +29,6 @@ document.addEventListener("DOMContentLoaded", () => {
 
   const draw = () => {
     plot?.destroy();
-    const grid = { stroke: ink(0.12), width: 1 };
-    const axis = { stroke: ink(0.75), grid, ticks: grid, font: "12px system-ui, sans-serif" };
     const value = (_plot, found) => figure(found);
     const series = curves.flatMap((one, index) => [
       { label: `${one.label}, training`, stroke: colour(index, 0.4), width: 1.25, spanGaps: true, points: { show: false }, value },
@@ -43,11 +40,8 @@ document.addEventListener("DOMContentLoaded", () => {
         height: 320,
         scales: { x: { time: false } },
         cursor: { drag: { x: true, y: false } },
-        series: [{ label: "Step", value: (_plot, found) => (found === null ? "–" : String(found)) }, ...series],
-        axes: [
-          { ...axis, values: (_plot, splits) => splits.map((at) => (Number.isInteger(at) ? at.toLocaleString("en") : "")) },
-          { ...axis, size: 58, values: (_plot, splits) => splits.map(figure) },
-        ],
+        series: [STEP, ...series],
+        axes: axes(box),
       },
       data(),
       box,

@@ -6,7 +6,8 @@
   const RATE_SECONDS = 5;
 
   const size = (bytes) => {
-    const [unit, value] = bytes >= 1e9 ? ["GB", bytes / 1e9] : ["MB", bytes / 1e6];
+    // In units of 1024, as the pages say sizes.
+    const [unit, value] = bytes >= 1024 ** 3 ? ["GB", bytes / 1024 ** 3] : ["MB", bytes / 1024 ** 2];
     return `${value < 10 ? value.toFixed(1) : Math.round(value)} ${unit}`;
   };
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Generic, TypeVar
@@ -15,7 +13,7 @@ from pydantic import Field
 
 from studio.api.errors import ApiError
 from studio.api.schemas import QueryFields
-from studio.keyset import Key, read_cursor
+from studio.keyset import Key, pack, read_cursor, unpack
 
 MAX_LIMIT = 200
 
@@ -54,12 +52,12 @@ def page_of(rows: QuerySet[Row], query: PageQuery, *, newest_by: str = "created_
 
 
 def _cursor(moment: datetime, key: Any) -> str:
-    return base64.urlsafe_b64encode(json.dumps([moment.isoformat(), str(key)]).encode()).decode().rstrip("=")
+    return pack([moment.isoformat(), str(key)])
 
 
 def _read_cursor(rows: QuerySet[Row], cursor: str) -> tuple[datetime, Any]:
     try:
-        moment, key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        moment, key = unpack(cursor)
         return datetime.fromisoformat(moment), rows.model._meta.pk.to_python(key)
     # ValueError covers broken base64, JSON and dates; Django says ValidationError for a key of the wrong type.
     except Exception as error:

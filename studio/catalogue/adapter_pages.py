@@ -48,6 +48,7 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
     files = entries(found)
     thresholds = thresholds_of(request.team)
     findings = findings_of(found, thresholds)
+    faults = {one.code for one in findings if one.level == Level.BAD}
     return render(
         request,
         "catalogue/adapter.html",
@@ -61,7 +62,8 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
                 groups,
                 figure=evaluation_of(found, thresholds.figure),
                 allowed_rise=thresholds.allowed_rise,
-                is_leaked=any(one.code == "overlap" and one.level == Level.BAD for one in findings),
+                is_leaked="overlap" in faults,
+                is_damaged="damaged" in faults,
             ),
             **_samples_context(request, found),
             "tally": blind.Tally.from_counts(found.choice_counts),  # type: ignore[attr-defined]

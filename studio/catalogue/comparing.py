@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from studio.catalogue.models import EvaluationRun, RowCounts, RunComparison
 from workers.errors import ExplainedError
 from workers.evaluations import evaluations, name_of_key
 from workers.statistics import compare_counts, holm
+from workers.task_scores import HARNESS, SMALLEST_EFFECT, mean
 from workers.verdicts import Verdict, rows_needed, rows_recommended, verdict
 
 
@@ -29,18 +31,16 @@ def compare_runs(run: EvaluationRun, other: EvaluationRun, evaluation: str) -> R
     known = RunComparison.objects.filter(run=run, other=other, evaluation=evaluation).first()
     if known is not None:
         return known
-    if name_of_key(evaluation) not in evaluations():
-        raise NotComparableError("This evaluation is not installed any more.")
-    metric = evaluations()[name_of_key(evaluation)]
+    measured = _figure_of(run, evaluation)
     pairs = _pairs(run, other, evaluation)
     found = compare_counts(
-        [theirs for theirs, _ in pairs], [own for _, own in pairs], figure=metric.figure, bounds=metric.bounds
+        [theirs for theirs, _ in pairs], [own for _, own in pairs], figure=measured.figure, bounds=measured.bounds
     )
-    effect = metric.effect_at(found.base.value)
+    effect = measured.effect_at(found.base.value)
     kept, _ = RunComparison.objects.get_or_create(
         run=run, other=other, evaluation=evaluation,
         defaults={
-            "higher_is_better": metric.higher_is_better, "num_rows": found.num_rows, "value": found.adapter.value,
+            "higher_is_better": measured.higher_is_better, "num_rows": found.num_rows, "value": found.adapter.value,
             "other_value": found.base.value, "difference": found.difference.value,
             "difference_low": found.difference.low, "difference_high": found.difference.high,
             "interval_method": found.interval_method, "p_value": found.p_value,
@@ -49,6 +49,31 @@ def compare_runs(run: EvaluationRun, other: EvaluationRun, evaluation: str) -> R
         },
     )  # fmt: skip
     return kept
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """How an evaluation's sums over rows become its figure."""
+
+    figure: Callable[[Any], Any]
+    bounds: tuple[float, float] | None
+    higher_is_better: bool
+    effect_at: Callable[[float], float]
+
+
+def _figure_of(run: EvaluationRun, evaluation: str) -> _Figure:
+    name = name_of_key(evaluation)
+    if name == HARNESS:
+        measured = run.base_figures.get(evaluation, {})
+        # Shares of rows, nearly all of them; a figure of another kind has the same 5 % of its size.
+        return _Figure(
+            mean, None, bool(measured.get("higher_is_better", True)),
+            lambda base: SMALLEST_EFFECT * max(1.0, abs(base)),
+        )  # fmt: skip
+    if name not in evaluations():
+        raise NotComparableError("This evaluation is not installed any more.")
+    metric = evaluations()[name]
+    return _Figure(metric.figure, metric.bounds, metric.higher_is_better, metric.effect_at)
 
 
 def why_not_comparable(run: EvaluationRun, other: EvaluationRun) -> str | None:

@@ -242,7 +242,9 @@ def _incomplete(adapter: Adapter, _thresholds: Thresholds) -> Finding | None:
 
 
 def _suspicious(adapter: Adapter, thresholds: Thresholds) -> Finding | None:
-    num, num_rows = len(adapter.suspicious), adapter.provenance.get("num_train_rows") or 0
+    # Adapters of before it was counted have the list alone, which ends at 100 rows.
+    num = adapter.provenance.get("num_suspicious_rows") or len(adapter.suspicious)
+    num_rows = adapter.provenance.get("num_train_rows") or 0
     if not num or not num_rows:
         return None
     # The whole interval decides, as for forgetting: of 100 faultless rows a few stand out by chance alone.

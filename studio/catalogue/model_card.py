@@ -11,7 +11,7 @@ from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
 
 from studio.accounts.models import ApiToken, AuditEvent, User, record
-from studio.catalogue.models import Adapter, Score, TestSet
+from studio.catalogue.models import Adapter, Score, Suite, TestSet
 from studio.storage import open_adapter_file
 from workers.errors import ExplainedError
 from workers.model_card import HELD_OUT_SPLIT, MeasuredOn, front_matter
@@ -99,11 +99,16 @@ def adapter_front_matter(adapter: Adapter) -> str:
 def _test_set(adapter: Adapter, score: Score) -> tuple[str, str, str]:
     """Name, split and digest of the rows that a score is of."""
     if score.test_set == TestSet.SUITE and score.run.suite is not None:
-        return str(score.run.suite), "suite", score.run.suite.dataset_version.sha256
+        return str(score.run.suite), "suite", _rows_sha256(score.run.suite)
     if score.test_set == TestSet.GENERAL:
         return "PEFT Studio general set", "test", score.run.test_set_sha256
     dataset = adapter.recipe.get("dataset", {})
     return str(dataset.get("name", "dataset")), HELD_OUT_SPLIT, str(dataset.get("sha256") or "")
+
+
+def _rows_sha256(suite: Suite) -> str:
+    """Digest of what a suite's rows come from: of the dataset's file, or of the task files."""
+    return suite.dataset_version.sha256 if suite.dataset_version else str(suite.evaluation["definitions_sha256"])
 
 
 def edited_readme(adapter: Adapter) -> bytes:

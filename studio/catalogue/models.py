@@ -193,15 +193,23 @@ class AliasMove(models.Model):
 
 
 class Suite(models.Model):
-    """A version of a team's benchmark: the rows of a dataset and what is measured on them. Never changed once made."""
+    """A version of a team's benchmark: rows and what is measured on them. Never changed once made.
+
+    The rows are those of a dataset version, or of standard tasks of the evaluation harness, which say themselves what
+    is measured.
+    """
 
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="suites")
     name = models.CharField(max_length=120)
     version = models.PositiveIntegerField(default=1)
     description = models.TextField(blank=True)
-    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="suites")
-    evaluation = models.JSONField(help_text="workers.recipe.EvaluationSettings: metrics, answers, their length.")
-    max_rows = models.PositiveIntegerField(null=True, help_text="Rows from the beginning; null: all of them.")
+    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, null=True, related_name="suites")
+    tasks = models.JSONField(default=list, help_text="Names of standard tasks; empty: the rows are a dataset's.")
+    evaluation = models.JSONField(
+        help_text="workers.recipe.EvaluationSettings: metrics, answers, their length; of tasks: num_fewshot, "
+        "with_chat_template, definitions_sha256."
+    )
+    max_rows = models.PositiveIntegerField(null=True, help_text="Rows from the beginning, of each task; null: all.")
     is_guardrail = models.BooleanField(
         default=False, help_text="Run on every new adapter; a loss on it counts as forgetting."
     )
@@ -211,7 +219,12 @@ class Suite(models.Model):
 
     class Meta:
         constraints: ClassVar = [
-            models.UniqueConstraint(fields=["team", "name", "version"], name="one_suite_per_version")
+            models.UniqueConstraint(fields=["team", "name", "version"], name="one_suite_per_version"),
+            models.CheckConstraint(
+                condition=models.Q(dataset_version__isnull=False, tasks=[])
+                | (models.Q(dataset_version__isnull=True) & ~models.Q(tasks=[])),
+                name="a_suite_has_a_dataset_or_tasks",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -221,7 +234,9 @@ class Suite(models.Model):
         return reverse("catalogue:suite", args=[self.pk])
 
     def chosen_evaluations(self) -> list[Evaluation]:
-        """What it measures; without those whose plug-ins are not installed any more."""
+        """What it measures; without those whose plug-ins are not installed any more. Tasks say it themselves."""
+        if self.tasks:
+            return []
         metrics = EvaluationSettings.model_validate(self.evaluation).metrics
         known = evaluations()
         return choose_evaluations([one for one in metrics if (one if isinstance(one, str) else one.name) in known])

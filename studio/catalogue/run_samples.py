@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
-from django.db.models import Count, F, FloatField, Q, QuerySet, Value
+from django.db.models import Count, F, FloatField, Q, QuerySet
 from django.db.models.fields.json import KeyTextTransform, KeyTransform
-from django.db.models.functions import Cast, Coalesce
+from django.db.models.functions import Cast
 
+from studio.catalogue.answer_rows import PAGE_SIZE, Tab, place_of, search_of, word_of, worst_first
 from studio.catalogue.models import EvaluationRun, RunSample
 from studio.catalogue.word_diff import Piece, word_diff
-from studio.query_values import whole_number
 
-PAGE_SIZE = 20
-MAX_SEARCH = 200
 SHOWN = {
     "": ("All", Q()),
     "regressions": ("Regressions", Q(change__lt=0)),
@@ -27,8 +25,6 @@ SHOWN = {
 DIFFS = {"": "Plain", "reference": "Against the expected answer", "base": "Against the base's answer"}
 # Functions of the loss say of a row what the loss says: where there is another metric, that one tells more.
 _LOSSES = {"loss", "perplexity", "byte_perplexity"}
-# Further from zero than any figure's change: rows without one come last.
-_NO_CHANGE = 1e300
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,9 @@ class Filters:
         return cls(
             metric=metric if metric in metrics else _usual(metrics),
             show=show if show in SHOWN else "",
-            search=str(query.get("q", "")).replace("\0", "")[:MAX_SEARCH].strip(),
+            search=search_of(query),
             diff=diff if diff in DIFFS else "",
-            after=_place(str(query.get("after", ""))),
+            after=place_of(query),
         )
 
     def query(self, **changes: str) -> str:
@@ -78,15 +74,6 @@ class Filters:
 
 def _usual(metrics: Mapping[str, Metric]) -> str:
     return next((key for key in metrics if key not in _LOSSES), next(iter(metrics), ""))
-
-
-def _place(text: str) -> tuple[float, int] | None:
-    change, _, key = text.partition("_")
-    number = whole_number(key)
-    try:
-        return (float(change), number) if number is not None else None
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -114,19 +101,7 @@ class RunRow:
     @property
     def word(self) -> str:
         """How the row went, in a word; empty where it has no figure of both."""
-        if self.change is None:
-            return ""
-        return "regression" if self.change < 0 else "improvement" if self.change > 0 else "tie"
-
-
-@dataclass(frozen=True)
-class Tab:
-    """One choice of what is shown, with how many there are."""
-
-    value: str
-    label: str
-    count: int
-    query: str
+        return word_of(self.change)
 
 
 @dataclass(frozen=True)
@@ -174,17 +149,9 @@ def _measured(run: EvaluationRun, metric: Metric | None) -> QuerySet[RunSample]:
 
 def _chosen(rows: QuerySet[RunSample], filters: Filters) -> QuerySet[RunSample]:
     rows = rows.filter(SHOWN[filters.show][1])
-    change = -F("change") if filters.show == "improvements" else F("change")
-    rows = rows.annotate(order=Coalesce(change, Value(_NO_CHANGE), output_field=FloatField()))
-    if filters.search:
-        anywhere = Q()
-        for name in ("prompt", "reference", "base_answer", "adapter_answer"):
-            anywhere |= Q(**{f"{name}__icontains": filters.search})
-        rows = rows.filter(anywhere)
-    if filters.after is not None:
-        order, key = filters.after
-        rows = rows.filter(Q(order__gt=order) | Q(order=order, pk__gt=key))
-    return rows.order_by("order", "pk")
+    return worst_first(
+        rows, F("change"), best_first=filters.show == "improvements", search=filters.search, after=filters.after
+    )
 
 
 def _row(sample: RunSample, metrics: Mapping[str, Metric], filters: Filters) -> RunRow:

@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
-from django.db.models import Count, F, FloatField, Q, QuerySet, Value
-from django.db.models.functions import Coalesce, Length
+from django.db.models import Count, F, Q, QuerySet
+from django.db.models.functions import Length
 
+from studio.catalogue.answer_rows import PAGE_SIZE, Tab, place_of, search_of, word_of, worst_first
 from studio.catalogue.models import Adapter, Sample
 from studio.catalogue.sample_figures import measure_older
 from studio.catalogue.word_diff import Piece, word_diff
-from studio.query_values import whole_number
 from workers.evaluations import evaluations
 
-PAGE_SIZE = 20
-MAX_SEARCH = 200
 # How much longer, in characters, an answer is that counts as longer.
 LENGTH_RATIO = 1.5
 
@@ -34,8 +32,6 @@ LENGTHS = {
     "shorter": ("Much shorter than the base's", Q(adapter_length__lt=F("base_length") / LENGTH_RATIO)),
 }
 DIFFS = {"": "Plain", "reference": "Against the reference", "base": "Against the base's answer"}
-# Further from zero than any figure's change: rows without a figure come last.
-_NO_CHANGE = 1e9
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,13 @@ class Filters:
     @classmethod
     def from_query(cls, query: Mapping[str, Any]) -> Filters:
         show, length, diff = (str(query.get(name, "")) for name in ("show", "length", "diff"))
-        search = str(query.get("q", "")).replace("\0", "")[:MAX_SEARCH].strip()
+        search = search_of(query)
         return cls(
             show=show if show in SHOWN else "",
             length=length if length in LENGTHS else "",
             search=search,
             diff=diff if diff in DIFFS else "",
-            after=_place(str(query.get("after", ""))),
+            after=place_of(query),
         )
 
     def are_set(self) -> bool:
@@ -68,15 +64,6 @@ class Filters:
         """The same choices as the query of a URL, from the first sample unless `after` is given."""
         values = {"show": self.show, "length": self.length, "q": self.search, "diff": self.diff} | changes
         return urlencode({name: value for name, value in values.items() if value})
-
-
-def _place(text: str) -> tuple[float, int] | None:
-    change, _, key = text.partition("_")
-    number = whole_number(key)
-    try:
-        return (float(change), number) if number is not None else None
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -98,9 +85,7 @@ class SampleRow:
     @property
     def word(self) -> str:
         """How the row went, in a word; empty where it has no figure."""
-        if self.change is None:
-            return ""
-        return "regression" if self.change < 0 else "improvement" if self.change > 0 else "tie"
+        return word_of(self.change)
 
     @property
     def num_words(self) -> int:
@@ -114,16 +99,6 @@ class SampleRow:
     @property
     def words_fewer(self) -> int:
         return -self.words_more
-
-
-@dataclass(frozen=True)
-class Tab:
-    """One choice of what is shown, with how many there are."""
-
-    value: str
-    label: str
-    count: int
-    query: str
 
 
 @dataclass(frozen=True)
@@ -175,20 +150,12 @@ def _chosen(adapter: Adapter, filters: Filters) -> QuerySet[Sample]:
     """The asked samples: the worst first, improvements the best first; equal ones as they were stored."""
     # Never filter(adapter__...): the index on the adapter alone finds its rows.
     rows = Sample.objects.filter(adapter=adapter).filter(SHOWN[filters.show][1])
-    change = -CHANGE if filters.show == "improvements" else CHANGE
-    rows = rows.annotate(order=Coalesce(change, Value(_NO_CHANGE), output_field=FloatField()))
     if filters.length:
         rows = rows.annotate(adapter_length=Length("adapter_answer"), base_length=Length("base_answer"))
         rows = rows.filter(LENGTHS[filters.length][1])
-    if filters.search:
-        anywhere = Q()
-        for name in ("prompt", "reference", "base_answer", "adapter_answer"):
-            anywhere |= Q(**{f"{name}__icontains": filters.search})
-        rows = rows.filter(anywhere)
-    if filters.after is not None:
-        order, key = filters.after
-        rows = rows.filter(Q(order__gt=order) | Q(order=order, pk__gt=key))
-    return rows.order_by("order", "pk")
+    return worst_first(
+        rows, CHANGE, best_first=filters.show == "improvements", search=filters.search, after=filters.after
+    )
 
 
 def _row(sample: Sample, diff: str) -> SampleRow:

@@ -101,6 +101,7 @@ def summary(
     figure: str = "loss",
     allowed_rise: float = ALLOWED_RISE,
     is_leaked: bool = False,
+    is_damaged: bool = False,
 ) -> Summary | None:
     """The scores in words; None when nothing was measured. Runs that are not complete have no say.
 
@@ -108,6 +109,7 @@ def summary(
         figure: the evaluation that decides where others tell nothing.
         allowed_rise: of the loss on the general set, as a share of the base's.
         is_leaked: held-out rows were trained on, so that its scores there say nothing.
+        is_damaged: its files are not those that were scored.
     """
     complete = [group for group in groups if group.run.is_complete()]
     incomplete = [
@@ -124,8 +126,10 @@ def summary(
     worse = [group for group in rest if group.num_worse(allowed_rise)]
     warnings = [_sentence(group, allowed_rise) for group in worse] + incomplete
     others = [_sentence(group, allowed_rise) for group in rest if group not in worse]
+    if is_damaged:
+        warnings.insert(0, "Its files are damaged: the scores are of what it was before.")
     num_better, num_worse = first.count(Verdict.BETTER), first.num_worse(allowed_rise)
-    is_better = False if num_worse or worse else True if num_better else None
+    is_better = False if num_worse or worse or is_damaged else True if num_better else None
     if first.run.test_set != TestSet.HELD_OUT:
         return Summary(f"On {first.title}: {_counts(first)}.", warnings, others, is_better, first.measures)
     if is_leaked:

@@ -19,6 +19,7 @@ from studio.catalogue.comparing import NotComparableError, compare_runs
 from studio.catalogue.models import EvaluationRun, RunComparison, Suite, TestSet
 from studio.catalogue.run_samples import SHOWN, Filters, metrics_of, run_page
 from studio.catalogue.suites import archive_suite, make_suite
+from studio.catalogue.task_suites import make_task_suite, offered_tasks
 from studio.datasets.models import DatasetVersion
 from workers.errors import RecipeError
 from workers.verdicts import Verdict, verdict
@@ -34,7 +35,8 @@ class SuiteOut(Out):
     name: str
     version: int
     description: str
-    dataset_version_id: int
+    dataset_version_id: int | None
+    tasks: list[str] = Field(description="Standard tasks; empty: the rows are a dataset's.")
     evaluation: dict[str, Any]
     max_rows: int | None
     is_guardrail: bool
@@ -50,6 +52,35 @@ class SuiteIn(Body):
     evaluation: dict[str, Any] = Field(description="Metrics, number of answers and their length, as in a recipe.")
     description: str = Field("", max_length=2000)
     max_rows: int | None = Field(None, ge=1)
+    is_guardrail: bool = Field(False, description="Score every new adapter of the team on it.")
+
+
+class TaskOut(Out):
+    """A standard task, or a group of tasks, that a suite can be made of."""
+
+    name: str
+    description: str
+    tasks: list[str] = Field(description="Of a group: what it consists of.")
+    num_rows: int | None = Field(description="null where that cannot be told from the task file")
+    runs_code: str = Field(description="What in it runs code; empty without any.")
+
+
+class TasksOut(Out):
+    """What the studio's folder of tasks holds, and what is missing to run it."""
+
+    tasks: list[TaskOut]
+    missing: list[str]
+
+
+class TaskSuiteIn(Body):
+    """A suite of standard tasks; a name that exists makes its next version."""
+
+    name: str = Field(min_length=1, max_length=120)
+    tasks: list[str] = Field(min_length=1, description="Names of tasks or groups of /tasks/.")
+    num_fewshot: int | None = Field(None, description="Examples before a question; null: as each task says.")
+    with_chat_template: bool = Field(True, description="Put questions into the model's chat template.")
+    description: str = Field("", max_length=2000)
+    max_rows: int | None = Field(None, ge=1, description="Of each task.")
     is_guardrail: bool = Field(False, description="Score every new adapter of the team on it.")
 
 
@@ -149,6 +180,28 @@ def create_suite(request: ApiRequest, body: SuiteIn) -> Status[Suite]:
             evaluation=body.evaluation, description=body.description, max_rows=body.max_rows,
             is_guardrail=body.is_guardrail,
         )  # fmt: skip
+    except RecipeError as error:
+        raise ApiError(422, error.code, error.message, field=error.field, help=error.next_step) from error
+    return Status(201, made)
+
+
+@router.get("tasks/", response={200: TasksOut, **ERRORS}, summary="Standard tasks that suites can be made of")
+def list_tasks(request: ApiRequest) -> dict[str, Any]:
+    """What the folder of tasks holds: every team sees the same."""
+    offer = offered_tasks()
+    tasks = [
+        {"name": one.name, "description": one.description, "tasks": list(one.tasks), "num_rows": one.num_rows,
+         "runs_code": one.code}
+        for one in offer.tasks
+    ]  # fmt: skip
+    return {"tasks": tasks, "missing": offer.missing}
+
+
+@router.post("task-suites/", response={201: SuiteOut, **ERRORS}, auth=may_write, summary="Make a suite of tasks")
+def create_task_suite(request: ApiRequest, body: TaskSuiteIn) -> Status[Suite]:
+    """Make a suite of standard tasks, or the next version of one."""
+    try:
+        made = make_task_suite(team=request.team, user=request.user, token=request.token, **body.model_dump())
     except RecipeError as error:
         raise ApiError(422, error.code, error.message, field=error.field, help=error.next_step) from error
     return Status(201, made)

@@ -15,6 +15,7 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, Team
 from studio.catalogue.models import BaseModel, Suite
 from studio.catalogue.suites import archive_suite, make_suite, run_rows, set_guardrail
+from studio.catalogue.task_suites import MAX_FEWSHOT, Offer, make_task_suite, offered_tasks
 from studio.datasets.models import DatasetVersion, VersionState
 from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
 from studio.query_values import whole_number
@@ -111,7 +112,7 @@ def suites(request: TeamRequest) -> HttpResponse:
 @team_page(Role.TRAINER)
 def new_suite(request: TeamRequest) -> HttpResponse:
     """Make a suite, or the next version of one."""
-    before = request.team.suites.filter(pk=whole_number(request.GET.get("from", "")) or 0).first()
+    before = request.team.suites.filter(tasks=[], pk=whole_number(request.GET.get("from", "")) or 0).first()
     form = SuiteForm(request.POST or None, team=request.team, initial=_initial(before))
     if request.method == "POST" and form.is_valid():
         values = form.cleaned_data
@@ -130,16 +131,72 @@ def new_suite(request: TeamRequest) -> HttpResponse:
     return render(request, "catalogue/new_suite.html", {"form": form, "before": before}, status=status)
 
 
+class TaskSuiteForm(forms.Form):
+    """Which standard tasks a suite measures, and how they are asked."""
+
+    name = forms.CharField(max_length=120, help_text="A name that exists makes its next version.")
+    tasks = forms.MultipleChoiceField(error_messages={"required": "Choose at least one task."})
+    num_fewshot = forms.IntegerField(
+        min_value=0, max_value=MAX_FEWSHOT, required=False, label="Examples before a question",
+        help_text="Empty: as many as each task says.",
+    )  # fmt: skip
+    max_rows = forms.IntegerField(
+        min_value=1, required=False, label="Rows at most", help_text="The first ones of each task; empty for all."
+    )
+    with_chat_template = forms.BooleanField(
+        required=False, initial=True, label="As a conversation",
+        help_text="Questions stand in the model's chat template, as the adapter was trained. Published figures of base "
+        "models are often measured without.",
+    )  # fmt: skip
+    is_guardrail = forms.BooleanField(
+        required=False, label="Guardrail", help_text="Every new adapter of the team is scored on it by itself."
+    )
+    description = forms.CharField(required=False, max_length=2000, widget=forms.Textarea(attrs={"rows": 2}))
+
+    def __init__(self, *args: Any, offer: Offer, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.offer = offer
+        self.fields["tasks"].choices = [(one.name, one.name) for one in offer.tasks]  # type: ignore[attr-defined]
+
+    def chosen(self) -> set[str]:
+        """The tasks that are ticked."""
+        return set(self["tasks"].value() or ())
+
+
+@require_http_methods(["GET", "POST"])
+@team_page(Role.TRAINER)
+def new_task_suite(request: TeamRequest) -> HttpResponse:
+    """Make a suite of standard tasks, or the next version of one."""
+    before = request.team.suites.exclude(tasks=[]).filter(pk=whole_number(request.GET.get("from", "")) or 0).first()
+    initial = {}
+    if before is not None:
+        names = ("name", "tasks", "description", "max_rows", "is_guardrail")
+        initial = {name: getattr(before, name) for name in names} | before.evaluation
+    form = TaskSuiteForm(request.POST or None, offer=offered_tasks(), initial=initial)
+    if request.method == "POST" and form.is_valid():
+        try:
+            suite = make_task_suite(team=request.team, user=request.user, **form.cleaned_data)
+        except ExplainedError as error:
+            for field, sentence in error.by_field():
+                form.add_error(field if field in form.fields else None, sentence)
+        else:
+            messages.success(request, f"{suite} is made. Run it on an adapter or a base model.")
+            return redirect("catalogue:suite", suite.pk)
+    status = 422 if request.method == "POST" else 200
+    return render(request, "catalogue/new_task_suite.html", {"form": form, "before": before}, status=status)
+
+
 @require_GET
 @team_page()
 def suite(request: TeamRequest, suite_id: int) -> HttpResponse:
     """A suite with everything that ran on it."""
     found = _get(request, suite_id)
+    columns, rows = run_rows(found)
     adapters = request.team.adapters.only("pk", "name", "version").order_by("-created_at")[:MAX_CHOICES]
     return render(
         request, "catalogue/suite.html",
         {
-            "suite": found, "rows": run_rows(found), "metrics": found.metric_labels(),
+            "suite": found, "rows": rows, "metrics": [one.label for one in columns],
             "adapters": list(adapters), "bases": list(BaseModel.objects.only("pk", "name").order_by("name")),
             "may_train": request.membership.may(Role.TRAINER), "key": secrets.token_urlsafe(16),
         },

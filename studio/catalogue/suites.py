@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,7 @@ def make_suite(
     Raises:
         RecipeError: the dataset is not ready or not the team's, or a setting is wrong; with the field.
     """
-    name = name.strip()
-    if not name:
-        raise RecipeError("A suite needs a name.", field="name")
+    name = check_name(name, max_rows)
     if dataset_version.dataset.team_id != team.pk or dataset_version.state != VersionState.READY:
         raise RecipeError(
             "Choose a version of a dataset of your team that was inspected and is ready.", field="dataset_version"
@@ -54,8 +53,6 @@ def make_suite(
             f"{dataset_version} holds {dataset_version.example_type_label()}; a suite scores answers in conversations.",
             field="dataset_version",
         )
-    if max_rows is not None and max_rows < 1:
-        raise RecipeError("A suite has at least one row.", field="max_rows")
     try:
         settings = EvaluationSettings.model_validate(evaluation)
     except ValidationError as error:
@@ -75,13 +72,31 @@ def make_suite(
                 next_step="Set the number of answers to generate, or choose metrics of the loss.",
                 field="evaluation.num_generated",
             )
+    return add_suite(
+        team=team, user=user, name=name, token=token, description=description, dataset_version=dataset_version,
+        evaluation=settings.model_dump(mode="json"), max_rows=max_rows, is_guardrail=is_guardrail,
+    )  # fmt: skip
+
+
+def check_name(name: str, max_rows: int | None) -> str:
+    """The name as it is kept; raises RecipeError for what no suite can have."""
+    if not name.strip():
+        raise RecipeError("A suite needs a name.", field="name")
+    if max_rows is not None and max_rows < 1:
+        raise RecipeError("A suite has at least one row.", field="max_rows")
+    return name.strip()
+
+
+def add_suite(
+    *, team: Team, user: User, name: str, is_guardrail: bool, token: ApiToken | None = None, **facts: Any
+) -> Suite:
+    """The team's suite of a name in its next version, from checked facts."""
     with transaction.atomic():
         lock_versions(team.pk, f"suite {name}")
         newest = team.suites.filter(name=name).aggregate(newest=Max("version"))["newest"] or 0
         suite = Suite.objects.create(
-            team=team, name=name, version=newest + 1, description=description, dataset_version=dataset_version,
-            evaluation=settings.model_dump(mode="json"), max_rows=max_rows, is_guardrail=is_guardrail, created_by=user,
-        )  # fmt: skip
+            team=team, name=name, version=newest + 1, is_guardrail=is_guardrail, created_by=user, **facts
+        )
         # One version of a suite guards: with two of them every new adapter would run twice.
         if is_guardrail:
             team.suites.filter(name=name, is_guardrail=True).exclude(pk=suite.pk).update(is_guardrail=False)
@@ -116,6 +131,27 @@ def set_guardrail(suite: Suite, user: User, *, is_guardrail: bool, token: ApiTok
 
 
 @dataclass(frozen=True)
+class SuiteColumn:
+    """A figure of a suite, as a column of its table."""
+
+    key: str
+    label: str
+    higher_is_better: bool
+
+
+def columns_of(suite: Suite, runs: Sequence[EvaluationRun]) -> list[SuiteColumn]:
+    """What a suite measures: its metrics, or whatever its tasks have measured in these runs."""
+    if not suite.tasks:
+        return [SuiteColumn(one.key, one.label, one.higher_is_better) for one in suite.chosen_evaluations()]
+    found: dict[str, SuiteColumn] = {}
+    for run in runs:
+        for key, figure in run.base_figures.items():
+            column = SuiteColumn(key, str(figure["label"]), bool(figure["higher_is_better"]))
+            found.setdefault(key, column)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
 class RunRow:
     """A run as a line of a suite's table: the adapter's figures beside its base's, by metric in the suite's order.
 
@@ -131,8 +167,11 @@ class RunRow:
         return list(zip(self.cells, self.is_best, strict=True))
 
 
-def run_rows(suite: Suite) -> list[RunRow]:
-    """The newest run of every adapter and of every base alone, the newest first; the best complete figures marked."""
+def run_rows(suite: Suite) -> tuple[list[SuiteColumn], list[RunRow]]:
+    """The suite's columns, and the newest run of every adapter and of every base alone, the newest first.
+
+    The best complete figures are marked.
+    """
     newest = (
         suite.runs.order_by("adapter_id", "base_model_id", "-created_at")
         .distinct("adapter_id", "base_model_id")
@@ -145,7 +184,7 @@ def run_rows(suite: Suite) -> list[RunRow]:
         .prefetch_related("scores")
         .order_by("-created_at")[:MAX_RUNS]
     )
-    metrics = suite.chosen_evaluations()
+    metrics = columns_of(suite, runs)
     cells = [[_cell(run, metric.key) for metric in metrics] for run in runs]
     best: list[float | None] = []
     for place, metric in enumerate(metrics):
@@ -153,13 +192,14 @@ def run_rows(suite: Suite) -> list[RunRow]:
         values = [_value(row[place]) for run, row in zip(runs, cells, strict=True) if run.is_complete()]
         known = [value for value in values if value is not None]
         best.append((max if metric.higher_is_better else min)(known) if len(known) > 1 else None)
-    return [
+    rows = [
         RunRow(
             run, row, [run.is_complete() and value is not None and _value(cell) == value
                        for cell, value in zip(row, best, strict=True)],
         )
         for run, row in zip(runs, cells, strict=True)
     ]  # fmt: skip
+    return metrics, rows
 
 
 def _cell(run: EvaluationRun, metric: str) -> Score | dict[str, Any] | None:

@@ -19,6 +19,7 @@ urlpatterns = [
     path("methods/", views.which_method, name="methods"),
     path("suites/", suite_pages.suites, name="suites"),
     path("suites/new/", suite_pages.new_suite, name="new_suite"),
+    path("suites/new/tasks/", suite_pages.new_task_suite, name="new_task_suite"),
     path("suites/<int:suite_id>/", suite_pages.suite, name="suite"),
     path("suites/<int:suite_id>/change/", suite_pages.change_suite, name="change_suite"),
     path("evaluation-runs/<int:run_id>/", run_pages.run, name="run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 
 from django.conf import settings
@@ -14,7 +15,7 @@ from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.schemas import Body, Out
 from studio.datasets.api import VersionOut
-from studio.datasets.fetching import start_folder_import
+from studio.datasets.fetching import start_folder_import, start_hub_import
 from studio.datasets.folders import OfferedFile, offered_files
 from studio.datasets.models import Dataset, DatasetVersion, Upload
 from studio.datasets.resumable import TooManyUploadsError, refuse_unknown_licence
@@ -76,11 +77,28 @@ def list_server_files(request: ApiRequest) -> list[OfferedFile]:
 def import_server_file(request: ApiRequest, body: FolderBody) -> Status[Upload]:
     """Have a file of the server become a dataset version; ask for the upload until its state is finished."""
     _refuse_without_folders()
+    return _started(request, body, start_folder_import)
+
+
+class HubBody(TargetBody):
+    """A split of a dataset of the Hugging Face Hub."""
+
+    hub_id: str = Field(max_length=200, description="owner/name")
+    revision: str = Field("", max_length=120, description="A branch, tag or commit; empty: main.")
+    config: str = Field("", max_length=120)
+    split: str = Field("train", max_length=120)
+
+
+@router.post("datasets/from-hub/", response={202: UploadOut, **ERRORS}, auth=may_write)
+def import_hub_dataset(request: ApiRequest, body: HubBody) -> Status[Upload]:
+    """Have a dataset of the Hub become a version; ask for the upload until its state is finished."""
+    return _started(request, body, start_hub_import)
+
+
+def _started(request: ApiRequest, body: TargetBody, start: Callable[..., Upload]) -> Status[Upload]:
+    values = body.model_dump(exclude={"dataset_id"})
     try:
-        upload = start_folder_import(
-            team=request.team, user=request.user, path=body.path, dataset=body.dataset(request), name=body.name,
-            licence=body.licence,
-        )  # fmt: skip
+        upload = start(team=request.team, user=request.user, dataset=body.dataset(request), **values)
     except TooManyUploadsError as error:
         raise too_many_uploads() from error
     return Status(202, upload)

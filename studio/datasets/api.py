@@ -16,7 +16,7 @@ from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
-from studio.datasets import showing
+from studio.datasets import exporting, showing
 from studio.datasets.changes import changes_of
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
@@ -42,6 +42,7 @@ class VersionOut(Out):
     file_name: str
     sha256: str
     num_bytes: int
+    source: dict[str, str]
     carrier: str
     format: str
     example_type: str
@@ -190,6 +191,14 @@ def version_or_404(request: ApiRequest, dataset_id: int, number: int) -> Dataset
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 
+def ready_version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    """A version of the team's datasets whose rows can be read; raises ApiError."""
+    version = version_or_404(request, dataset_id, number)
+    if not version.is_ready():
+        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
+    return version
+
+
 @router.get("datasets/", response={200: Page[DatasetOut], **ERRORS})
 def list_datasets(request: ApiRequest, filters: Query[DatasetFilters]) -> dict[str, Any]:
     """The team's datasets, the newest first."""
@@ -278,6 +287,19 @@ def list_problems(request: ApiRequest, dataset_id: int, number: int, filters: Qu
     }
 
 
+class ExportQuery(QueryFields):
+    """How the rows are written."""
+
+    kind: exporting.Kind = Field("parquet", description="Of the file with the rows.")
+
+
+@router.get("datasets/{int:dataset_id}/versions/{int:number}/export/", response={200: None, **ERRORS})
+def export_version(request: ApiRequest, dataset_id: int, number: int, asked: Query[ExportQuery]) -> Any:
+    """A zip of a folder that `datasets.load_dataset` reads: usable rows, a card, and why other rows are not used."""
+    version = ready_version(request, dataset_id, number)
+    return exporting.response(request, version, asked.kind, user=request.user, token=request.token)
+
+
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/changes/", response={200: ChangesOut, **ERRORS})
 def version_changes(request: ApiRequest, dataset_id: int, number: int) -> dict[str, Any]:
     """Rows against those of the version before; ask again while the state is waiting."""
@@ -287,10 +309,7 @@ def version_changes(request: ApiRequest, dataset_id: int, number: int) -> dict[s
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/preview/", response={200: list[ExampleOut], **ERRORS})
 def preview_version(request: ApiRequest, dataset_id: int, number: int) -> Any:
     """The first usable rows, as the format reads them."""
-    version = version_or_404(request, dataset_id, number)
-    if not version.is_ready():
-        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
-    return showing.preview(version)
+    return showing.preview(ready_version(request, dataset_id, number))
 
 
 @router.put(

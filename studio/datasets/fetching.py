@@ -8,12 +8,20 @@ A worker that dies leaves a heartbeat that grows old, and the sweep has the file
 from __future__ import annotations
 
 import logging
+import os
+import re
+import selectors
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+import orjson
 from celery import current_app
 from django.conf import settings
 from django.db import models, transaction
@@ -43,6 +51,11 @@ SECONDS_BETWEEN_REPORTS = 0.5
 # A message that was lost, and a worker that died.
 LOST_AFTER = timedelta(seconds=20)
 DEAD_AFTER = timedelta(seconds=90)
+HEARTBEAT_SECONDS = 5.0
+MAX_HUB_SECONDS = 6 * 3600.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_HUB_WORD = re.compile(r"[\w][\w./+ -]{0,119}", re.ASCII)
 
 # Gives a file's bytes, and what is to be remembered of where they came from.
 Opened: TypeAlias = AbstractContextManager[tuple[BinaryIO, dict[str, Any]]]
@@ -61,6 +74,34 @@ def start_folder_import(
     return _start(
         team, user, dataset, name, licence, file_name=file.name, num_bytes=num_bytes,
         source={"kind": "folder", "path": str(file)},
+    )  # fmt: skip
+
+
+def start_hub_import(
+    *,
+    team: Team,
+    user: User,
+    hub_id: str,
+    revision: str = "",
+    config: str = "",
+    split: str = "train",
+    dataset: Dataset | None = None,
+    name: str = "",
+    licence: str = "",
+) -> Upload:
+    """Have a split of a dataset of the Hugging Face Hub become a dataset version; what it takes is said in
+    workers.hub_dataset. Raises DatasetError and what `_start` does.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise DatasetError(
+            f'"{hub_id}" is no dataset of the Hub.', next_step="It looks like owner/name.", field="hub_id"
+        )
+    for field, value in (("revision", revision), ("config", config), ("split", split)):
+        if not _HUB_WORD.fullmatch(value) and (value or field == "split"):
+            raise DatasetError(f'"{value}" cannot be a {field}.', next_step="Check the spelling.", field=field)
+    return _start(
+        team, user, dataset, name, licence, file_name=f"{hub_id.rpartition('/')[2]} {split}.jsonl", num_bytes=None,
+        source={"kind": "hub", "id": hub_id, "revision": revision, "config": config, "split": split},
     )  # fmt: skip
 
 
@@ -156,4 +197,53 @@ def _open_folder_file(upload: Upload) -> Iterator[tuple[BinaryIO, dict[str, Any]
         yield file, upload.source
 
 
-OPENERS: dict[str, Callable[[Upload], Opened]] = {"folder": _open_folder_file}
+@contextmanager
+def _open_hub_rows(upload: Upload) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    folder = settings.DATA_DIR / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="hub-") as name:
+        out = Path(name) / "rows.jsonl"
+        found = _run_hub(upload, out)
+        with out.open("rb") as file:
+            yield file, {**upload.source, "asked": upload.source["revision"], "revision": found["revision"]}
+
+
+def _run_hub(upload: Upload, out: Path) -> dict[str, Any]:
+    """The last word of the child that downloads and writes the rows; it ends when nobody wants them any more."""
+    wanted = upload.source
+    # Glued to their names, so that no value is ever taken for an option.
+    arguments = [f"--revision={wanted['revision']}", f"--config={wanted['config']}", f"--split={wanted['split']}",
+                 f"--out={out}", f"--max-bytes={settings.MAX_UPLOAD_BYTES}"]  # fmt: skip
+    command = [sys.executable, "-m", "workers.hub_dataset", *arguments, "--", wanted["id"]]
+    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    end, last = time.monotonic() + MAX_HUB_SECONDS, b""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=settings.ROOT,
+        env=environment,
+    ) as child, selectors.DefaultSelector() as selector:  # fmt: skip
+        assert child.stdout is not None
+        selector.register(child.stdout, selectors.EVENT_READ)
+        try:
+            pending = b""
+            while time.monotonic() < end:
+                if selector.select(HEARTBEAT_SECONDS):
+                    content = os.read(child.stdout.fileno(), 1 << 16)
+                    if not content:
+                        break
+                    *lines, pending = (pending + content).split(b"\n")
+                    last = lines[-1] if lines else last
+                _report(upload, orjson.loads(last).get("num_bytes", 0) if last else 0)
+        finally:
+            child.kill()
+    found: dict[str, Any] = orjson.loads(last) if last else {}
+    if found.get("kind") == "done":
+        return found
+    refusal = DatasetError(
+        found.get("message", f"{wanted['id']} could not be fetched: it takes more memory or time than it may."),
+        next_step=found.get("next_step", "Download it yourself and upload the file."),
+    )
+    refusal.code = found.get("code", "hub_failed")
+    raise refusal
+
+
+OPENERS: dict[str, Callable[[Upload], Opened]] = {"folder": _open_folder_file, "hub": _open_hub_rows}

@@ -17,7 +17,8 @@ from django.utils import timezone
 from workers.errors import DatasetError
 
 # What datasets are written in; other files are not offered, and can be uploaded to see why not.
-ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+_TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")
+ENDINGS = (".parquet", *(f"{text}{packed}" for text in _TEXTS for packed in ("", ".gz", ".zst")))
 MAX_DEPTH = 6
 MAX_OFFERED = 500
 

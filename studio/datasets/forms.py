@@ -26,7 +26,10 @@ class UploadForm(TargetForm):
     """A file and what to call it."""
 
     file = forms.FileField(
-        label="File", allow_empty_file=True, max_length=None, help_text="JSON Lines, JSON, CSV or TSV, in UTF-8."
+        label="File",
+        allow_empty_file=True,
+        max_length=None,
+        help_text="JSON Lines, JSON, CSV, TSV or text in UTF-8, also in gzip or zstd; or Parquet.",
     )
 
 
@@ -46,6 +49,20 @@ class FolderForm(TargetForm):
     """A file of the server, and what to call it."""
 
     path = forms.CharField(max_length=4000, label="File", widget=forms.HiddenInput)
+
+
+class HubForm(TargetForm):
+    """A dataset of the Hugging Face Hub, and what to call it."""
+
+    hub_id = forms.CharField(max_length=200, label="Dataset", help_text="As on the Hub: owner/name.")
+    revision = forms.CharField(
+        max_length=120, required=False, label="Revision",
+        help_text="A branch, tag or commit; empty: main. The commit that it stands for is kept with the version.",
+    )  # fmt: skip
+    config = forms.CharField(max_length=120, required=False, label="Configuration", help_text="Empty: the default one.")
+    split = forms.CharField(max_length=120, label="Split", initial="train")
+
+    field_order = ("hub_id", "revision", "config", "split", "name", "licence")
 
 
 class LicenceForm(forms.Form):

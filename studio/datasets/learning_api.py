@@ -12,7 +12,7 @@ from studio.api.auth import ApiRequest
 from studio.api.errors import ERRORS, ApiError
 from studio.api.schemas import Out, QueryFields
 from studio.datasets import showing
-from studio.datasets.api import version_or_404
+from studio.datasets.api import ready_version
 from studio.datasets.learning import MAX_TOKENS, PreviewBusyError, learn_row
 from studio.datasets.learning_form import DEFAULT_LENGTH, DEFAULT_LOSS_ON, LARGEST_LINE, LOSS_ON, MAX_LENGTH, MIN_LENGTH
 
@@ -72,12 +72,10 @@ class LearnedQuery(QueryFields):
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/learned/", response={200: LearnedOut, **ERRORS})
 def learned_row(request: ApiRequest, dataset_id: int, number: int, filters: Query[LearnedQuery]) -> dict[str, Any]:
     """A row through a base model's chat template: each token trained, context or cut off, as training has it."""
-    version = version_or_404(request, dataset_id, number)
+    version = ready_version(request, dataset_id, number)
     base = next((one for one in showing.base_models() if one.pk == filters.base_model_id), None)
     if base is None:
         raise Http404
-    if not version.is_ready():
-        raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
     try:
         found = learn_row(
             version, base, max_length=filters.max_length, loss_on=filters.loss_on, line=filters.line,

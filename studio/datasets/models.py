@@ -148,6 +148,17 @@ class DatasetVersion(models.Model):
         found: dict[str, Any] | None = self.statistics.get("tokens", {}).get(base_revision)
         return found
 
+    def source_label(self) -> str:
+        """Where the rows came from when nobody sent them, for people."""
+        match self.source.get("kind"):
+            case "hub":
+                parts = [self.source["config"], self.source["split"]]
+                which = ", ".join(part for part in parts if part)
+                return f"{self.source['id']} ({which}) on the Hugging Face Hub at {self.source['revision'][:12]}"
+            case "folder":
+                return f"{self.source['path']} on the server"
+        return ""
+
     def users(self) -> list[models.Model]:
         """Everything that needs this version: what a foreign key protects it for (jobs, adapters)."""
         found: list[models.Model] = []

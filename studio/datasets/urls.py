@@ -8,6 +8,7 @@ urlpatterns = [
     path("", views.dataset_list, name="list"),
     path("upload/", views.upload, name="upload"),
     path("upload/paste/", adding_views.paste, name="paste"),
+    path("upload/hub/", adding_views.hub, name="hub"),
     path("upload/folder/", adding_views.folder, name="folder"),
     path("uploads/", upload_views.uploads, name="uploads"),
     path("uploads/<uuid:upload_id>/", upload_views.upload_item, name="upload_item"),
@@ -31,4 +32,5 @@ urlpatterns = [
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
     path(_VERSION + "rows/<int:line>/", views.row, name="row"),
     path(_VERSION + "file/", views.file, name="file"),
+    path(_VERSION + "export/", views.export, name="export"),
 ]

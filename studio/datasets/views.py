@@ -20,7 +20,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
-from studio.datasets import showing
+from studio.datasets import exporting, showing
 from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
 from studio.datasets.changes import changes_of
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
@@ -368,6 +368,18 @@ def file(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpRes
     )
     response["Content-Disposition"] = content_disposition_header(True, version.file_name) or "attachment"
     return response
+
+
+@team_page()
+@require_GET
+def export(request: TeamRequest, dataset_id: int, number: int) -> HttpResponseBase:
+    """The rows as a folder that `datasets.load_dataset` reads, zipped; `kind` says in which kind of file."""
+    version = version_or_404(request, dataset_id, number)
+    if not version.is_ready():
+        messages.error(request, f"{version} is {version.get_state_display().lower()}: there are no rows to export yet.")
+        return redirect(version)
+    kind: exporting.Kind = "jsonl" if request.GET.get("kind") == "jsonl" else "parquet"
+    return exporting.response(request, version, kind, user=request.user)
 
 
 @team_page(Role.TRAINER)

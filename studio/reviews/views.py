@@ -110,6 +110,7 @@ def _gates_context(request: TeamRequest, found: Review) -> dict[str, Any]:
         "gates": rows,
         "num_hindrances": sum(row.is_hindrance for row in rows),
         "num_failed": sum(row.has_failed for row in rows),
+        "num_waived": sum(row.outcome is not None and row.outcome.is_waived() for row in rows),
         "num_open": sum(row.is_hindrance and not row.has_failed for row in rows),
         "people": people,
         "has_approved": any(one.user_id == request.user.pk and one.approved_at for one in people),

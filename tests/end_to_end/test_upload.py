@@ -80,7 +80,7 @@ def begin(browser: Browser, file: Path) -> Network:
 
 def expect_progress(page: Page) -> None:
     expect(page.locator("[data-progress-text]")).to_have_text(
-        re.compile(r"[\d.]+ MB of 49 MB, [\d.]+ MB/s, .* left"), timeout=60 * SECOND
+        re.compile(r"[\d.]+ MB of 46 MB, [\d.]+ MB/s, .* left"), timeout=60 * SECOND
     )
 
 

@@ -24,7 +24,10 @@ from workers.training import Folders
 
 REPOSITORY = Path(__file__).parents[2]
 PINS = ["lm-eval==0.4.13", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2", "transformers==5.23.0",
-        "torch==2.13.0", "pydantic==2.14.3"]  # fmt: skip
+        "torch==2.13.0", "pydantic==2.14.3",
+        # What a trainer imports besides.
+        "bitsandbytes==0.50.2", "google-re2==1.1.20251105", "jsonschema==4.26.0", "nvidia-ml-py==13.615.71",
+        "orjson==3.13.0", "psutil==7.2.2", "sacrebleu==2.6.0", "scipy==1.17.1"]  # fmt: skip
 NUMBER = r"#### (\d+)"
 MAX_NEW_TOKENS = 24
 SUMS = MetricChoice(name="regex", settings={"pattern": NUMBER, "mode": "same_group"})

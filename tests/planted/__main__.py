@@ -2,7 +2,6 @@
 
     python -m tests.planted                           (both sets of five, on a base of two layers)
     python -m tests.planted --set 2 --out FOLDER      (the second; the planted truth, files and pictures stay there)
-    python -m tests.planted --base smollm2            (on the bundled SmolLM2: an hour on two cores)
 
 It starts a studio of its own: Postgres, Redis, web server, workers and Chromium. Exit status 1 when anything that a
 page says is not what was planted.
@@ -24,7 +23,6 @@ import tests.servers  # noqa: F401
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.planted", description=__doc__.split("\n\n")[0])
     parser.add_argument("--set", type=int, choices=(1, 2), action="append", dest="sets", help="both by default")
-    parser.add_argument("--base", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--out", type=Path, help="keeps the truth, the uploaded files and pictures of the pages here")
     options = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "studio.settings"
@@ -51,13 +49,13 @@ def run(options: argparse.Namespace, temporary: Path) -> int:
 
     team = Team.objects.create(name="Support", slug="support")
     trainer, lead = make_member("tom", team, Role.TRAINER), make_member("lena", team, Role.LEAD)
-    register_base(options.base, Path(settings.DATA_DIR) / "base_models" / options.base)
+    register_base(Path(settings.DATA_DIR) / "base_models" / "taught")
     wrong = []
     with running_site(temporary, worker=WARM) as root:
         for number in options.sets or (1, 2):
             started = time.monotonic()
             folder = (options.out or temporary) / f"set-{number}"
-            made = run_set(number, options.base, root, folder, trainer=trainer, lead=lead)
+            made = run_set(number, root, folder, trainer=trainer, lead=lead)
             print(f"set {number}, {time.monotonic() - started:.0f} s\n\n{table(made)}\n", flush=True)
             wrong += [sentence for one in made for sentence in wrongs(one)]
             if options.out:

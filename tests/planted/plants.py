@@ -17,11 +17,8 @@ COMMON = {
     "evaluation.max_new_tokens": "24",
 }  # fmt: skip
 """What every job asks for: enough held-out rows to tell, room for the longest row, and few answers to wait for."""
-OVER_TRAINED = {
-    "tiny": {"training.learning_rate": "0.02", "training.epochs": "40"},
-    "smollm2": {"training.learning_rate": "0.005", "training.epochs": "12"},
-}
-"""Far beyond the method's default, for a base of two layers and for a real one."""
+OVER_TRAINED = {"training.learning_rate": "0.02", "training.epochs": "40"}
+"""A hundred times the method's own learning rate, and ten times the passes from which rows are learned by heart."""
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -55,12 +52,12 @@ class Plant:
         return found | {"num_rows": len(self.rows)}
 
 
-def plants(number: int, base: str) -> list[Plant]:
-    """The five of set 1 or 2 for a kind of base, "tiny" or "smollm2": other rows, seeds and settings in each set."""
+def plants(number: int) -> list[Plant]:
+    """The five of set 1 or 2: other rows, seeds and settings in each."""
     make: Make = (letter, booking)[number - 1]
     seed = 1000 * number
     learnt = {"training.seed": str(seed)}
-    over_trained = OVER_TRAINED[base] | {"training.seed": str(seed + 2)}
+    over_trained = OVER_TRAINED | {"training.seed": str(seed + 2)}
     return [
         Plant(
             name=f"good-{number}", kind="good", rows=rows(make, 240, seed), fields=learnt,
@@ -103,8 +100,8 @@ def plants(number: int, base: str) -> list[Plant]:
 
 _TOO_LOW = {
     1: {"training.learning_rate": "1e-7"},
-    # Without rounding, every row moves by the same hair's breadth.
-    2: {"training.learning_rate": "1e-6", "precision": "float32"},
+    # Without rounding, every row moves by the same hair's breadth: certain, and nothing.
+    2: {"training.learning_rate": "1e-8", "precision": "float32"},
 }
 _LEAK = {
     1: "half of its rows are edits of the others: sent again with another number, other case and words before",

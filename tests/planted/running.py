@@ -14,31 +14,24 @@ from tests.planted.plants import plants
 from tests.planted.reading import HEIGHT, WIDTH
 from tests.taught import make_taught_base
 
-PATIENCE = {"tiny": 300.0, "smollm2": 1800.0}
+PATIENCE = 300.0
 """Seconds that a job may take."""
 WARM = {"STUDIO_WARM_SECONDS": "600"}
 """The GPU worker keeps its base between the jobs, as it does for people."""
 
 
-def register_base(kind: str, folder: Path) -> None:
-    """The base model that a set is trained on: two layers that have read general text, or SmolLM2."""
-    if kind == "tiny":
-        name, hub_id, licence = "Two layers", "", "apache-2.0"
-        make_taught_base(folder)
-    else:
-        from workers.bundled import HUB_ID, LICENCE, NAME, prepare_smollm2
-
-        name, hub_id, licence = NAME, HUB_ID, LICENCE
-        prepare_smollm2(folder)
-    register_base_model(folder=folder, name=name, hub_id=hub_id, licence=licence)
+def register_base(folder: Path) -> None:
+    """The base model that both sets are trained on: two layers that have read general text."""
+    make_taught_base(folder)
+    register_base_model(folder=folder, name="Two layers", hub_id="", licence="apache-2.0")
 
 
-def run_set(number: int, base: str, root: str, folder: Path, *, trainer: User, lead: User) -> list[Made]:
+def run_set(number: int, root: str, folder: Path, *, trainer: User, lead: User) -> list[Made]:
     """Makes the five of a set as one person and reviews them as another; writes `planted.json` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open_browser(root) as browser:
         browser.sign_in(LoginLink.create_for(trainer))
-        made = make_all(browser, plants(number, base), folder, seconds=PATIENCE[base])
+        made = make_all(browser, plants(number), folder, seconds=PATIENCE)
         complaints = browser.complaints
     with open_browser(root, width=WIDTH, height=HEIGHT) as browser:
         browser.sign_in(LoginLink.create_for(lead))

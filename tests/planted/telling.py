@@ -22,6 +22,8 @@ def wrongs(made: Made) -> list[str]:
         found.append(f'the first screen does not say "{plant.words}": {[*screen.red, *screen.yellow, *screen.green]}')
     if plant.headline not in screen.headline:
         found.append(f'the scores are summed up as "{screen.headline}" and not "{plant.headline}"')
+    if plant.is_damaged and not screen.is_headline_red:
+        found.append(f'"{screen.headline}" does not say that this was before the damage')
     if not plant.gate and (screen.is_headline_red or screen.yellow):
         found.append(f'there is nothing to warn of, and it is warned: "{screen.headline}", {screen.yellow}')
     may_stand = (*plant.may_also, *([plant.words] if plant.gate else []))

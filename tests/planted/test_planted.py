@@ -25,7 +25,7 @@ def site(transactional_db: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     require_chromium()
     # Playwright keeps an event loop running in this thread, which is not one that Django's queries could block.
     monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
-    register_base("tiny", Path(settings.DATA_DIR) / "base_models" / "taught")
+    register_base(Path(settings.DATA_DIR) / "base_models" / "taught")
     with running_site(tmp_path, worker=WARM) as root:
         yield root
 
@@ -38,13 +38,13 @@ def test_the_first_screen_and_the_gates_name_the_fault_that_was_planted_and_no_o
     number: int, site: str, team: Team, bob: User, tmp_path: Path
 ) -> None:
     lead = make_member("lena", team, Role.LEAD)
-    made = run_set(number, "tiny", site, tmp_path / "planted", trainer=bob, lead=lead)
+    made = run_set(number, site, tmp_path / "planted", trainer=bob, lead=lead)
     print(table(made))
     assert [sentence for one in made for sentence in wrongs(one)] == []
 
 
 def test_the_two_sets_share_neither_rows_nor_seeds() -> None:
-    first, second = plants(1, "tiny"), plants(2, "tiny")
+    first, second = plants(1), plants(2)
     assert [one.kind for one in first] == [one.kind for one in second]
     for one, other in zip(first, second, strict=True):
         shared = {row["instruction"] for row in one.rows} & {row["instruction"] for row in other.rows}

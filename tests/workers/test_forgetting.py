@@ -92,12 +92,12 @@ def test_over_training_turns_it_red_and_an_ordinary_run_stays_green(taught: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_real_base_forgets_when_it_is_over_trained_and_only_then(tmp_path: Path) -> None:
     base = prepare_smollm2(tmp_path / "smollm2")
     ordinary = general_verdict(base, tmp_path / "ordinary", narrow_rows(200))
     assert ordinary.keeping == Keeping.KEEPS, ordinary
-    spoilt = general_verdict(base, tmp_path / "spoilt", narrow_rows(40), learning_rate=5e-3, epochs=12)
+    spoilt = general_verdict(base, tmp_path / "spoilt", narrow_rows(40), learning_rate=5e-3, epochs=4)
     assert spoilt.keeping == Keeping.FORGETS, spoilt
     print(f"ordinary: {ordinary.sentence()}\nover-trained: {spoilt.sentence()}")
 
@@ -127,6 +127,14 @@ def test_the_sentence_gives_the_rise_in_per_cent() -> None:
     assert sentence == (
         "The loss on general text rose by 15.0 % (95 % interval of the rise 10.0 % to 20.0 %, n = 144), "
         "more than the 5.0 % that are allowed."
+    )
+
+
+def test_a_rise_that_rounds_to_nothing_is_none() -> None:
+    sentence = forgetting(make_score(-0.0002, width=0.0004, base_value=2.0, num_rows=144)).sentence()
+    assert sentence == (
+        "The loss on general text stayed the same (95 % interval of the rise 0.0 % to 0.0 %, n = 144), within the "
+        "5.0 % that are allowed."
     )
 
 

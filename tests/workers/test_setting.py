@@ -3,8 +3,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
+from workers.evaluations.multiple_choice import MultipleChoiceSettings
 from workers.recipe import EvaluationSettings, SplitSettings, TrainingSettings
 from workers.setting import Setting, settings_of, to_text
 
@@ -75,3 +78,16 @@ def test_a_field_that_no_form_can_show_is_our_mistake() -> None:
 
     with pytest.raises(TypeError, match="nested"):
         settings_of(Settings, "settings")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), min_size=1))
+def test_values_that_hold_commas_and_quotes_survive_the_way_through_their_input(values: list[str]) -> None:
+    options = {one.name: one for one in settings_of(MultipleChoiceSettings, "x")}["x.options"]
+    text = to_text(tuple(values))
+    if len(text) < 1000:
+        assert options.parse(text) == tuple(values)
+
+
+def test_plain_values_need_no_quotes() -> None:
+    options = {one.name: one for one in settings_of(MultipleChoiceSettings, "x")}["x.options"]
+    assert options.parse('yes, no,\n"Bern, Switzerland",') == ("yes", "no", "Bern, Switzerland")

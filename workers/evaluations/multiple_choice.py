@@ -40,8 +40,8 @@ class MultipleChoiceSettings(MetricSettings):
         (),
         max_length=MAX_OPTIONS,
         title="Options",
-        description="As the right answers are written, separated by commas: yes, no. Counts only where options come "
-        "from the list.",
+        description="As the right answers are written, separated by commas: yes, no; one with a comma in quotes. "
+        "Counts only where options come from the list.",
         json_schema_extra={"source": "none: every task has its own", "separator": ","},
     )
     per_character: bool = Field(

@@ -103,6 +103,14 @@ def test_a_few_odd_rows_of_many_are_no_warning(num: int, level: Level, team: Tea
     assert [one.level for one in findings_of(adapter) if one.code == "suspicious_rows"] == [level]
 
 
+def test_odd_rows_beyond_those_listed_count(team: Team, alice: User) -> None:
+    result = make_result(suspicious=(SuspiciousRecord(line=3, reason="Its loss stayed high.", score=2.1, loss=3.0),))
+    counted = result.provenance.model_copy(update={"num_train_rows": 5000, "num_suspicious_rows": 400})
+    adapter = make_adapter(team, alice, result=result.model_copy(update={"provenance": counted}))
+    found = next(one for one in findings_of(adapter) if one.code == "suspicious_rows")
+    assert (found.level, found.title) == (Level.WARNING, "400 training rows that may be wrong")
+
+
 def test_suspicious_rows_link_to_the_dataset(team: Team, alice: User, alice_client: Client) -> None:
     row = SuspiciousRecord(line=7, reason="Others say otherwise.", score=4.2, loss=0.1, base_loss=2.0, other_lines=(3,))
     adapter = make_adapter(team, alice, result=make_result(suspicious=(row,)))

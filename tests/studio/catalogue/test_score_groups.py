@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from studio.accounts.models import Team, User
-from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, Score, Suite, TestSet
+from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, FileCheck, Score, Suite, TestSet
 from studio.catalogue.score_groups import score_groups, summary
 from tests.factories import make_adapter, make_result, make_score
 from workers.results import OverlapRecord, ScoreRecord
@@ -99,6 +100,15 @@ def test_scores_on_rows_that_were_trained_on_are_not_boasted_of(team: Team, alic
     assert "Its scores cannot be believed: it was trained on the rows that it was tested on." in page
     assert "8 are nearly the same as a training row." in page
     assert "Better than its base" not in page
+
+
+def test_scores_of_before_a_damage_are_told_as_such(team: Team, alice: User, alice_client: Client) -> None:
+    adapter = make_adapter(team, alice, result=make_result([make_score(-0.6)]))
+    assert "border-l-success" in alice_client.get(adapter.get_absolute_url()).content.decode()
+    FileCheck.objects.create(adapter=adapter, checked_at=timezone.now(), damage='The file "x" has changed.')
+    page = alice_client.get(adapter.get_absolute_url()).content.decode()
+    assert "Its files are damaged: the scores are of what it was before." in page
+    assert "border-l-success" not in page
 
 
 def test_the_figure_that_decides_is_not_drowned_by_one_of_too_few_rows(team: Team, alice: User) -> None:

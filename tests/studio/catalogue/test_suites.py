@@ -118,7 +118,7 @@ def test_an_incomplete_run_is_said_and_never_the_best(team: Team, bob: User) -> 
     run_of(part, mine, result_of(list(range(190)), num_rows_scored=350))
     run_of(whole, mine, result_of(list(range(100))))
     run_of(less, mine, result_of(list(range(50))))
-    best = {row.run.adapter.name: row.is_best for row in run_rows(mine) if row.run.adapter}
+    best = {row.run.adapter.name: row.is_best for row in run_rows(mine)[1] if row.run.adapter}
     assert best == {"part": [False], "whole": [True], "less": [False]}
     page = signed_in(bob).get(mine.get_absolute_url()).text
     assert page.count("incomplete: of 400") == 1
@@ -129,7 +129,7 @@ def test_only_the_newest_run_of_a_model_is_shown(team: Team, bob: User) -> None:
     adapter = make_adapter(team, bob)
     run_of(adapter, mine, result_of([1]))
     newest = run_of(adapter, mine, result_of([1, 2]))
-    assert [row.run for row in run_rows(mine)] == [newest]
+    assert [row.run for row in run_rows(mine)[1]] == [newest]
 
 
 def test_identical_answers_are_no_difference_and_the_comparison_is_computed_once(team: Team, bob: User) -> None:
@@ -154,7 +154,8 @@ def test_a_true_difference_is_paired_by_row(team: Team, bob: User) -> None:
 def test_of_many_equal_adapters_none_is_better_by_luck(team: Team, bob: User) -> None:
     """A difference that one comparison alone would call one is none among eight."""
     champion = run_of(make_adapter(team, bob, name="champion"), None, result_of(list(range(80))))
-    lucky = run_of(make_adapter(team, bob, name="lucky"), None, result_of(list(range(88))))
+    # 34 rows won and 16 lost: the exact test gives 0.015.
+    lucky = run_of(make_adapter(team, bob, name="lucky"), None, result_of(list(range(16, 114))))
     found = compare_runs(lucky, champion, "exact_match")
     equal = [
         compare_runs(run_of(make_adapter(team, bob, name=f"equal {n}"), None, result_of(list(range(80)))), champion,

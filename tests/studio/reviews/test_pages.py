@@ -84,7 +84,7 @@ def test_gates_that_are_being_checked_are_asked_for_until_they_are_known(
     checking.check(waiting.pk)
     fragment = client.get(gates, headers={"HX-Request": "true"}).text
     assert "hx-get" not in fragment
-    assert "gates pass" in fragment
+    assert "gates pass.</strong>" in fragment
     assert ">Approve</button>" in fragment
     assert "<html" not in fragment
 
