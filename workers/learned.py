@@ -18,7 +18,7 @@ WHOLE = 2**31
 
 
 @dataclass(frozen=True)
-class Token:
+class LearnedToken:
     """One token: its id, the characters that it shows, and what becomes of it.
 
     `text` is empty where several tokens share one character, which the first of them shows. `is_end` marks a token
@@ -42,7 +42,7 @@ class Conversation:
     """
 
     label: str
-    tokens: list[Token]
+    tokens: list[LearnedToken]
     num_tokens: int
     num_trained: int
     num_context: int
@@ -116,8 +116,8 @@ def _conversation(renderer: Renderer, example: Example, label: str, max_tokens: 
     )
 
 
-def _tokens(renderer: Renderer, kept: Rendered, whole: Rendered, max_tokens: int) -> list[Token]:
-    found: list[Token] = []
+def _tokens(renderer: Renderer, kept: Rendered, whole: Rendered, max_tokens: int) -> list[LearnedToken]:
+    found: list[LearnedToken] = []
     shown = 0
     for index, token_id in enumerate(whole.ids[:max_tokens]):
         start, end = whole.offsets[index]
@@ -128,7 +128,7 @@ def _tokens(renderer: Renderer, kept: Rendered, whole: Rendered, max_tokens: int
         # The first token is predicted by nothing, so no batch trains it.
         is_trained = not is_cut and index > 0 and kept.trained[index]
         found.append(
-            Token(
+            LearnedToken(
                 id=token_id,
                 text=text,
                 kind="cut" if is_cut else "trained" if is_trained else "context",

@@ -15,36 +15,9 @@ from studio.datasets import showing
 from studio.datasets.api import ready_version
 from studio.datasets.learning import MAX_TOKENS, PreviewBusyError, learn_row
 from studio.datasets.learning_form import DEFAULT_LENGTH, DEFAULT_LOSS_ON, LARGEST_LINE, LOSS_ON, MAX_LENGTH, MIN_LENGTH
+from workers.learned import Conversation
 
 router = Router(tags=["datasets"])
-
-
-class TokenOut(Out):
-    """One token: `text` is what it shows (empty where tokens share a character, which the first shows), `is_end`
-    whether the model's turn is over after it, `weight` what it counts in the loss."""
-
-    id: int
-    text: str
-    kind: Literal["trained", "context", "cut"]
-    is_end: bool
-    weight: float
-
-
-class ConversationOut(Out):
-    """A conversation as the model reads it; the counts are of the whole row, `tokens` its first ones.
-
-    `problem` says why training leaves the row out, `end_problem` why it does not teach the model to end its turn.
-    """
-
-    label: str
-    tokens: list[TokenOut]
-    num_tokens: int
-    num_trained: int
-    num_context: int
-    num_cut: int
-    num_cut_trained: int
-    problem: str
-    end_problem: str
 
 
 class LearnedOut(Out):
@@ -56,7 +29,7 @@ class LearnedOut(Out):
     template: Literal["own", "plain"]
     stop_tokens: list[str]
     why_not_trainable: str
-    conversations: list[ConversationOut]
+    conversations: list[Conversation]
 
 
 class LearnedQuery(QueryFields):
