@@ -60,7 +60,7 @@ def _loss_on(value: str) -> LossOn:
     return "all" if value == "all" else "assistant"
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=2)
 def _renderer(folder: str, revision: str) -> Renderer:
     # The revision is in the key: another folder's content is another tokenizer.
     del revision

@@ -85,7 +85,7 @@ class PreviewChild:
             self._process = None
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
-        process = self._running()
+        process, is_new = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -102,22 +102,24 @@ class PreviewChild:
         except subprocess.TimeoutExpired:
             status = -signal.SIGALRM
         self.close()
-        if status == 0:  # it had nothing to do for a while, and ended just now
-            return self._exchange(request)
         if status == -signal.SIGALRM:
             raise PreviewError(
                 f"The row was not rendered within {self._seconds:g} seconds.",
                 next_step="Choose an earlier line, a shorter row, or a base model with a simpler chat template.",
             )
+        if not is_new:  # it ended for want of questions, or its memory was full of other base models
+            return self._exchange(request)
         raise PreviewError(
             "The row could not be rendered: the base model's tokenizer or chat template failed, or took more memory "
             "than a page may use.",
             next_step="Choose another row, or check the base model's chat template.",
         )
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:  # it had nothing to do, and ended
+    def _running(self) -> tuple[subprocess.Popen[bytes], bool]:
+        """The process, and whether it was started just now."""
+        if self._process is not None and self._process.poll() is not None:
             self.close()
+        is_new = self._process is None
         if self._process is None:
             command = [sys.executable, "-m", "workers.previewing", "--seconds", str(self._seconds),
                        "--memory-bytes", str(self._memory_bytes)]  # fmt: skip
@@ -126,7 +128,7 @@ class PreviewChild:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 cwd=settings.ROOT, env=environment,
             )  # fmt: skip
-        return self._process
+        return self._process, is_new
 
 
 def _read_line(descriptor: int, end: float) -> bytes:

@@ -221,6 +221,21 @@ def test_a_hostile_template_is_stopped_and_the_next_question_is_answered(
     patient.close()
 
 
+def test_a_process_that_dies_over_a_question_is_asked_once_more_afresh(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(jsonl(good_rows()))
+    base = make_tiny_base(tmp_path / "base")
+    child = PreviewChild(seconds=30)
+    child.ask(request(base, rows))
+    process = child._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.write(b"no request\n")  # what it dies of, before it comes to the question
+    assert child.ask(request(base, rows, line=2))["line"] == 2
+    assert child._process is not process
+    child.close()
+
+
 def test_the_process_is_kept_and_comes_back_after_it_was_killed(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(jsonl(good_rows()))
