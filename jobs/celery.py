@@ -42,6 +42,11 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "scan-waiting": {
+            "task": "studio.datasets.tasks.scan_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
         "throw-away-old-uploads": {
             "task": "studio.datasets.tasks.throw_away_old_uploads",
             "schedule": 600.0,

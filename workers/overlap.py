@@ -65,7 +65,11 @@ def plain_words(text: str) -> list[str]:
 
 
 def find_overlap(
-    scored: Sequence[Example], training: Callable[[], Iterable[Example]], *, num_training: int
+    scored: Sequence[Example],
+    training: Callable[[], Iterable[Example]],
+    *,
+    num_training: int,
+    max_pairs: int = MAX_PAIRS,
 ) -> OverlapRecord:
     """Which rows that are scored were trained on, or nearly so.
 
@@ -73,6 +77,7 @@ def find_overlap(
         scored: the rows of a test set: held-out ones, or a suite's.
         training: the training rows, read from the beginning at each call; it is called twice.
         num_training: about how many these are.
+        max_pairs: most pairs that are told; all are counted.
     """
     phrases = _Phrases(scored)
     phrases.weigh(islice(training(), 0, None, max(1, num_training // SAMPLE_ROWS)))
@@ -95,7 +100,7 @@ def find_overlap(
         num_held_out_rows=len(scored),
         num_exact=len(exact),
         num_near=len(near),
-        pairs=(*same, *sorted(alike, key=lambda pair: (-pair[2], pair[0])))[:MAX_PAIRS],
+        pairs=(*same, *sorted(alike, key=lambda pair: (-pair[2], pair[0])))[:max_pairs],
     )
 
 

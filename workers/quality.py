@@ -20,7 +20,7 @@ _MOJIBAKE = re.compile(
 CONTROLS = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _TOKENS = re.compile(r"<\|[a-z_]{2,30}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<<SYS>>")
 _TOKEN_PIECES = ("<|", "INST]", "<s>", "</s>", "_of_turn>", "<<SYS>>")
-_SECRETS = re.compile(
+SECRETS = re.compile(
     r"(?P<private_key>-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----)"
     r"|(?P<AWS_key>\b(?:AKIA|ASIA)[0-9A-Z]{16}\b)"
     r"|(?P<GitHub_token>\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}))"
@@ -29,8 +29,8 @@ _SECRETS = re.compile(
     r"|(?P<Slack_token>\bxox[baprs]-[0-9A-Za-z\-]{20,})"
     r"|(?P<API_key>\bsk-(?:[a-z]+-)?[A-Za-z0-9_\-]{24,})"
 )
-_SECRET_PIECES = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "hf_", "AIza", "xox", "sk-")
-_EMAIL = re.compile(r"\b[A-Za-z0-9._%+\-]{1,64}@(?:[A-Za-z0-9\-]{1,63}\.){1,4}[A-Za-z]{2,24}\b")
+SECRET_PIECES = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "hf_", "AIza", "xox", "sk-")
+EMAIL = re.compile(r"\b[A-Za-z0-9._%+\-]{1,64}@(?:[A-Za-z0-9\-]{1,63}\.){1,4}[A-Za-z]{2,24}\b")
 
 
 def remarks(example: AnyExample, row: dict[str, Any]) -> list[Problem]:
@@ -117,13 +117,13 @@ def look_at(text: str) -> Iterator[tuple[str, str, str, str]]:
             "T405", f"holds {found[0]}, which chat templates write themselves; here it is read as ordinary text",
             "Remove it when it is left over from another template.", _around(text, found),
         )  # fmt: skip
-    if any(piece in text for piece in _SECRET_PIECES) and (found := _SECRETS.search(text)):
+    if any(piece in text for piece in SECRET_PIECES) and (found := SECRETS.search(text)):
         kind = (found.lastgroup or "secret").replace("_", " ")
         yield (
             "Q503", f"holds what looks like a secret ({kind})", "Remove it, and revoke it where it is valid.",
             f"{found[0][:6]}… ({len(found[0])} characters)",
         )  # fmt: skip
-    if "@" in text and (found := _EMAIL.search(text)):
+    if "@" in text and (found := EMAIL.search(text)):
         name, _, domain = found[0].partition("@")
         yield (
             "Q504", "holds an e-mail address", "Remove or replace it where it is a person's.", f"{name[:1]}…@{domain}",

@@ -5,8 +5,8 @@
 `statistics` then holds {"turns": [[turns, rows]], "roles": {role: turns}, "characters": {...}, "answers": {...},
 "tokens": {base revision: {...}}}, where each {...} is {"num_rows", "total", "longest", "histogram": [[upper bound,
 rows]]}, for answers with turns in the place of rows; tokens also have "cut": {"512": rows longer than that, ...}.
-Tokens are a second step, so that a version is ready before it is over. Versions that were read long ago may lack
-roles and answers.
+Tokens are a second step, so that a version is ready before it is over; scans (scanning.py) are a third, on their own.
+Versions that were read long ago may lack roles and answers.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def inspect(version_id: int) -> None:
         except InspectionFailedError as error:
             _finish(version, state=VersionState.UNREADABLE, error=str(error), error_next_step=_SPLIT_FILE)
         version.refresh_from_db()
+        if version.state == VersionState.READY:
+            send_task("scan_dataset", version_id)
     if version.state == VersionState.READY and version.num_usable:
         _count_tokens(version)
 
@@ -186,6 +188,7 @@ def _finish(version: DatasetVersion, problems: list[DatasetProblem] | None = Non
         still = DatasetVersion.objects.filter(pk=version.pk, state=VersionState.INSPECTING)
         if still.update(heartbeat_at=None, progress={}, **values) == 1:
             version.problems.all().delete()
+            version.scans.all().delete()  # they were of other columns
             DatasetProblem.objects.bulk_create(problems or [], batch_size=1000)
 
 
@@ -232,8 +235,9 @@ def run_child(module: str, arguments: list[str], *, seconds: float) -> Iterator[
         InspectionFailedError: it ended without a result (its memory limit, a fault), or had to be ended.
     """
     command = [sys.executable, "-m", f"workers.{module}", *arguments]
-    # One thread: the tokenizer's pool would count against the memory limit and take the trainer's cores.
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    # One thread: pools would count against the memory limit and take the trainer's cores.
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1",
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     last = ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from workers.examples import EXAMPLE_TYPE_LABELS, ExampleType, turn_of
 from workers.formats import formats
 from workers.objectives import is_trainable
 from workers.rules import CATALOGUE
+from workers.scans import scans
 
 
 class Dataset(models.Model):
@@ -190,6 +191,75 @@ class DatasetProblem(models.Model):
     def turn(self) -> int | None:
         """Which turn of a conversation it is in, counted from 1."""
         return turn_of(self.field)
+
+
+class ScanState(models.TextChoices):
+    """How far a scan of a version has come."""
+
+    WAITING = "waiting", "Waiting"
+    RUNNING = "running", "Running"
+    DONE = "done", "Done"
+    FAILED = "failed", "Failed"
+    SKIPPED = "skipped", "Not for these rows"
+
+
+class DatasetScan(models.Model):
+    """One scan of a version (workers/scans): a stage of its own, after the inspection. See scanning.py."""
+
+    version = models.ForeignKey(DatasetVersion, on_delete=models.CASCADE, related_name="scans")
+    name = models.CharField(max_length=40, help_text="Name of the scan plug-in.")
+    state = models.CharField(max_length=10, choices=ScanState.choices, default=ScanState.WAITING)
+    attempt = models.PositiveIntegerField(default=0, help_text="Rises each time a worker takes it: the fencing token.")
+    num_read = models.PositiveBigIntegerField(default=0, help_text="Rows that were read so far, in all passes.")
+    num_findings = models.PositiveBigIntegerField(default=0, help_text="All of them, those that are not kept too.")
+    kinds = models.JSONField(default=dict, help_text="Kind of finding -> how many.")
+    notes = models.JSONField(default=list, help_text="Sentences about the whole file.")
+    error = models.TextField(blank=True, help_text="Why it failed or was skipped, for people.")
+    seconds = models.FloatField(default=0.0, help_text="What it took.")
+    queued_at = models.DateTimeField(default=timezone.now, help_text="When it was last asked for.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the running scan was last alive.")
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["version", "name"], name="one_scan_per_name")]
+
+    def __str__(self) -> str:
+        return f"{self.label()} of {self.version}"
+
+    def label(self) -> str:
+        plugin = scans().get(self.name)
+        return plugin.label if plugin else self.name
+
+    def help(self) -> str:
+        plugin = scans().get(self.name)
+        return plugin.help if plugin else ""
+
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it unless it is asked for again."""
+        return self.state not in {ScanState.WAITING, ScanState.RUNNING}
+
+    def percent(self) -> int:
+        """How much of the rows is read, from 0 to 99: something is left to do until it is over."""
+        plugin = scans().get(self.name)
+        num_to_read = self.version.num_usable * (plugin.num_passes if plugin else 1)
+        return min(99, 100 * self.num_read // num_to_read) if num_to_read else 0
+
+
+class ScanFinding(models.Model):
+    """Something that a scan found in a row. `place` counts a scan's findings from 0, by line."""
+
+    scan = models.ForeignKey(DatasetScan, on_delete=models.CASCADE, related_name="findings")
+    place = models.PositiveIntegerField()
+    line = models.PositiveBigIntegerField()
+    other_line = models.PositiveBigIntegerField(null=True, help_text="The row that it is like.")
+    kind = models.CharField(max_length=60)
+    message = models.TextField()
+    excerpt = models.TextField(blank=True, help_text="Never a whole secret.")
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["scan", "place"], name="one_finding_per_place")]
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.kind}"
 
 
 class UploadState(models.TextChoices):

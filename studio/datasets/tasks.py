@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import changes, fetching, inspecting, repairing, resumable
+from studio.datasets import changes, fetching, inspecting, repairing, resumable, scanning
 
 
 @shared_task
@@ -47,3 +47,15 @@ def fetch_waiting() -> None:
 def find_changes(version_id: int) -> None:
     """Compare a version with the one before it."""
     changes.find_changes(version_id)
+
+
+@shared_task
+def scan_dataset(version_id: int) -> None:
+    """Run a version's next scan."""
+    scanning.scan_next(version_id)
+
+
+@shared_task
+def scan_waiting() -> None:
+    """Queue scans whose message was lost or whose worker died, and those that a version lacks."""
+    scanning.scan_waiting()

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.datasets import adding_views, learning_pages, upload_views, views
+from studio.datasets import adding_views, learning_pages, scan_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
@@ -24,6 +24,10 @@ urlpatterns = [
     path(_VERSION + "statistics/", views.statistics, name="statistics"),
     path(_VERSION + "problems/", views.problems, name="problems"),
     path(_VERSION + "problems.csv", views.problems_csv, name="problems_csv"),
+    path(_VERSION + "scans/", scan_views.scans, name="scans"),
+    path(_VERSION + "scans/<slug:name>/", scan_views.scan, name="scan"),
+    path(_VERSION + "scans/<slug:name>.csv", scan_views.scan_csv, name="scan_csv"),
+    path(_VERSION + "scans/<slug:name>/run/", scan_views.run_scan_again, name="scan_again"),
     path(_VERSION + "repair/", views.repair, name="repair"),
     path(_VERSION + "corrections/", views.corrections, name="corrections"),
     path(_VERSION + "versions/", views.versions, name="versions"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,6 +22,7 @@ from studio.accounts.models import Role, record
 from studio.datasets import exporting, showing
 from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
 from studio.datasets.changes import changes_of
+from studio.datasets.csv_tables import csv_response
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
@@ -239,37 +239,18 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
     )  # fmt: skip
 
 
-class _Echo:
-    """csv writes into it and gets the line back."""
-
-    def write(self, line: str) -> str:
-        return line
-
-
-def guard_cell(text: object) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    cell = "" if text is None else str(text)
-    return f"'{cell}" if cell.lstrip(" ")[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
-
-
 @team_page()
 @require_GET
 def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The stored problems as a table."""
     version = version_or_404(request, dataset_id, number)
     columns = ("file", "line", "turn", "field", "level", "rule", "title", "message", "fix", "excerpt")
-    writer = csv.writer(_Echo())
-
-    def lines() -> Iterator[str]:
-        yield writer.writerow(columns)
-        for problem in version.problems.order_by("line", "pk").iterator(chunk_size=1000):
-            cells = (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
-                     RULES.get(problem.rule, ""), problem.message, problem.fix, problem.excerpt)  # fmt: skip
-            yield writer.writerow([guard_cell(cell) for cell in cells])
-
-    response = stream(request, lines(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = f'attachment; filename="problems-{version.dataset_id}-v{version.number}.csv"'
-    return response
+    rows = (
+        (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
+         RULES.get(problem.rule, ""), problem.message, problem.fix, problem.excerpt)
+        for problem in version.problems.order_by("line", "pk").iterator(chunk_size=1000)
+    )  # fmt: skip
+    return csv_response(request, f"problems-{version.dataset_id}-v{version.number}.csv", columns, rows)
 
 
 @team_page(Role.TRAINER)
