@@ -117,8 +117,10 @@ def _sniff_text(path: Path, head: bytes, file_name: str) -> Carrier:
     return _json_kind(path)
 
 
-def open_rows(path: Path, carrier: str | None = None) -> Iterator[Row | Problem]:
+def open_rows(path: Path, carrier: str | None = None, *, start: int = 1) -> Iterator[Row | Problem]:
     """Every row of a file in order, or the Problem that keeps it from being one.
+
+    JSON Lines before the line `start` are passed over unread; other carriers give every row whatever it is.
 
     Raises:
         DatasetError: the file cannot be read at all, or from some line on (a damaged JSON list).
@@ -130,7 +132,7 @@ def open_rows(path: Path, carrier: str | None = None) -> Iterator[Row | Problem]
     if carrier == "text":
         return _text_rows(path)
     if carrier == "jsonl":
-        return _jsonl_rows(path)
+        return _jsonl_rows(path, start)
     if carrier == "json":
         return _json_rows(path)
     return _csv_rows(path)
@@ -224,10 +226,10 @@ def _too_long(line: int, raw: bytes) -> Problem:
     )
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row | Problem]:
+def _jsonl_rows(path: Path, start: int) -> Iterator[Row | Problem]:
     with open_unpacked(path) as file:
         for number, offset, raw in numbered_lines(file):
-            item = jsonl_row(number, offset, raw)
+            item = jsonl_row(number, offset, raw) if number >= start else None
             if item is not None:
                 yield item
 

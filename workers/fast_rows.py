@@ -9,7 +9,7 @@ both ways to the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ _MEANT = PAIR_FIELDS | {*MEDIA, "messages", "conversations", "conversation", "te
                         "kto_tag", "label", "completion"}  # fmt: skip
 """Fields that change what a row means where they stand beside its turns."""
 
-CountRow = Callable[[int, int, int, int], None]
-"""Takes an ordinary row's line, turns, characters and fingerprint."""
+CountRow = Callable[[int, Sequence[str], int, int, Sequence[int]], None]
+"""Takes an ordinary row's line, roles, characters, fingerprint, and the characters of each answer."""
 
 
 def ordinary_rows(path: Path, format_name: str, count: CountRow) -> Iterator[tuple[int, int, bytes]]:
@@ -80,8 +80,8 @@ def _ordinary(
     text_key: str,
     roles: dict[str, str],
     known: dict[tuple[str, ...], tuple[str, ...] | None],
-) -> tuple[int, int, int] | None:
-    """(turns, characters, fingerprint) of an ordinary row, or None."""
+) -> tuple[Sequence[str], int, int, Sequence[int]] | None:
+    """(roles, characters, fingerprint, characters of each answer) of an ordinary row, or None."""
     turns = row.get(field)
     if type(turns) is not list:
         return None
@@ -109,7 +109,9 @@ def _ordinary(
         return None
     if texts[-1] == texts[-2]:
         return None
-    return num, sum(map(len, texts)), hash(tuple(zip(spoken, texts, strict=True)))
+    lengths = list(map(len, texts))
+    # An odd number begins with the system's turn; every second one behind it is an answer.
+    return spoken, sum(lengths), hash(tuple(zip(spoken, texts, strict=True))), lengths[num % 2 + 1 :: 2]
 
 
 def _spoken(names: tuple[str, ...], roles: dict[str, str]) -> tuple[str, ...] | None:

@@ -60,10 +60,10 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self.num = self.total = self.longest = 0
 
-    def add(self, value: int) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self.num += 1
-        self.total += value
+    def add(self, value: int, num: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += num
+        self.num += num
+        self.total += num * value
         self.longest = max(self.longest, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,7 +151,9 @@ class Tally:
         self._num_problems = 0
         self._counts: Counter[str] = Counter()
         self._turns: Counter[int] = Counter()
+        self._roles: Counter[str] = Counter()
         self._characters = Histogram(CHARACTER_BINS)
+        self._answers: Counter[int] = Counter()
         self._first_lines: dict[int, int] = {}
         self._num_longer_chosen = self._num_pairs = 0
         self._labels: Counter[bool] = Counter()
@@ -165,7 +167,10 @@ class Tally:
         """One row: its example, or None where it is set aside, and its problems."""
         if example is not None:
             size = len(example.text) if isinstance(example, TextExample) else _num_characters(example.messages)
-            self.add_usable(example.line, len(example.messages), size, fingerprint(example))
+            self.add_usable(
+                example.line, [message.role for message in example.messages], size, fingerprint(example),
+                [len(message.content) for message in example.messages if message.role == "assistant"],
+            )  # fmt: skip
             if isinstance(example, PreferenceExample):
                 self._num_pairs += 1
                 self._num_longer_chosen += _num_characters(example.chosen) > _num_characters(example.rejected)
@@ -178,9 +183,15 @@ class Tally:
         for problem in problems:
             self.say(problem)
 
-    def add_usable(self, line: int, num_turns: int, num_characters: int, print_of_row: int) -> None:
-        """One usable row; equal rows have equal prints."""
+    def add_usable(
+        self, line: int, roles: Sequence[str], num_characters: int, print_of_row: int, answers: Sequence[int]
+    ) -> None:
+        """One usable row: who speaks in its turns, its characters and those of each answer; equal rows have equal
+        prints."""
         self.num_usable += 1
+        num_turns = len(roles)
+        self._roles.update(roles)
+        self._answers.update(answers)
         self._turns[num_turns if num_turns < MAX_TURNS else MAX_TURNS] += 1
         self._characters.add(num_characters)
         is_full = len(self._first_lines) >= MAX_COMPARED_ROWS
@@ -224,10 +235,18 @@ class Tally:
             problem_counts=dict(self._counts),
             statistics={
                 "turns": [[num, rows] for num, rows in sorted(self._turns.items()) if num],
+                "roles": dict(sorted(self._roles.items())),
                 "characters": self._characters.to_dict(),
+                "answers": self._answer_lengths(),
                 "compared_rows": min(self.num_usable, MAX_COMPARED_ROWS),
             },
         )
+
+    def _answer_lengths(self) -> dict[str, Any]:
+        lengths = Histogram(CHARACTER_BINS)
+        for length, num in self._answers.items():
+            lengths.add(length, num)
+        return lengths.to_dict()
 
     def _say_of_file(self) -> None:
         def warning(rule: str, message: str, fix: str) -> None:

@@ -89,16 +89,19 @@ def read_examples(path: Path, format_name: str, columns: dict[str, str]) -> Iter
 
 
 def read_rows(
-    path: Path, format_name: str, columns: dict[str, str], *, remark: bool = False
+    path: Path, format_name: str, columns: dict[str, str], *, remark: bool = False, start: int = 1
 ) -> Iterator[tuple[AnyExample | None, list[Problem]]]:
     """Each row of a file as its Example, or None, and its Problems. Raises like `read_examples`.
 
-    With `remark`, what is to be said about the texts of usable rows is among the problems (workers/quality.py).
+    With `remark`, what is to be said about the texts of usable rows is among the problems (workers/quality.py). Rows
+    that begin before the line `start` are left out.
 
     A pair without an Example and without an error is a remark about the file and no row.
     """
     plugin = get_format(format_name)
-    for item in open_rows(path):
+    for item in open_rows(path, start=start):
+        if item.line is not None and item.line < start:
+            continue
         yield read_row(item, plugin, columns, remark=remark)
 
 

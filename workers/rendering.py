@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -294,6 +295,16 @@ class Renderer:
     def count(self, text: str) -> int:
         """Tokens in a text without any template."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def with_limits(self, *, max_length: int, loss_on: LossOn) -> Renderer:
+        """The same base with another cut and another loss; shares the tokenizer, which takes long to read."""
+        other = copy(self)
+        other.max_length, other.loss_on = max_length, loss_on
+        return other
+
+    def stop_tokens(self) -> list[str]:
+        """Texts of the tokens after which the model's turn is over."""
+        return [text for one in self.stop_ids if (text := self._tokenizer.id_to_token(one)) is not None]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids without special tokens."""

@@ -185,13 +185,15 @@ def _datasets(request: ApiRequest) -> QuerySet[Dataset]:
     return request.team.datasets.prefetch_related("versions")
 
 
-def _version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+def version_or_404(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    """A version of the team's datasets."""
     versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset")
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 
-def _ready(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
-    version = _version(request, dataset_id, number)
+def ready_version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
+    """A version of the team's datasets whose rows can be read; raises ApiError."""
+    version = version_or_404(request, dataset_id, number)
     if not version.is_ready():
         raise ApiError(409, "not_ready", f"{version} is {version.get_state_display().lower()}.")
     return version
@@ -266,13 +268,13 @@ def remove_dataset(request: ApiRequest, dataset_id: int) -> Status[None]:
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/", response={200: VersionOut, **ERRORS})
 def get_version(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
     """One version and what its inspection found."""
-    return _version(request, dataset_id, number)
+    return version_or_404(request, dataset_id, number)
 
 
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/problems/", response={200: ProblemPage, **ERRORS})
 def list_problems(request: ApiRequest, dataset_id: int, number: int, filters: Query[ProblemFilters]) -> dict[str, Any]:
     """What is wrong with the version's rows, by line."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     rows = version.problems.filter(pk__gt=filters.after).order_by("pk")
     if filters.rule:
         rows = rows.filter(rule=filters.rule)
@@ -294,20 +296,20 @@ class ExportQuery(QueryFields):
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/export/", response={200: None, **ERRORS})
 def export_version(request: ApiRequest, dataset_id: int, number: int, asked: Query[ExportQuery]) -> Any:
     """A zip of a folder that `datasets.load_dataset` reads: usable rows, a card, and why other rows are not used."""
-    version = _ready(request, dataset_id, number)
+    version = ready_version(request, dataset_id, number)
     return exporting.response(request, version, asked.kind, user=request.user, token=request.token)
 
 
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/changes/", response={200: ChangesOut, **ERRORS})
 def version_changes(request: ApiRequest, dataset_id: int, number: int) -> dict[str, Any]:
     """Rows against those of the version before; ask again while the state is waiting."""
-    return changes_of(_version(request, dataset_id, number)) or {"state": "first"}
+    return changes_of(version_or_404(request, dataset_id, number)) or {"state": "first"}
 
 
 @router.get("datasets/{int:dataset_id}/versions/{int:number}/preview/", response={200: list[ExampleOut], **ERRORS})
 def preview_version(request: ApiRequest, dataset_id: int, number: int) -> Any:
     """The first usable rows, as the format reads them."""
-    return showing.preview(_ready(request, dataset_id, number))
+    return showing.preview(ready_version(request, dataset_id, number))
 
 
 @router.put(
@@ -315,7 +317,7 @@ def preview_version(request: ApiRequest, dataset_id: int, number: int) -> Any:
 )
 def map_version(request: ApiRequest, dataset_id: int, number: int, body: MappingBody) -> Status[DatasetVersion]:
     """Choose the columns and inspect the version again."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     plugin = get_format("mapped")
     _check_columns(version, body.columns, plugin.fields, plugin.required_fields)
     if version.is_inspecting():
@@ -334,7 +336,7 @@ def map_version(request: ApiRequest, dataset_id: int, number: int, body: Mapping
 )
 def repair_version(request: ApiRequest, dataset_id: int, number: int) -> Status[DatasetVersion]:
     """Ask for a corrected version; `correction` says how it is going, and then its number."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     try:
         queue_repair(version, user=request.user, token=request.token)
     except NothingToRepairError as error:

@@ -2,10 +2,11 @@
 
     inspecting -> ready | needs_mapping | unreadable
 
-`statistics` then holds {"turns": [[turns, rows]], "characters": {...}, "tokens": {base revision: {...}}}, where
-each {...} is {"num_rows", "total", "longest", "histogram": [[upper bound, rows]]}; tokens also have "cut":
-{"512": rows longer than that, ...}. Tokens are a second step, so that a version is ready before it is over; scans
-(scanning.py) are a third, on their own.
+`statistics` then holds {"turns": [[turns, rows]], "roles": {role: turns}, "characters": {...}, "answers": {...},
+"tokens": {base revision: {...}}}, where each {...} is {"num_rows", "total", "longest", "histogram": [[upper bound,
+rows]]}, for answers with turns in the place of rows; tokens also have "cut": {"512": rows longer than that, ...}.
+Tokens are a second step, so that a version is ready before it is over; scans (scanning.py) are a third, on their own.
+Versions that were read long ago may lack roles and answers.
 """
 
 from __future__ import annotations

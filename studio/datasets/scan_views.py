@@ -13,7 +13,7 @@ from studio.accounts.models import Role
 from studio.datasets.csv_tables import csv_response
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding
 from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
-from studio.datasets.views import PAGE_SIZE, _page_links, _render_tab, _version
+from studio.datasets.views import PAGE_SIZE, _page_links, render_tab, version_or_404
 
 NUM_FIRST = 5
 _COLUMNS = ("file", "line", "kind", "message", "other line", "excerpt")
@@ -23,7 +23,7 @@ _COLUMNS = ("file", "line", "kind", "message", "other line", "excerpt")
 @require_GET
 def scans(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Every scan with its count and first findings; the fragment asks for itself again until all are over."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     shown = scans_of(version)
     first: dict[int, list[ScanFinding]] = {scan.pk: [] for scan in shown}
     for finding in ScanFinding.objects.filter(scan__in=shown, place__lt=NUM_FIRST).order_by("place"):
@@ -36,7 +36,7 @@ def scans(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     if request.htmx:  # type: ignore[attr-defined]
         may_change = request.membership.may(Role.TRAINER)
         return render(request, "datasets/_scans.html", {"version": version, "may_change": may_change, **context})
-    return _render_tab(request, version, "scans", context)
+    return render_tab(request, version, "scans", context)
 
 
 def _scan(version: DatasetVersion, name: str) -> DatasetScan:
@@ -49,14 +49,14 @@ def _scan(version: DatasetVersion, name: str) -> DatasetScan:
 @require_GET
 def scan(request: TeamRequest, dataset_id: int, number: int, name: str) -> HttpResponse:
     """Every finding of one scan by line, of one kind if that is asked for."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     shown = _scan(version, name)
     rows = shown.findings.order_by("place")
     kind = request.GET.get("kind", "")
     chosen = rows.filter(kind=kind) if kind in shown.kinds else rows
     page = Paginator(chosen, PAGE_SIZE).get_page(request.GET.get("page"))
     num_kept = rows.count() if kind in shown.kinds else page.paginator.count
-    return _render_tab(
+    return render_tab(
         request, version, "scan",
         {"scan": shown, "page": page, "kind": kind, "kinds": _by_count(shown.kinds), "num_kept": num_kept,
          "num_not_kept": shown.num_findings - num_kept, **_page_links(request, page)},
@@ -71,7 +71,7 @@ def _by_count(kinds: dict[str, int]) -> list[tuple[str, int]]:
 @require_GET
 def scan_csv(request: TeamRequest, dataset_id: int, number: int, name: str) -> StreamingHttpResponse:
     """The findings that are kept as a table."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     shown = _scan(version, name)
     rows = (
         (version.file_name, one.line, one.kind, one.message, one.other_line, one.excerpt)
@@ -84,7 +84,7 @@ def scan_csv(request: TeamRequest, dataset_id: int, number: int, name: str) -> S
 @require_POST
 def run_scan_again(request: TeamRequest, dataset_id: int, number: int, name: str) -> HttpResponse:
     """Ask for a scan once more."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     try:
         scan_again(_scan(version, name))
     except ScanRunsError as error:

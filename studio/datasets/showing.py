@@ -1,52 +1,23 @@
-"""What the dataset pages show: rows as chats, rows as tokens, histograms, problems by rule."""
+"""What the dataset pages show: rows as chats, histograms, problems by rule."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from django.apps import apps
 from django.db.models import Model
 
 from studio.datasets.models import DatasetVersion
-from workers.errors import ExplainedError
-from workers.examples import AnyExample, Example, Problem
+from workers.examples import AnyExample, Problem
 from workers.formats import get_format
-from workers.inspection import CUTS, first_examples
+from workers.inspection import CUTS, MAX_TURNS, first_examples
 from workers.reading import read_head, read_rows
-from workers.rendering import Renderer, RenderingError
 from workers.rules import RULES
 
 NUM_PREVIEW = 20
-NUM_AS_TOKENS = 5
 WITHIN_ROWS = 2000
-MAX_SHOWN_TOKENS = 2000
-MAX_SHOWN_CHARS = 8000
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of a rendered row. `kind` is trained, context, end (an end-of-turn token that is trained) or cut."""
-
-    text: str
-    kind: str
-    id: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A row as the model reads it."""
-
-    line: int
-    tokens: list[Token]
-    num_tokens: int
-    num_trained: int
-    num_cut: int
-    num_hidden: int
-    problem: str = ""
 
 
 def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[AnyExample]:
@@ -56,7 +27,7 @@ def preview(version: DatasetVersion, num: int = NUM_PREVIEW) -> list[AnyExample]
 
 def row(version: DatasetVersion, line: int) -> AnyExample | None:
     """The row of a ready version at a line; None when that holds no usable one."""
-    for example, _problems in read_rows(version.path(), version.format, version.columns):
+    for example, _problems in read_rows(version.path(), version.format, version.columns, start=line):
         if example is not None and example.line >= line:
             return example if example.line == line else None
     return None
@@ -71,69 +42,58 @@ def mapped_rows(version: DatasetVersion, columns: dict[str, str]) -> list[tuple[
 def base_models() -> list[Any]:
     """Every registered base model. Named in a string: catalogue stands above datasets."""
     model: type[Model] = apps.get_model("catalogue", "BaseModel")
-    return list(model._default_manager.order_by("name"))
+    return list(model._default_manager.only("name", "folder", "revision").order_by("name"))
 
 
-def token_rows(examples: Sequence[AnyExample], folder: Path, max_length: int) -> list[TokenRow]:
-    """Rows through a base model's template and tokenizer, by the code that training uses.
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a drawing 100 high and BAR_WIDTH wide, and its line of the table beside it.
 
-    Raises:
-        BaseModelError: the base model's folder cannot be read.
+    `short` stands under it, `name` in the table; `mark` is the length at which a line is drawn at its right side.
     """
-    renderer = _renderer(str(folder), max_length)
-    return [_token_row(renderer, one) for example in examples for one in example.conversations()]
+
+    x: int
+    y: str
+    height: str
+    short: str
+    name: str
+    count: int
+    mark: int | None = None
 
 
-@lru_cache(maxsize=4)
-def _renderer(folder: str, max_length: int) -> Renderer:
-    return Renderer(Path(folder), max_length=max_length, loss_on="assistant")
+@dataclass(frozen=True)
+class Drawing:
+    """Bars as the SVG template draws them. `what` heads the table's first column, `counted` its second."""
+
+    bars: list[Bar]
+    width: int
+    description: str
+    what: str
+    counted: str
+    total: int
 
 
-def _token_row(renderer: Renderer, example: Example) -> TokenRow:
-    try:
-        rendered = renderer.render(example)
-    except RenderingError as error:
-        return TokenRow(example.line, [], 0, 0, 0, 0, problem=f"{error.message} {error.next_step}")
-    tokens: list[Token] = []
-    shown = 0
-    pieces = zip(rendered.ids, rendered.trained, rendered.offsets, strict=True)
-    for index, (token_id, trained, (start, end)) in enumerate(pieces):
-        if index == MAX_SHOWN_TOKENS:
-            break
-        # Tokens of one character (an emoji in bytes) share its place: the first of them shows it.
-        text = rendered.text[max(start, shown) : end]
-        shown = max(shown, end)
-        kind = "end" if trained and token_id in renderer.stop_ids else "trained" if trained else "context"
-        tokens.append(Token(text, kind, token_id))
-    if rendered.num_cut and len(rendered.ids) <= MAX_SHOWN_TOKENS:
-        tokens.append(Token(rendered.text[shown : shown + MAX_SHOWN_CHARS], "cut"))
-    return TokenRow(
-        line=example.line,
-        tokens=tokens,
-        num_tokens=len(rendered.ids) + rendered.num_cut,
-        num_trained=rendered.num_trained,
-        num_cut=rendered.num_cut,
-        num_hidden=max(0, len(rendered.ids) - MAX_SHOWN_TOKENS),
-        problem=rendered.problem.message if rendered.problem else "",
-    )
+BAR_WIDTH = 20
 
 
-def as_model_reads(examples: Sequence[AnyExample], base_model: Any, max_length: int) -> tuple[list[TokenRow], str]:
-    """Rows as tokens, or the sentence that says why there are none."""
-    try:
-        return token_rows(examples[:NUM_AS_TOKENS], Path(base_model.folder), max_length), ""
-    except ExplainedError as error:
-        return [], f"{error.message} {error.next_step}".strip()
+Count = tuple[str, str, int, int | None]
+
+
+def drawing(counts: Sequence[Count], *, what: str, counted: str, description: str) -> Drawing:
+    """Bars of (short name, name, count, mark)."""
+    highest = max((count for _, _, count, _ in counts), default=0) or 1
+    bars = []
+    for index, (short, name, count, mark) in enumerate(counts):
+        height = 100 * count / highest
+        bars.append(Bar(index * BAR_WIDTH + 1, f"{100 - height:.2f}", f"{height:.2f}", short, name, count, mark))
+    return Drawing(bars, BAR_WIDTH * len(bars), description, what, counted, sum(bar.count for bar in bars))
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram as the SVG template draws it, 0 to 100 in both directions for each bar's unit."""
+    """Stored lengths: their drawing, and the figures that stand beside it."""
 
-    bars: list[dict[str, Any]]
-    marks: list[dict[str, Any]]
-    width: int
-    description: str
+    drawing: Drawing
     cuts: list[tuple[int, int]]
     num_rows: int
     mean: float
@@ -142,36 +102,52 @@ class Histogram:
     is_whole: bool
 
 
-def histogram(found: dict[str, Any], unit: str) -> Histogram | None:
-    """The drawing of stored lengths; None when there are none."""
+def histogram(found: dict[str, Any], unit: str, counted: str = "rows") -> Histogram | None:
+    """What is shown of stored lengths; None when there are none."""
     bins = found.get("histogram") or []
     if not bins:
         return None
-    highest = max(rows for _, rows in bins)
-    bars, marks, below = [], [], 0
-    for index, (bound, rows) in enumerate(bins):
-        height = 100 * rows / highest
-        bars.append(
-            {"x": index * 20 + 1, "y": f"{100 - height:.2f}", "height": f"{height:.2f}", "middle": index * 20 + 10,
-             "label": f"{below:,} to {bound:,} {unit}: {rows:,} rows", "bound": bound}
-        )  # fmt: skip
-        if bound in CUTS and unit == "tokens":
-            marks.append({"x": (index + 1) * 20, "bound": bound})
+    counts: list[Count] = []
+    below = 0
+    for bound, rows in bins:
+        mark = bound if bound in CUTS and unit == "tokens" else None
+        counts.append((f"{bound:,}", f"{below:,} to {bound:,}", rows, mark))
         below = bound + 1
     num = found["num_rows"]
     cut = found.get("cut", {})
     return Histogram(
-        bars=bars,
-        marks=marks,
-        width=20 * len(bins),
-        description=f"Lengths of {num:,} rows in {unit}, the longest {found['longest']:,}",
+        drawing=drawing(
+            counts, what=unit.capitalize(), counted=counted.capitalize(),
+            description=f"Lengths of {num:,} {counted} in {unit}, the longest {found['longest']:,}",
+        ),
         cuts=[(bound, cut[str(bound)]) for bound in CUTS if str(bound) in cut],
         num_rows=num,
         mean=found["total"] / num if num else 0.0,
         longest=found["longest"],
         total=found["total"],
         is_whole=found.get("is_whole", True),
-    )
+    )  # fmt: skip
+
+
+def turns(statistics: dict[str, Any]) -> Drawing | None:
+    """How many turns the rows have; None for rows without turns."""
+    found = statistics.get("turns") or []
+    if not found:
+        return None
+    counts = [
+        (f"{num}+" if num == MAX_TURNS else str(num), f"{num} or more" if num == MAX_TURNS else str(num), rows, None)
+        for num, rows in found
+    ]
+    return drawing(counts, what="Turns", counted="Rows", description="Rows by their number of turns")
+
+
+def roles(statistics: dict[str, Any]) -> Drawing | None:
+    """Who speaks in how many turns, the most frequent first; None when that was not counted."""
+    found = sorted(statistics.get("roles", {}).items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return None
+    counts = [(role, role.capitalize(), num, None) for role, num in found]
+    return drawing(counts, what="Role", counted="Turns", description="Turns by who speaks")
 
 
 def problem_groups(version: DatasetVersion) -> list[dict[str, Any]]:

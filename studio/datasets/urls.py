@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.datasets import adding_views, scan_views, upload_views, views
+from studio.datasets import adding_views, learning_pages, scan_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
@@ -20,6 +20,7 @@ urlpatterns = [
     path("<int:dataset_id>/delete/", views.delete, name="delete"),
     path(_VERSION, views.version_page, name="version"),
     path(_VERSION + "inspection/", views.inspection, name="inspection"),
+    path(_VERSION + "learned/", learning_pages.learned, name="learned"),
     path(_VERSION + "statistics/", views.statistics, name="statistics"),
     path(_VERSION + "problems/", views.problems, name="problems"),
     path(_VERSION + "problems.csv", views.problems_csv, name="problems_csv"),

@@ -39,7 +39,6 @@ from workers.licences import choices as licence_choices
 from workers.rules import RULES
 
 PAGE_SIZE = 50
-MAX_LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
 @team_page()
@@ -117,26 +116,28 @@ def _status_of(error: OSError) -> int:
     return 507 if isinstance(error, DiskFullError) else 422
 
 
-def _version(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
+def version_or_404(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
+    """A version of the team's datasets, with how many its dataset has."""
     siblings = DatasetVersion.objects.filter(dataset=OuterRef("dataset")).values("dataset").annotate(num=Count("pk"))
     versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "created_by")
     versions = versions.annotate(num_versions=Subquery(siblings.values("num")))
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 
-def _render_tab(
-    request: TeamRequest, version: DatasetVersion, tab: str, context: dict[str, Any] | None = None
+def render_tab(
+    request: TeamRequest, version: DatasetVersion, tab: str, context: dict[str, Any] | None = None, status: int = 200
 ) -> HttpResponse:
+    """A tab of a version's page."""
     base = {
         "version": version,
         "dataset": version.dataset,
         "tab": tab,
-        "num_versions": version.num_versions,  # type: ignore[attr-defined]  # annotated by _version
+        "num_versions": version.num_versions,  # type: ignore[attr-defined]  # annotated by version_or_404
         "may_change": request.membership.may(Role.TRAINER),
         "licence_form": LicenceForm(initial={"licence": version.dataset.licence or "unknown"}),
         "licence_label": dict(licence_choices()).get(version.dataset.licence, version.dataset.licence or "not known"),
     }
-    return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})})
+    return render(request, f"datasets/version_{tab}.html", {**base, **(context or {})}, status=status)
 
 
 @team_page()
@@ -150,37 +151,26 @@ def detail(request: TeamRequest, dataset_id: int) -> HttpResponse:
 @team_page()
 @require_GET
 def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
-    """The first rows as chats, or as the model will read them; while it is inspected, how far that is."""
-    version = _version(request, dataset_id, number)
-    context: dict[str, Any] = {"bases": showing.base_models(), "max_lengths": MAX_LENGTHS}
+    """The first rows as chats; while it is inspected, how far that is."""
+    version = version_or_404(request, dataset_id, number)
+    context: dict[str, Any] = {}
     if version.is_inspecting():
         _ask_again(version)
     if version.is_ready() and version.num_usable:
         context["examples"] = showing.preview(version)
-        context |= _model_view(request, context["bases"], context["examples"])
-    return _render_tab(request, version, "preview", context)
+    return render_tab(request, version, "preview", context)
 
 
 @team_page()
 @require_GET
 def row(request: TeamRequest, dataset_id: int, number: int, line: int) -> HttpResponse:
     """One row as a chat."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     if not version.is_ready():
         raise Http404
     return render(
         request, "datasets/row.html", {"version": version, "line": line, "example": showing.row(version, line)}
     )
-
-
-def _model_view(request: HttpRequest, bases: list[Any], examples: list[Any]) -> dict[str, Any]:
-    wanted, length = request.GET.get("base", ""), whole_number(request.GET.get("length", ""))
-    base = next((one for one in bases if str(one.pk) == wanted), None)
-    max_length = length if length in MAX_LENGTHS else 1024
-    if base is None:
-        return {"max_length": max_length}
-    rows, problem = showing.as_model_reads(examples, base, max_length)
-    return {"base": base, "max_length": max_length, "token_rows": rows, "token_problem": problem}
 
 
 def _ask_again(version: DatasetVersion) -> None:
@@ -193,7 +183,7 @@ def _ask_again(version: DatasetVersion) -> None:
 @require_GET
 def inspection(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """The fragment that shows an inspection's stages, and asks for itself again until it is over."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     if version.is_inspecting():
         _ask_again(version)
     response = render(request, "datasets/_inspection.html", {"version": version})
@@ -205,18 +195,24 @@ def inspection(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
 @team_page()
 @require_GET
 def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
-    """Lengths of the rows in tokens per base model, in characters, and turns."""
-    version = _version(request, dataset_id, number)
+    """Lengths of the rows in tokens per base model and in characters, of the answers, turns and roles."""
+    version = version_or_404(request, dataset_id, number)
     tokens = []
     for base in showing.base_models():
         found = version.tokens_of(base.revision)
         tokens.append(
             {"base": base, "found": found, "histogram": showing.histogram(found, "tokens") if found else None}
         )
-    characters = showing.histogram(version.statistics.get("characters", {}), "characters")
-    return _render_tab(
+    found = version.statistics
+    return render_tab(
         request, version, "statistics",
-        {"tokens": tokens, "characters": characters, "turns": version.statistics.get("turns", [])},
+        {
+            "tokens": tokens,
+            "characters": showing.histogram(found.get("characters", {}), "characters"),
+            "answers": showing.histogram(found.get("answers", {}), "characters", "answers"),
+            "turns": showing.turns(found),
+            "roles": showing.roles(found),
+        },
     )  # fmt: skip
 
 
@@ -224,7 +220,7 @@ def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
 @require_GET
 def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Every problem with its line, grouped by rule."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     rule = request.GET.get("rule", "")
     rows = version.problems.order_by("line", "pk")
     chosen = Q(rule=rule) if rule in version.problem_counts else Q()
@@ -234,7 +230,7 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
     paginator = Paginator(rows.filter(chosen), PAGE_SIZE)
     paginator.count = num_chosen  # counted already
     page = paginator.get_page(request.GET.get("page"))
-    return _render_tab(
+    return render_tab(
         request, version, "problems",
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
          "num_not_stored": max(0, version.num_problems() - num_stored), "num_stored": num_stored,
@@ -247,7 +243,7 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
 @require_GET
 def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The stored problems as a table."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     columns = ("file", "line", "turn", "field", "level", "rule", "title", "message", "fix", "excerpt")
     rows = (
         (version.file_name, problem.line, problem.turn, problem.field, problem.level, problem.rule,
@@ -261,7 +257,7 @@ def problems_csv(request: TeamRequest, dataset_id: int, number: int) -> Streamin
 @require_POST
 def repair(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Ask for a corrected version: what has a plain remedy is remedied, and becomes the dataset's next version."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     try:
         queue_repair(version, user=request.user)
     except NothingToRepairError as error:
@@ -275,11 +271,11 @@ def repair(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
 @require_GET
 def corrections(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """What was changed in a corrected version, row by row: before and after."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     if "changes" not in version.correction:
         raise Http404
     counts = sorted(version.correction["counts"].items(), key=lambda item: (-item[1], item[0]))
-    return _render_tab(
+    return render_tab(
         request, version, "corrections",
         {"counts": [(code, RULES.get(code, code), num) for code, num in counts],
          "num_not_shown": version.correction["num_changed"] - len(version.correction["changes"])},
@@ -290,8 +286,8 @@ def corrections(request: TeamRequest, dataset_id: int, number: int) -> HttpRespo
 @require_GET
 def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Every version of the dataset."""
-    version = _version(request, dataset_id, number)
-    return _render_tab(
+    version = version_or_404(request, dataset_id, number)
+    return render_tab(
         request,
         version,
         "versions",
@@ -303,22 +299,22 @@ def versions(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
 @require_GET
 def changes(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Which rows were added, removed and edited since the version before; the fragment asks until that is known."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     found = changes_of(version)
     if request.htmx:  # type: ignore[attr-defined]
         return render(request, "datasets/_changes.html", {"version": version, "changes": found})
-    return _render_tab(request, version, "changes", {"changes": found})
+    return render_tab(request, version, "changes", {"changes": found})
 
 
 @team_page()
 @require_GET
 def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Jobs and adapters that use the version."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one.
     jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")
     adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")
-    return _render_tab(
+    return render_tab(
         request,
         version,
         "used_by",
@@ -345,7 +341,7 @@ def _part_of(request: HttpRequest, rows: QuerySet[Any], parameter: str) -> dict[
 @require_GET
 def file(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpResponse:
     """The file as it was uploaded."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     content = version.path().open("rb")
     record("dataset.downloaded", team=request.team, user=request.user, target=version)
     response = stream(
@@ -359,7 +355,7 @@ def file(request: TeamRequest, dataset_id: int, number: int) -> StreamingHttpRes
 @require_GET
 def export(request: TeamRequest, dataset_id: int, number: int) -> HttpResponseBase:
     """The rows as a folder that `datasets.load_dataset` reads, zipped; `kind` says in which kind of file."""
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     if not version.is_ready():
         messages.error(request, f"{version} is {version.get_state_display().lower()}: there are no rows to export yet.")
         return redirect(version)
@@ -373,7 +369,7 @@ def mapping(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
 
     "show" re-renders the rows; "use" stores the choice and starts the inspection again.
     """
-    version = _version(request, dataset_id, number)
+    version = version_or_404(request, dataset_id, number)
     if version.is_inspecting():
         return redirect(version)
     if not version.column_names:

@@ -70,6 +70,8 @@ class Proxy:
             return
         far = self._connect()
         for one, other in ((near, far), (far, near)):
+            # A side that takes nothing for so long must not hold up the others, or the end of the test.
+            one.settimeout(30)
             self._other[one] = other
             self._selector.register(one, selectors.EVENT_READ)
 

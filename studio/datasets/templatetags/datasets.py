@@ -29,6 +29,12 @@ def _picture(found: re.Match[str]) -> str:
 
 
 @register.filter
+def visible_token(text: str) -> str:
+    """A token's text with its line breaks written out; a token that shares the character before it as ⁺."""
+    return visible(text).replace("\n", "↵\n") if text else "⁺"
+
+
+@register.filter
 def percent(part: float, whole: float) -> str:
     """A share as people read it: 0 %, 0.4 %, 12 %."""
     share = 100 * part / whole if whole else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from studio.datasets.models import Dataset, DatasetVersion
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 from tests.tiny import make_tiny_base
 
-TABS = ("", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
+TABS = ("", "learned/", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
 HOSTILE = ["<script>alert(1)</script>", "{{7*7}}", '<div hx-get="/x" hx-trigger="load">', "\x1b[31m", "a\u202eb"]
 
 
@@ -121,24 +122,42 @@ def test_no_cell_is_a_formula(cell: str) -> None:
     assert guard_cell(cell) == f"'{cell}"
 
 
-def test_the_rows_are_shown_as_a_base_model_reads_them(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
-    base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
-    version = upload(jsonl([{"prompt": "<script>x</script>", "completion": "fine"}, *good_rows()]))
-    shown = bob_client.get(page(version, f"?base={base.pk}&length=256")).content.decode()
-    assert "end of turn, trained" in shown
-    assert "bg-success text-success-content" in shown
-    assert "<script>x" not in shown
-    statistics = bob_client.get(page(version, "statistics/")).content.decode()
-    assert "Tokens with tiny" in statistics
-    assert "<svg" in statistics
+def test_the_statistics_are_drawings_with_their_figures_in_tables_beside_them(
+    upload: Upload, bob_client: Client, tmp_path: Path
+) -> None:
+    BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    ask, tell = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 150}
+    long = {"role": "assistant", "content": "1 2 " * 300}
+    rows = [[{"role": "system", "content": f"s{n}"}, ask, tell] for n in range(12)] + [[ask, long, ask, tell]] * 4
+    version = upload(jsonl([{"messages": turns} for turns in rows]))
+    shown = bob_client.get(page(version, "statistics/")).content.decode()
+    assert "Tokens with tiny" in shown
+    assert shown.count('<svg class="text-primary') == 5
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL)]
+    assert ["512 tokens", "4", "25 %"] in cells
+    assert ["1,024 tokens", "4", "25 %"] in cells
+    assert ["2,048 tokens", "0", "0 %"] in cells
+    for mark in (512, 1024):
+        assert re.search(rf"<line [^>]*><title>{mark}</title>", shown), mark
+    assert ["3", "12", "75 %"] in cells, "turns"
+    assert [cell for cell in cells if cell[:1] in (["User"], ["Assistant"], ["System"])] == [
+        ["Assistant", "20", "38 %"], ["User", "20", "38 %"], ["System", "12", "23 %"],
+    ]  # fmt: skip
+    assert ["0 to 200", "16", "80 %"] in cells, "answers"
+    assert ["1,001 to 1,500", "4", "20 %"] in cells
 
 
-def test_a_base_model_whose_folder_is_gone_is_explained(upload: Upload, bob_client: Client, tmp_path: Path) -> None:
-    base = BaseModel.objects.create(name="gone", folder=str(tmp_path / "gone"), revision="r" * 64)
+def test_a_version_that_was_read_before_roles_were_counted_shows_what_it_has(
+    upload: Upload, bob_client: Client
+) -> None:
     version = upload(jsonl(good_rows()))
-    answer = bob_client.get(page(version, f"?base={base.pk}"))
+    for newer in ("roles", "answers"):
+        del version.statistics[newer]
+    version.save(update_fields=["statistics"])
+    answer = bob_client.get(page(version, "statistics/"))
     assert answer.status_code == 200
-    assert "tokenizer.json" in answer.content.decode()
+    assert "Turns per row" in answer.content.decode()
+    assert "Roles</h2>" not in answer.content.decode()
 
 
 def test_the_inspection_polls_until_it_is_over(upload: Upload, bob_client: Client) -> None:
@@ -251,9 +270,11 @@ def test_numbers_that_are_none_are_no_fault_of_the_server(
 ) -> None:
     base = BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
     version = upload(jsonl(good_rows()))
-    answer = bob_client.get(version.get_absolute_url(), {"base": base.pk, "length": number})
-    assert answer.status_code == 200
-    assert '<option value="1024" selected>' in answer.content.decode()
+    for field in ("base", "length", "line"):
+        answer = bob_client.get(page(version, "learned/"), {"base": base.pk, field: number})
+        is_line = (number, field) == ("٣", "line")  # a three
+        assert answer.status_code == (200 if is_line else 422)
+        assert ('id="error-summary"' in answer.content.decode()) is not is_line
     assert bob_client.get("/datasets/upload/", {"dataset": number}).status_code == 404
     assert bob_client.get(page(version, "problems/"), {"page": number, "rule": number}).status_code == 200
 
