@@ -11,8 +11,9 @@ import pytest
 from django.test import Client
 from django.utils import timezone
 
+from jobs.celery import app
 from studio.accounts.models import ApiToken, Membership, Role, Team, User
-from studio.datasets import inspecting, scanning
+from studio.datasets import inspecting, scanning, tasks
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding, ScanState
 from studio.datasets.scanning import scan_next, scan_waiting, scans_of
 from studio.datasets.views import remap
@@ -57,6 +58,14 @@ def test_they_are_asked_for_after_the_inspection_and_run_one_after_the_other(
     found = exact(version)
     assert (found.num_findings, found.kinds) == (2, {"duplicate": 2})
     assert [(one.line, one.other_line) for one in found.findings.order_by("place")] == [(61, 4), (62, 4)]
+
+
+def test_a_worker_and_the_clock_know_the_tasks_by_the_names_that_are_sent(upload: Upload) -> None:
+    version = upload(planted())
+    assert tasks.scan_dataset.name == "studio.datasets.tasks.scan_dataset"
+    assert app.conf.beat_schedule["scan-waiting"]["task"] == tasks.scan_waiting.name
+    tasks.scan_dataset(version.pk)
+    assert exact(version).state == "done"
 
 
 def test_the_page_shows_counts_first_rows_and_links(
