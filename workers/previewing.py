@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from workers.errors import BaseModelError, ExplainedError
-from workers.examples import AnyExample
+from workers.examples import AnyExample, Example, Message
 from workers.learned import learned
 from workers.reading import read_rows
 from workers.rendering import LossOn, Renderer
@@ -35,8 +35,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What a base model learns of the first usable row at a line or behind it.
 
     The request holds path, format, columns, line, folder (the base model's), revision, max_length, loss_on and
-    max_tokens. The answer holds line (None: no usable row is left), previous and next (lines of the usable rows
-    beside it, or None), template ("own" or "plain"), stop_tokens and conversations (workers.learned.Conversation).
+    max_tokens; or, in the place of a file's row, `turns`: pairs of role and content. The answer holds line (None: no
+    usable row is left), previous and next (lines of the usable rows beside it, or None), template ("own" or "plain"),
+    stop_tokens and conversations (workers.learned.Conversation).
 
     Raises:
         ExplainedError: the file or the base model cannot be read.
@@ -44,7 +45,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     renderer = _renderer(request["folder"], request["revision"]).with_limits(
         max_length=request["max_length"], loss_on=_loss_on(request["loss_on"])
     )
-    before, example, after = find_row(Path(request["path"]), request["format"], request["columns"], request["line"])
+    before, example, after = _wanted(request)
     found = [] if example is None else learned(renderer, example, max_tokens=request["max_tokens"])
     return {
         "line": example.line if example else None,
@@ -54,6 +55,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "stop_tokens": renderer.stop_tokens(),
         "conversations": [one.to_dict() for one in found],
     }
+
+
+def _wanted(request: dict[str, Any]) -> tuple[int | None, AnyExample | None, int | None]:
+    if "turns" in request:
+        return None, Example(1, tuple(Message(role, content) for role, content in request["turns"])), None
+    return find_row(Path(request["path"]), request["format"], request["columns"], request["line"])
 
 
 def _loss_on(value: str) -> LossOn:

@@ -5,28 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 
 from django.db.models import Prefetch, QuerySet
 
 from studio.accounts.models import Team
 from studio.catalogue.listing import method_label
 from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Score, TestSet
+from studio.datasets.learning import PreviewError, learn_turns
 from workers.errors import ExplainedError
 from workers.evaluations import evaluations
-from workers.examples import Example, Message
 from workers.methods import methods
-from workers.rendering import Renderer
 
-SAMPLE = Example(
-    line=1,
-    messages=(
-        Message("system", "You answer in one sentence."),
-        Message("user", "What is the capital of France?"),
-        Message("assistant", "The capital of France is Paris."),
-        Message("user", "And of Spain?"),
-        Message("assistant", "The capital of Spain is Madrid."),
-    ),
+SAMPLE = (
+    ("system", "You answer in one sentence."),
+    ("user", "What is the capital of France?"),
+    ("assistant", "The capital of France is Paris."),
+    ("user", "And of Spain?"),
+    ("assistant", "The capital of Spain is Madrid."),
 )
 PREVIEW_TOKENS = 4096
 SHOWN_USERS = 10
@@ -118,25 +113,19 @@ def own_runs(team: Team, base: BaseModel) -> list[BaseRun]:
 
 def template_preview(base: BaseModel) -> TemplatePreview:
     """The sample conversation through the base's own tokenizer and chat template."""
-    return _render(base.folder, base.revision)
+    try:
+        return _render(base.folder, base.revision)
+    except PreviewError as error:
+        return TemplatePreview(error=f"{error.message} {error.next_step}".strip())
 
 
 @lru_cache(maxsize=32)
 def _render(folder: str, revision: str) -> TemplatePreview:
-    # The revision is in the key: another folder's content is another preview.
-    del revision
-    try:
-        rendered = Renderer(Path(folder), max_length=PREVIEW_TOKENS, loss_on="assistant").render(SAMPLE)
-    except ExplainedError as error:
-        return TemplatePreview(error=f"{error.message} {error.next_step}".strip())
-    except OSError:
-        return TemplatePreview(error="The base model's folder is not there any more.")
-    is_trained = [False] * len(rendered.text)
-    for (start, end), trained in zip(rendered.offsets, rendered.trained, strict=True):
-        for index in range(start, end):
-            is_trained[index] = trained
+    (found,) = learn_turns(folder, revision, SAMPLE, max_length=PREVIEW_TOKENS)["conversations"]
+    if not found["tokens"]:
+        return TemplatePreview(error=found["problem"])
     parts = tuple(
-        TextPart("".join(character for character, _ in group), trained)
-        for trained, group in groupby(zip(rendered.text, is_trained, strict=True), key=lambda pair: pair[1])
+        TextPart("".join(token["text"] for token in group), is_trained)
+        for is_trained, group in groupby(found["tokens"], key=lambda token: bool(token["kind"] == "trained"))
     )
-    return TemplatePreview(parts, len(rendered.ids))
+    return TemplatePreview(parts, found["num_tokens"])

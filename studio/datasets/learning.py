@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -53,6 +54,16 @@ def learn_row(
             "path": str(version.path()), "format": version.format, "columns": version.columns, "line": line,
             "folder": base_model.folder, "revision": base_model.revision, "max_length": max_length,
             "loss_on": loss_on, "max_tokens": max_tokens,
+        }
+    )  # fmt: skip
+
+
+def learn_turns(folder: str, revision: str, turns: Sequence[tuple[str, str]], *, max_length: int) -> dict[str, Any]:
+    """The same of a conversation, given as pairs of role and content, whose assistant's turns carry the loss."""
+    return _child.ask(
+        {
+            "turns": turns, "folder": folder, "revision": revision, "max_length": max_length, "loss_on": "assistant",
+            "max_tokens": max_length,
         }
     )  # fmt: skip
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from html import unescape
+from pathlib import Path
+
 import pytest
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
 from studio.accounts.models import Team, User
-from studio.catalogue.models import Adapter, AdapterState, EvaluationRun, Suite, TestSet
+from studio.catalogue.models import Adapter, AdapterState, BaseModel, EvaluationRun, Suite, TestSet
+from studio.datasets import learning
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_result, make_score
+from tests.tiny import make_tiny_base
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("data_dir")]
 
@@ -53,3 +58,21 @@ def test_it_shows_the_bases_own_runs_on_the_teams_suites_alone(
     other = charlie_client.get(base.get_absolute_url()).text
     assert "Tickets" not in other
     assert "0.457" not in other
+
+
+def test_it_shows_the_sample_conversation_and_a_template_without_end_holds_up_nothing(
+    alice_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = learning.PreviewChild(seconds=1.5)
+    monkeypatch.setattr(learning, "_child", child)
+    good, bad = make_tiny_base(tmp_path / "good"), make_tiny_base(tmp_path / "bad")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (bad / "chat_template.jinja").write_text(endless)
+    base, pages = make_base_model(), []
+    for folder in (bad, good):
+        BaseModel.objects.filter(pk=base.pk).update(folder=str(folder), revision=folder.name)
+        pages.append(unescape(alice_client.get(base.get_absolute_url()).text))
+    child.close()
+    assert "not rendered within 1.5 seconds" in pages[0]
+    assert "<|im_start|>user\nAnd of Spain?" in pages[1]
+    assert "The capital of Spain is Madrid." in pages[1]
