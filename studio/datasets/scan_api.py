@@ -101,7 +101,7 @@ def run_scan(request: ApiRequest, dataset_id: int, number: int, name: str) -> St
     """Run a scan that is over once more."""
     scan = _scan(request, dataset_id, number, name)
     try:
-        scan_again(scan)
+        scan_again(scan, user=request.user, token=request.token)
     except ScanRunsError as error:
         raise ApiError(409, "scan_not_over", str(error), help="Wait until its state changes.") from error
     scan.refresh_from_db()

@@ -86,7 +86,7 @@ def run_scan_again(request: TeamRequest, dataset_id: int, number: int, name: str
     """Ask for a scan once more."""
     version = version_or_404(request, dataset_id, number)
     try:
-        scan_again(_scan(version, name))
+        scan_again(_scan(version, name), user=request.user)
     except ScanRunsError as error:
         messages.error(request, str(error))
     return redirect("datasets:scans", dataset_id, number)

@@ -18,6 +18,7 @@ from django.db import transaction
 from django.db.models import Count, F, Q, QuerySet
 from django.utils import timezone
 
+from studio.accounts.models import ApiToken, User, record
 from studio.datasets.inspecting import DEAD_AFTER, InspectionFailedError, run_child, send_task
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding, ScanState, VersionState
 from workers.scans import scans
@@ -90,12 +91,15 @@ def scan_waiting() -> int:
     return len(asked)
 
 
-def scan_again(scan: DatasetScan) -> None:
+def scan_again(scan: DatasetScan, *, user: User, token: ApiToken | None = None) -> None:
     """Ask for a scan that is over once more; raises ScanRunsError."""
     over = DatasetScan.objects.filter(pk=scan.pk, state__in=[ScanState.DONE, ScanState.FAILED])
-    if not over.update(state=ScanState.WAITING, attempt=0, num_read=0, error="", queued_at=timezone.now()):
-        raise ScanRunsError(f"{scan.label()} is not over, or not for these rows.")
-    transaction.on_commit(lambda: send_task("scan_dataset", scan.version_id))
+    with transaction.atomic():
+        if not over.update(state=ScanState.WAITING, attempt=0, num_read=0, error="", queued_at=timezone.now()):
+            raise ScanRunsError(f"{scan.label()} is not over, or not for these rows.")
+        version = scan.version
+        record("dataset.scan_asked", team=version.dataset.team, user=user, token=token, target=version, scan=scan.name)
+        transaction.on_commit(lambda: send_task("scan_dataset", scan.version_id))
 
 
 def scans_of(version: DatasetVersion) -> list[DatasetScan]:

@@ -12,7 +12,7 @@ from django.test import Client
 from django.utils import timezone
 
 from jobs.celery import app
-from studio.accounts.models import ApiToken, Membership, Role, Team, User
+from studio.accounts.models import ApiToken, AuditEvent, Membership, Role, Team, User
 from studio.datasets import inspecting, scanning, tasks
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding, ScanState
 from studio.datasets.scanning import scan_next, scan_waiting, scans_of
@@ -167,6 +167,8 @@ def test_the_api_gives_the_same(upload: Upload, team: Team, bob: User) -> None:
     assert client.get(findings, {"kind": "other"}).json()["items"] == []
     again = client.post(f"{address}exact_duplicates/run/")
     assert (again.status_code, again.json()["state"]) == (202, "waiting")
+    event = AuditEvent.objects.get(action="dataset.scan_asked")
+    assert (event.user, event.details["scan"], event.token_id is not None) == (bob, "exact_duplicates", True)
     assert client.post(f"{address}exact_duplicates/run/").status_code == 409
     assert client.get(f"{address}nothing/findings/").status_code == 404
 
