@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import uuid
 from datetime import timedelta
 
@@ -56,7 +57,10 @@ def wait_until_final(job: Job, *, seconds: float = 180) -> Job:
         Job.objects.filter(state=JobState.RETRY_WAIT, pk=job.pk).update(not_before=Now())
         return reload(job).is_final()
 
-    wait_for(is_final, seconds=seconds, what=f"the end of {job.name}")
+    try:
+        wait_for(is_final, seconds=seconds, what=f"the end of {job.name}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {describe(job)}") from error
     return reload(job)
 
 
@@ -66,6 +70,8 @@ def wait_for_step(job: Job, step: int) -> None:
 
 def expire_leases() -> int:
     """The leases of workers that are known to be dead run out now, and what waits for a retry waits no longer."""
+    # The database still does what a worker had sent when it was killed, a renewal of its lease perhaps.
+    time.sleep(0.3)
     num = Job.objects.filter(state__in=LEASED_STATES).update(lease_until=Now() - timedelta(seconds=1))
     Job.objects.filter(state=JobState.RETRY_WAIT).update(not_before=Now())
     return num
