@@ -130,8 +130,10 @@ def product(out: Path) -> dict[str, bytes]:
     adapter = out / "attempts" / "1" / "adapter"
     names = ("adapter_model.safetensors", "adapter_config.json", "eval/scores.json", "eval/samples.jsonl")
     found = {name: (adapter / name).read_bytes() for name in (*names, "eval/held_out.jsonl")}
-    (scores,) = (out / "base_scores").rglob("*.json")
-    found["base_scores"] = scores.read_bytes()
+    # The base's rows, and its answers to the fixed prompts.
+    kept = list((out / "base_scores").rglob("*.json"))
+    assert len(kept) == 2
+    found |= {f"base_scores {path.name}": path.read_bytes() for path in kept}
     for name in ("adapter.safetensors", "optimizer.safetensors", "random.safetensors"):
         found[f"checkpoint {name}"] = next((out / "checkpoints").glob(f"4-*/{name}")).read_bytes()
     return found
