@@ -89,11 +89,7 @@ def evaluate(
             kept.put(key, base_rows)
         rows = base_rows
         if adapter is not None:
-            if (name := damaged_file(adapter, lambda name: file_digest(adapter / name))) is not None:
-                raise DamagedAdapterError(
-                    f'The file "{name}" of this adapter is missing or has changed since it was made.',
-                    next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
-                )
+            refuse_damaged(adapter)
             model = adapters.load(model, adapter)
             rows = _score(model, renderer, examples, recipe, "evaluating", report, should_stop)
     except Stopped:
@@ -200,7 +196,16 @@ def _score(
     return rows
 
 
-def file_digest(path: Path) -> str | None:
+def refuse_damaged(adapter: Path) -> None:
+    """Raise DamagedAdapterError for a folder whose files are not those that its checksums were written for."""
+    if (name := damaged_file(adapter, lambda name: _file_digest(adapter / name))) is not None:
+        raise DamagedAdapterError(
+            f'The file "{name}" of this adapter is missing or has changed since it was made.',
+            next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
+        )
+
+
+def _file_digest(path: Path) -> str | None:
     """Digest of a file; None for one that is not there."""
     return file_sha256(path) if path.is_file() else None
 

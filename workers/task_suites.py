@@ -16,9 +16,8 @@ import torch
 from workers import adapters, devices
 from workers.bases import Bases
 from workers.device_errors import is_out_of_memory
-from workers.digests import damaged_file
-from workers.errors import BaseModelError, DamagedAdapterError
-from workers.evaluating import Stopped, end_if_asked, file_digest, out_of_memory, write
+from workers.errors import BaseModelError
+from workers.evaluating import Stopped, end_if_asked, out_of_memory, refuse_damaged, write
 from workers.events import MessageEvent, PhaseEvent, Report, ResultEvent, ShouldStop, StoppedEvent
 from workers.harness import HarnessRequest, prepare, run
 from workers.lm_eval_layout import HarnessRun
@@ -101,11 +100,7 @@ def evaluate_tasks(
         of_base = score(model, "base", "scoring_base")
         of_adapter = None
         if adapter is not None:
-            if (name := damaged_file(adapter, lambda name: file_digest(adapter / name))) is not None:
-                raise DamagedAdapterError(
-                    f'The file "{name}" of this adapter is missing or has changed since it was made.',
-                    next_step="Restore it, or train the adapter again; figures of a damaged one mean nothing.",
-                )
+            refuse_damaged(adapter)
             of_adapter = score(adapters.load(model, adapter), "adapter", "evaluating")
     except Stopped:
         report(StoppedEvent(mode=should_stop() or "now", step=0))

@@ -13,7 +13,7 @@ from studio.accounts.models import Role
 from studio.datasets.csv_tables import csv_response
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding
 from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
-from studio.datasets.views import PAGE_SIZE, _page_links, render_tab, version_or_404
+from studio.datasets.views import PAGE_SIZE, page_links, render_tab, version_or_404
 
 NUM_FIRST = 5
 _COLUMNS = ("file", "line", "kind", "message", "other line", "excerpt")
@@ -59,7 +59,7 @@ def scan(request: TeamRequest, dataset_id: int, number: int, name: str) -> HttpR
     return render_tab(
         request, version, "scan",
         {"scan": shown, "page": page, "kind": kind, "kinds": _by_count(shown.kinds), "num_kept": num_kept,
-         "num_not_kept": shown.num_findings - num_kept, **_page_links(request, page)},
+         "num_not_kept": shown.num_findings - num_kept, **page_links(request, page)},
     )  # fmt: skip
 
 

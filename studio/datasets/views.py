@@ -49,10 +49,12 @@ def dataset_list(request: TeamRequest) -> HttpResponse:
     newest = shown.order_by("dataset_id", "-number").distinct("dataset_id").values("pk")
     rows = shown.filter(pk__in=newest).annotate(num_jobs=Count("jobs")).order_by("-created_at", "-pk")
     page = Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
-    return render(request, "datasets/dataset_list.html", {"page": page, **_page_links(request, page)})
+    return render(request, "datasets/dataset_list.html", {"page": page, **page_links(request, page)})
 
 
-def _page_links(request: HttpRequest, page: Any) -> dict[str, str]:
+def page_links(request: HttpRequest, page: Any) -> dict[str, str]:
+    """Addresses of the pages before and after one of a Paginator, and what stands between them."""
+
     def link(number: int) -> str:
         return "?" + urlencode({**request.GET.dict(), "page": number})
 
@@ -235,7 +237,7 @@ def problems(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse
         {"page": page, "groups": showing.problem_groups(version), "rule": rule,
          "num_not_stored": max(0, version.num_problems() - num_stored), "num_stored": num_stored,
          "is_repairing": is_running(version),
-         **_page_links(request, page)},
+         **page_links(request, page)},
     )  # fmt: skip
 
 
