@@ -19,6 +19,8 @@ ARGUMENTS = [
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 SECOND = 1000.0
+# What is waited for comes within moments; a machine that also runs Postgres, Redis and workers may take longer.
+expect.set_options(timeout=20 * SECOND)
 
 
 def require_chromium() -> None:

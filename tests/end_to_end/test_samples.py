@@ -40,6 +40,9 @@ def test_samples_are_filtered_in_place_and_chosen_blind_by_keys(browser: Browser
 
     samples.get_by_role("link", name="Choose blind").click()
     for number, key in enumerate("abs", start=1):
+        # A key pressed before the page and its scripts are there presses nothing.
+        expect(page.locator("[data-choice-key]").first).to_be_visible()
+        page.wait_for_load_state()
         page.keyboard.press(key)
         expect(page.locator("#blind-revealed")).to_contain_text(f"Line {number}:")
     found = [choice.preferred for choice in SampleChoice.objects.order_by("sample__line")]
