@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.examples import Example, Problem
+from workers.mixing import Portion
 from workers.rendering import Renderer
 
 
@@ -113,7 +114,8 @@ class Plan:
     """Which rows form which optimizer step: a pure function of the seed, so a resumed run needs no history.
 
     The epochs' orders stand one behind the other in one stream; step s (from 0) takes its batch_size rows from it.
-    Only the last step may be smaller.
+    Only the last step may be smaller. `num_rows` are those of an epoch: every row once, or, of several sources, as many
+    of each as its portion says (`workers.mixing`); the rows of the sources are counted one source after the other.
     """
 
     num_rows: int
@@ -121,6 +123,10 @@ class Plan:
     epochs: float
     seed: int
     max_steps: int | None = None
+    portions: tuple[Portion, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.portions or self.num_rows == sum(one.per_epoch for one in self.portions)
 
     @property
     def num_steps(self) -> int:
@@ -136,9 +142,34 @@ class Plan:
         """Indices of the rows of a step, in their seeded order."""
         first = step * self.batch_size
         places = range(first, min(first + self.batch_size, self._num_rows_seen))
-        return [
-            int(_order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]) for place in places
-        ]
+        return [self._row(*divmod(place, self.num_rows)) for place in places]
+
+    def _row(self, epoch: int, place: int) -> int:
+        """The row that stands at a place of an epoch."""
+        drawn = int(_order(self.num_rows, self.seed, epoch)[place])
+        first = 0
+        for number, one in enumerate(self.portions):
+            if drawn < one.per_epoch:
+                return first + self._row_of_source(number, epoch * one.per_epoch + drawn)
+            drawn, first = drawn - one.per_epoch, first + one.num_rows
+        return drawn
+
+    def _row_of_source(self, number: int, place: int) -> int:
+        """The row at a place of a source's own stream: its passes one behind the other, each in an order of its own."""
+        num_rows = self.portions[number].num_rows
+        if number == 0:
+            return place % num_rows  # an epoch is one pass over the main source and shuffles it itself
+        return int(_order_of_pass(num_rows, self.seed, place // num_rows, number)[place % num_rows])
+
+    def num_rows_of(self, num_seen: int) -> list[int]:
+        """How many rows of each source are among the first `num_seen` of the run; one number without portions."""
+        if not self.portions:
+            return [num_seen]
+        epochs, rest = divmod(num_seen, self.num_rows)
+        bounds = np.cumsum([one.per_epoch for one in self.portions])
+        begun = np.searchsorted(bounds, _order(self.num_rows, self.seed, epochs)[:rest], side="right")
+        counts = np.bincount(begun, minlength=len(self.portions))
+        return [epochs * one.per_epoch + int(num) for one, num in zip(self.portions, counts, strict=True)]
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""
@@ -148,6 +179,12 @@ class Plan:
 @lru_cache(maxsize=2)
 def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+@lru_cache(maxsize=32)
+def _order_of_pass(num_rows: int, seed: int, number: int, source: int) -> np.ndarray:
+    # The source, never 0, makes it another seed than that of an epoch's order.
+    return np.random.default_rng([seed, number, source]).permutation(num_rows)
 
 
 def split_step(rows: Sequence[int], tokens: TokenRows, micro_batch_size: int) -> list[list[int]]:

@@ -100,11 +100,12 @@ class DivergedEvent(_Event):
 
 
 class FixedPrompt(_Event):
-    """A held-out row that is answered at every checkpoint; both texts may be cut."""
+    """A held-out row that is answered at every checkpoint; both texts may be cut. `source` 0 is the main dataset."""
 
     line: int
     prompt: str
     reference: str
+    source: int = 0
 
 
 class PromptsEvent(_Event):

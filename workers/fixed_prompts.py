@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from workers.events import AnswersEvent, FixedPrompt, PromptsEvent, Report
 from workers.examples import Example
+from workers.mixing import line_at, source_at
 from workers.recipe import Recipe
 from workers.scoring import prompt_text, write_answers
 from workers.texts import storable
@@ -45,7 +46,12 @@ def prompts_event(renderer: Renderer, examples: Sequence[Example]) -> PromptsEve
     """The prompts and what is expected of them, as far as they are shown."""
     return PromptsEvent(
         prompts=tuple(
-            FixedPrompt(line=one.line, prompt=_shown(prompt_text(one)), reference=_shown(renderer.reference(one)))
+            FixedPrompt(
+                line=line_at(one.line),
+                prompt=_shown(prompt_text(one)),
+                reference=_shown(renderer.reference(one)),
+                source=source_at(one.line),
+            )
             for one in examples
         )
     )

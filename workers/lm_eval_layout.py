@@ -18,6 +18,7 @@ from typing import Any
 
 from workers.errors import ExplainedError
 from workers.evaluations import Evaluation, MeanEvaluation, ScoredRow
+from workers.mixing import row_at
 from workers.results import ScoreRecord
 
 FILTER = "none"
@@ -153,7 +154,8 @@ def read_run(path: Path) -> HarnessRun:
 
 
 def _sample(at: int, row: ScoredRow, evaluations: Sequence[Evaluation], max_new_tokens: int) -> dict[str, Any]:
-    doc = {"line": row.line, "prompt": row.prompt, "reference": row.reference}
+    source, line = row_at(row.line)
+    doc = {"line": line, **({"source": source} if source else {}), "prompt": row.prompt, "reference": row.reference}
     arguments: list[tuple[str, Any]] = [(row.prompt, {"until": [], "max_gen_toks": max_new_tokens})]
     responses: list[Any] = [[row.answer]] if row.answer is not None else []
     options = next((one for one in row.options.values() if one), None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from workers.methods import get_method
-from workers.recipe import Precision, Recipe
+from workers.recipe import Precision, Recipe, SplitSettings
 from workers.shapes import ModelShape
 
 GIB = 2**30
@@ -58,12 +59,21 @@ class DatasetFacts:
     """A dataset in tokens of the chosen base model.
 
     `lengths` is a histogram {upper bound of the bin in tokens: rows in it}; empty when only totals are known.
+    `held_out` is None where the split's settings say how many rows are held out: of all but a mixture of datasets.
     """
 
     num_rows: int
     total_tokens: int
     longest: int
     lengths: dict[int, int] = field(default_factory=dict)
+    held_out: int | None = None
+    num_sources: int = 1
+
+    def num_held_out(self, split: SplitSettings) -> int:
+        """Rows that are held out."""
+        if self.held_out is not None:
+            return self.held_out
+        return min(split.max_held_out, round(self.num_rows * split.held_out_share))
 
     def longest_after_cut(self, max_length: int) -> int:
         """Tokens of the longest row once rows are cut."""
@@ -79,6 +89,36 @@ class DatasetFacts:
             kept = sum(min(bound, max_length) * rows for bound, rows in self.lengths.items())
             mean *= kept / max(1, sum(bound * rows for bound, rows in self.lengths.items()))
         return min(mean, max_length)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture: its facts, the rows of it that an epoch takes, and those that are held out."""
+
+    facts: DatasetFacts
+    per_epoch: int
+    num_held_out: int
+
+    @property
+    def factor(self) -> float:
+        """How often each of its rows counts in the mixture."""
+        return (self.per_epoch + self.num_held_out) / max(1, self.facts.num_rows)
+
+
+def mixed(parts: Sequence[Part]) -> DatasetFacts:
+    """The facts of several datasets that are trained on together: as of a dataset that has what an epoch takes."""
+    lengths: dict[int, int] = {}
+    for one in parts:
+        for bound, num in one.facts.lengths.items():
+            lengths[bound] = lengths.get(bound, 0) + max(1, round(num * one.factor))
+    return DatasetFacts(
+        num_rows=sum(one.per_epoch + one.num_held_out for one in parts),
+        total_tokens=round(sum(one.facts.total_tokens * one.factor for one in parts)),
+        longest=max(one.facts.longest for one in parts),
+        lengths=lengths,
+        held_out=sum(one.num_held_out for one in parts),
+        num_sources=len(parts),
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +201,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
     training_bytes = compute_bytes_of(training_precision, device)
 
-    num_held_out = min(recipe.split.max_held_out, round(dataset.num_rows * recipe.split.held_out_share))
+    num_held_out = dataset.num_held_out(recipe.split)
     num_train = max(1, dataset.num_rows - num_held_out)
     num_steps = math.ceil(max(1, math.ceil(num_train * training.epochs)) / training.batch_size)
     num_steps = num_steps if training.max_steps is None else min(num_steps, training.max_steps)
@@ -330,7 +370,8 @@ def _seconds(
     # Base and adapter both read the held-out rows and write their answers.
     scoring = 2 * num_held_out * mean * (2 * shape.num_parameters + 2 * attention) / rate
     evaluation = recipe.evaluation
-    generated = 2 * min(evaluation.num_generated, num_held_out) * evaluation.max_new_tokens
+    num_generated = min(evaluation.num_generated * dataset.num_sources, num_held_out)
+    generated = 2 * num_generated * evaluation.max_new_tokens
     # The base and each checkpoint answer the fixed prompts, all of them in one batch.
     num_shown = min(evaluation.num_samples_shown, num_held_out)
     num_times = 1 + math.ceil(num_steps / training.steps_between_checkpoints(num_steps))

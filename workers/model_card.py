@@ -12,7 +12,7 @@ from typing import Protocol
 from workers.forgetting import MEASURE, forgetting
 from workers.methods import ADAPTER, get_method, methods
 from workers.recipe import Recipe
-from workers.results import Provenance, Result
+from workers.results import Provenance, Result, SourceRecord
 
 HELD_OUT_SPLIT = "held-out"
 # The Hub's own words for licences; any other one is "other" with its name beside it.
@@ -63,6 +63,17 @@ class MeasuredOn:
     split: str
     revision: str
     scores: Sequence[Measured]
+
+
+class MeasuredSource(Protocol):
+    """One of several datasets with the figures on its own held-out rows: a SourceRecord."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def scores(self) -> Sequence[Measured]: ...
 
 
 def front_matter(
@@ -141,18 +152,19 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
     product = method.product
     front = front_matter(
         name=recipe.name, method=recipe.method, objective=recipe.objective, hub_id=hub_id, licence=licence,
-        measured=[MeasuredOn(recipe.dataset.name, HELD_OUT_SPLIT, recipe.dataset.sha256, result.scores)],
+        measured=measured_on_held_out(recipe, result.scores, result.sources),
     )  # fmt: skip
     body = [
         "",
         f"# {_one_line(recipe.name)}",
         "",
         f"{product.described.format(label=method.label, base=f'`{base}`')}, trained on "
-        f"{_one_line(recipe.dataset.name)} "
+        f"{_one_line(data_name(recipe))} "
         f"({result.provenance.num_train_rows} rows, {result.provenance.num_steps} steps, "
         f"{result.num_trainable} trained parameters). {method.source}.",
         "",
         *_score_table(result, product.noun),
+        *_source_table(result.sources, product.noun),
         "## Use",
         "",
         "```python",
@@ -167,7 +179,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
         f"- base precision: {recipe.precision}; learning rate: {recipe.training.learning_rate}; "
         f"batch size: {recipe.training.batch_size}; epochs: {result.provenance.epochs:.3g}",
         f"- digest of the base's files: `{result.provenance.base_revision}`",
-        f"- digest of the dataset: `{result.provenance.dataset_sha256}`",
+        *_dataset_digests(result),
         f"- recipe, versions and device: `studio.json`; answers of base and {product.noun}: `eval/samples.jsonl`",
     ]
     body += _choice_lines(recipe, result.provenance)
@@ -181,6 +193,27 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
             f"(largest difference {result.provenance.max_logit_difference:.2g})"
         )
     (folder / "README.md").write_text("\n".join([*front, *body]) + "\n", "utf-8")
+
+
+def data_name(recipe: Recipe) -> str:
+    """The datasets that a recipe trains on."""
+    return " + ".join(one.name for one in recipe.sources)
+
+
+def measured_on_held_out(
+    recipe: Recipe, scores: Sequence[Measured], sources: Sequence[MeasuredSource]
+) -> list[MeasuredOn]:
+    """The figures of all held-out rows, and, of a mixture, of each dataset's own."""
+    if not recipe.mix:
+        return [MeasuredOn(recipe.dataset.name, HELD_OUT_SPLIT, recipe.dataset.sha256, scores)]
+    own = [MeasuredOn(one.name, HELD_OUT_SPLIT, one.sha256, one.scores) for one in sources]
+    return [MeasuredOn(data_name(recipe), HELD_OUT_SPLIT, "", scores), *own]
+
+
+def _dataset_digests(result: Result) -> list[str]:
+    if not result.sources:
+        return [f"- digest of the dataset: `{result.provenance.dataset_sha256}`"]
+    return [f"- digest of {_one_line(one.name)}: `{one.sha256}`" for one in result.sources]
 
 
 def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:
@@ -262,6 +295,44 @@ def _score_table(result: Result, noun: str) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _source_table(sources: Sequence[SourceRecord], noun: str) -> list[str]:
+    """What each dataset of a mixture had for a part in training, and its own scores."""
+    if not sources:
+        return []
+    total = sum(one.rows_per_epoch for one in sources)
+    parts = [
+        f"| {_cell(_one_line(one.name))} | {one.weight:g} | {one.rows_per_epoch / total:.0%} | {one.num_train_rows} | "
+        f"{one.num_rows_seen} | {one.passes:.2f} |"
+        for one in sources
+    ]
+    scores = [
+        f"| {_cell(_one_line(one.name))} | {_cell(score.label)} | {score.base_value:.4f} | "
+        f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}] | {score.difference:+.4f} "
+        f"[{score.difference_low:+.4f}, {score.difference_high:+.4f}] | {score.num_rows} |"
+        for one in sources
+        for score in one.scores
+    ]
+    found = [
+        "It was trained on several datasets. The weight is rows for each row of the first; passes are how often "
+        "training went through a dataset's training rows:",
+        "",
+        "| dataset | weight | share | training rows | rows seen | passes |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *parts,
+        "",
+    ]
+    if scores:
+        found += [
+            "On the held-out rows of each dataset alone:",
+            "",
+            f"| dataset | measure | base | {noun} | difference | rows |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *scores,
+            "",
+        ]
+    return found
 
 
 def _cell(text: str) -> str:

@@ -107,6 +107,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes checkpoints and the adapter")
     parser.add_argument("--base-model-folder", type=Path, metavar="D", help="instead of the recipe's base_model.path")
     parser.add_argument("--dataset-file", type=Path, metavar="F", help="instead of the recipe's dataset.path")
+    parser.add_argument(
+        "--mix-file", type=Path, action="append", default=[], metavar="F",
+        help="instead of mix[0].path, mix[1].path, ... of the recipe: once for each further dataset, in its order",
+    )  # fmt: skip
     parser.add_argument("--attempt", type=int, default=1, metavar="N", help="number of this try (default 1)")
     parser.add_argument(
         "--micro-batch-size",
@@ -155,6 +159,7 @@ def _run(
     if options.tasks_folder is not None:
         return _run_tasks(options, recipe, base_model, report, control, held)
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
+    mix = _mix_files(options.mix_file, recipe, folders_of)
     quiet_environment()
     if read is None and held is None:
         # Hashing the base takes as long as importing what trains, and can be done beside it.
@@ -170,7 +175,7 @@ def _run(
     bases = held or Bases()
     cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
     bases.prepare(read=read or read_with_stamps, cache=cache)
-    folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve())
+    folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve(), mix=mix)
     scores = BaseScores(options.base_scores) if options.base_scores is not None else None
     if options.evaluate:
         from workers.evaluating import evaluate
@@ -230,6 +235,21 @@ def begin_reading(folder: Path) -> Reading:
     return lambda wanted: begun.result() if wanted == folder else read_with_stamps(wanted)
 
 
+def _mix_files(given: list[Path], recipe: Recipe, folder: Path) -> tuple[Path, ...]:
+    """The files of the recipe's further datasets."""
+    if given and len(given) != len(recipe.mix):
+        raise DatasetError(
+            f"The recipe has {len(recipe.mix)} further datasets, and --mix-file gives {len(given)} files.",
+            next_step="Give --mix-file once for each of them, in the recipe's order.",
+            field="mix",
+        )
+    files: list[Path | None] = [*given] or [None] * len(recipe.mix)
+    return tuple(
+        _place(file, one.path, folder, DatasetError, f"mix.{number}.path", "file")
+        for number, (file, one) in enumerate(zip(files, recipe.mix, strict=True))
+    )
+
+
 def _place(
     given: Path | None,
     in_recipe: str | None,
@@ -240,7 +260,7 @@ def _place(
 ) -> Path:
     """The path given on the command line, else the recipe's, which is relative to the recipe file."""
     if given is None and in_recipe is None:
-        flag = "--base-model-folder" if kind == "folder" else "--dataset-file"
+        flag = "--base-model-folder" if kind == "folder" else "--mix-file" if "mix" in field else "--dataset-file"
         raise error(
             f"The recipe does not say where the {kind} is.",
             next_step=f"Set {field} in it, or give {flag}.",

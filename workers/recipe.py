@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from workers.errors import RecipeError, RecipeProblems
 from workers.texts import find_unstorable
@@ -38,6 +38,27 @@ class DatasetRef(_Part):
         default_factory=dict, description="The format's field names mapped to the file's column names."
     )
     path: str | None = Field(None, description="File, relative to the recipe file, when run by hand.")
+
+
+MAX_MIXED = 8
+"""Further datasets of a recipe."""
+
+
+class MixedDataset(DatasetRef):
+    """A further dataset version that is trained on together with the main one (workers/mixing.py)."""
+
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        title="Weight",
+        description="Rows of it for each row of the main dataset, in every epoch: 0.25 takes one for four. Too low: "
+        "little is learned from it. Too high: a small dataset is repeated until its rows are known by heart.",
+        json_schema_extra={
+            "unit": "rows per row of the main dataset",
+            "source": "sampling proportions: Raffel et al. 2020 (T5), section 3.5.2",
+        },
+    )
 
 
 class SplitSettings(_Part):
@@ -440,6 +461,14 @@ class Recipe(_Part):
     name: str = Field(min_length=1, max_length=120, title="Name")
     base_model: BaseModelRef
     dataset: DatasetRef
+    # Left out where there is none: a recipe of one dataset is written, and digested, as it always was.
+    mix: tuple[MixedDataset, ...] = Field(
+        (),
+        max_length=MAX_MIXED,
+        title="Further datasets",
+        description="Trained on together with the main dataset, each with a weight.",
+        exclude_if=lambda mix: not mix,
+    )
     method: str = Field("lora", title="Method")
     settings: dict[str, Any] = Field(default_factory=dict, description="The method's own settings.")
     precision: Precision | Auto = Field(
@@ -452,6 +481,25 @@ class Recipe(_Part):
     training: TrainingSettings = TrainingSettings()
     split: SplitSettings = SplitSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("mix")
+    @classmethod
+    def _no_file_twice(cls, mix: tuple[MixedDataset, ...], info: ValidationInfo) -> tuple[MixedDataset, ...]:
+        """The same rows in two sources would be counted twice, and held out of one be trained on in the other."""
+        main = info.data.get("dataset")
+        names = {main.sha256: main.name} if main is not None else {}
+        for one in mix:
+            if one.sha256 and one.sha256 in names:
+                other = names[one.sha256]
+                what = "is chosen twice" if other == one.name else f"has the same file as {other}"
+                raise ValueError(f"{one.name} {what}. Leave one of them out and change the other's weight")
+            names[one.sha256] = one.name
+        return mix
+
+    @property
+    def sources(self) -> tuple[DatasetRef, ...]:
+        """Everything that is trained on, the main dataset first."""
+        return (self.dataset, *self.mix)
 
     @classmethod
     def from_dict(cls, value: object) -> Self:

@@ -104,7 +104,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
     if training.checkpoint_every_steps == "auto":
         chosen = _with_training(chosen, checkpoint_every_steps=training.steps_between_checkpoints(num_steps))
     if training.validate_every_steps == "auto":
-        chosen = _with_training(chosen, validate_every_steps=_validation_interval(recipe, num_steps, dataset.num_rows))
+        chosen = _with_training(chosen, validate_every_steps=_validation_interval(recipe, num_steps, dataset))
     return chosen
 
 
@@ -182,13 +182,14 @@ def _choosing_problems(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _validation_interval(recipe: Recipe, num_steps: int, num_rows: int) -> int:
+def _validation_interval(recipe: Recipe, num_steps: int, dataset: DatasetFacts) -> int:
     """Steps between two validations; 0 for none before the end."""
     training = recipe.training
     if training.chooses_on_validation:
         return max(1, num_steps // CHOOSING_VALIDATIONS)
-    num_held_out = min(round(num_rows * recipe.split.held_out_share), recipe.split.max_held_out)
-    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * max(1, num_rows - num_held_out)))
+    num_held_out = dataset.num_held_out(recipe.split)
+    num_train = max(1, dataset.num_rows - num_held_out)
+    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * num_train))
     # A row costs a third forward of what it costs to train: validations take a tenth of the training at most.
     count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_held_out)))
     return math.ceil(num_steps / (count + 1)) if count else 0

@@ -24,6 +24,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _of_main(source: int) -> bool:
+    return source == 0
+
+
+def _is_empty(value: tuple[object, ...]) -> bool:
+    return not value
+
+
 class ScoreRecord(_Part):
     """One evaluation of the adapter beside the untouched base on the same held-out rows.
 
@@ -59,6 +67,7 @@ class SampleRecord(_Part):
     reference: str
     base_answer: str
     adapter_answer: str
+    source: int = Field(0, exclude_if=_of_main, description="Which of the recipe's datasets; 0 is the main one.")
 
 
 class HeldOutRecord(_Part):
@@ -71,6 +80,7 @@ class HeldOutRecord(_Part):
     num_tokens: int
     base_loss_sum: float
     adapter_loss_sum: float
+    source: int = Field(0, exclude_if=_of_main, description="Which of the recipe's datasets; 0 is the main one.")
 
 
 class RunRowRecord(_Part):
@@ -99,6 +109,14 @@ class OverlapRecord(_Part):
     pairs: tuple[tuple[int, int, float], ...] = Field(
         (), description="(line of the held-out row, line of the training row, similarity), the most alike first."
     )
+    pair_sources: tuple[tuple[int, int], ...] = Field(
+        (),
+        exclude_if=_is_empty,
+        description="Of a recipe of several datasets: which of them both rows of each pair are of; 0 is the main one.",
+    )
+    num_between: int = Field(
+        0, exclude_if=_of_main, description="Those of all found whose training row is of another dataset."
+    )
 
     def sentence(self) -> str:
         """What was found, for people."""
@@ -110,7 +128,8 @@ class OverlapRecord(_Part):
         if self.num_near:
             other = "one" if parts else "a training row"
             parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly the same as {other}")
-        return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}."
+        between = f" ({self.num_between:,} of them of another dataset)" if self.num_between else ""
+        return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}{between}."
 
 
 class SuspiciousRecord(_Part):
@@ -122,12 +141,17 @@ class SuspiciousRecord(_Part):
     loss: float
     base_loss: float | None = None
     other_lines: tuple[int, ...] = Field((), description="Rows that it contradicts.")
+    source: int = Field(0, exclude_if=_of_main, description="Which of the recipe's datasets; 0 is the main one.")
+    other_sources: tuple[int, ...] = Field(
+        (), exclude_if=_is_empty, description="Which dataset each of these is of; empty: the main one."
+    )
 
 
 class RowCountsRecord(_Part):
     """What each scored row adds to each figure's sums (`Evaluation.row_counts`), for the base and for the adapter.
 
     A row that a figure cannot use has None there. With these two adapters are compared row by row, without a GPU.
+    `lines` of a recipe's further datasets are places (`workers.mixing.place_of`), so that each row has its own number.
     """
 
     lines: tuple[int, ...] = ()
@@ -175,6 +199,24 @@ class Provenance(_Part):
     )
 
 
+class SourceRecord(_Part):
+    """One of the datasets that an adapter was trained on together: its part in training, and its own scores.
+
+    `scores` are over its own held-out rows alone, by the same measures as those of all.
+    """
+
+    name: str
+    sha256: str = ""
+    weight: float = Field(1.0, description="Rows of it for each row of the main dataset.")
+    num_train_rows: int
+    num_held_out_rows: int = Field(description="Held-out rows that the scores are from.")
+    num_skipped_rows: int = Field(0, description="Rows that could not be used.")
+    rows_per_epoch: int
+    num_rows_seen: int = Field(description="Rows that training steps took of it, each as often as it was seen.")
+    passes: float = Field(description="How often training went through its training rows.")
+    scores: tuple[ScoreRecord, ...] = ()
+
+
 class Result(_Part):
     """Everything that registering an adapter needs besides its files."""
 
@@ -191,6 +233,9 @@ class Result(_Part):
     held_out: tuple[HeldOutRecord, ...] = Field((), exclude=True, description="Kept in eval/held_out.jsonl.")
     rows: tuple[RunRowRecord, ...] = Field((), exclude=True, description="Of a run on a suite; in eval/rows.jsonl.")
     counts: RowCountsRecord = Field(RowCountsRecord(), exclude=True, description="Kept in eval/row_counts.json.")
+    sources: tuple[SourceRecord, ...] = Field(
+        (), exclude_if=_is_empty, description="Of a recipe of several datasets: each of them, the main one first."
+    )
     provenance: Provenance = Provenance()
     num_trainable: int = 0
     stopped_at_step: int | None = None

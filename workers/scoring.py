@@ -14,6 +14,7 @@ from workers.events import MessageEvent, PhaseEvent, Report
 from workers.examples import Example
 from workers.generation import context_room, generate
 from workers.losses import token_losses
+from workers.mixing import line_at, source_at, told_lines
 from workers.recipe import EvaluationSettings, MetricChoice
 from workers.results import HeldOutRecord, RowCountsRecord, RunRowRecord, SampleRecord, ScoreRecord
 from workers.statistics import compare_counts
@@ -102,13 +103,17 @@ def score_test_set(
 ) -> list[ScoredRow]:
     """Every example as a recipe's evaluation has it scored: the first ones answered, the options of its metrics too.
 
-    `progress` as for `score_rows`.
+    Of several datasets the first ones of each are answered, so that each has figures of answers of its own. `progress`
+    as for `score_rows`.
     """
+    lines: dict[int, list[int]] = {}
+    for example in examples:
+        lines.setdefault(source_at(example.line), []).append(example.line)
     return score_rows(
         model,
         renderer,
         examples,
-        generate_lines=[example.line for example in examples[: evaluation.num_generated]],
+        generate_lines=[line for own in lines.values() for line in own[: evaluation.num_generated]],
         max_new_tokens=evaluation.max_new_tokens,
         stop_ids=renderer.stop_ids,
         evaluations=choose_evaluations(evaluation.metrics),
@@ -373,8 +378,13 @@ def _why_left_out(row: ScoredRow, evaluation: Evaluation, why: str) -> str:
     return why
 
 
-def left_out_messages(rows: Sequence[ScoredRow], metrics: Sequence[str | MetricChoice]) -> list[MessageEvent]:
-    """For each metric in which scored rows have no part, how many and why the first has none."""
+def left_out_messages(
+    rows: Sequence[ScoredRow], metrics: Sequence[str | MetricChoice], names: Sequence[str] = ()
+) -> list[MessageEvent]:
+    """For each metric in which scored rows have no part, how many and why the first has none.
+
+    `names` are those of the recipe's datasets, for lines that are not of the main one.
+    """
     questions = [Question(row.prompt, row.reference) for row in rows]
     found = []
     for one in choose_evaluations(metrics):
@@ -386,7 +396,7 @@ def left_out_messages(rows: Sequence[ScoredRow], metrics: Sequence[str | MetricC
         num = sum(bool(sentence) for sentence in why)
         text = (
             f"{one.label}: {num:,} of {len(rows):,} rows {'has' if num == 1 else 'have'} no part in it. "
-            f"Line {rows[at].line}: {why[at]}"
+            f"Line {told_lines([rows[at].line], names)}: {why[at]}"
         )
         found.append(MessageEvent(level="warning", text=text))
     return found
@@ -401,11 +411,12 @@ def samples(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) -
         if base is not None and base.answer is not None and row.answer is not None:
             found.append(
                 SampleRecord(
-                    line=row.line,
+                    line=line_at(row.line),
                     prompt=row.prompt,
                     reference=row.reference,
                     base_answer=base.answer,
                     adapter_answer=row.answer,
+                    source=source_at(row.line),
                 )
             )
     return found
@@ -416,10 +427,11 @@ def held_out(base_rows: Sequence[ScoredRow], adapter_rows: Sequence[ScoredRow]) 
     base_by_line = {row.line: row for row in base_rows}
     return [
         HeldOutRecord(
-            line=row.line,
+            line=line_at(row.line),
             num_tokens=row.num_tokens,
             base_loss_sum=base_by_line[row.line].loss_sum,
             adapter_loss_sum=row.loss_sum,
+            source=source_at(row.line),
         )
         for row in sorted(adapter_rows, key=lambda row: row.line)
         if row.line in base_by_line

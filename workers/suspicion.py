@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workers.examples import Example
+from workers.mixing import source_at, told_lines
 from workers.overlap import plain_words
 
 if TYPE_CHECKING:
@@ -94,18 +95,24 @@ class Suspect:
 
 
 def suspects(
-    examples: Iterable[Example], lines: Sequence[int], num_tokens: Sequence[int], visits: Visits
+    examples: Iterable[Example],
+    lines: Sequence[int],
+    num_tokens: Sequence[int],
+    visits: Visits,
+    names: Sequence[str] = (),
 ) -> list[Suspect]:
     """The training rows that may be wrong, the most suspicious first.
 
     Args:
         examples: the training rows.
-        lines: the line of each row that `visits` counts.
+        lines: the line of each row that `visits` counts, or its place (`workers.mixing`).
         num_tokens: how many of its tokens carry loss.
+        names: those of the datasets that the rows are of.
     """
     visits.settle()
-    spreads = dict(zip(lines, spreads_of(visits, num_tokens).tolist(), strict=True))
-    contradictions = find_contradictions(examples, spreads)
+    sources = [source_at(line) for line in lines]
+    spreads = dict(zip(lines, spreads_of(visits, num_tokens, sources).tolist(), strict=True))
+    contradictions = find_contradictions(examples, spreads, names)
     found = []
     for line, spread in spreads.items():
         against = contradictions.get(line)
@@ -125,26 +132,30 @@ def suspects(
     return sorted(found, key=lambda one: (-one.score, one.line))
 
 
-def spreads_of(visits: Visits, num_tokens: Sequence[int]) -> NDArray[np.float64]:
+def spreads_of(visits: Visits, num_tokens: Sequence[int], sources: Sequence[int] | None = None) -> NDArray[np.float64]:
     """How far each row's mean loss stood above that of rows of like length, in robust standard deviations.
 
     The median and its absolute deviation (Hampel 1974), for wrong rows are outliers that would widen a variance. Short
     answers differ more from each other than long ones, so rows are compared within a factor of two in length, where
-    there are enough. Rows that were never visited have 0.
+    there are enough, and only with those of their own dataset: one may be harder than another and no worse. Rows that
+    were never visited have 0, and so have those of a dataset with too few.
     """
     import numpy as np
 
     tokens = np.asarray(num_tokens)
     seen = visits.num_R > 0
     found = np.zeros(len(tokens))
-    if seen.sum() < MIN_ROWS:
-        return found
     mean = visits.excess_R / np.maximum(visits.num_R, 1)
     lengths = np.floor(np.log2(np.maximum(tokens, 1))).astype(int)
-    for length in np.unique(lengths[seen]):
-        own = seen & (lengths == length)
-        like = own if own.sum() >= MIN_ROWS else seen
-        found[own] = _spreads(mean[own], mean[like])
+    source_R = np.zeros(len(tokens), int) if sources is None else np.asarray(sources)
+    for source in np.unique(source_R):
+        beside = seen & (source_R == source)
+        if beside.sum() < MIN_ROWS:
+            continue
+        for length in np.unique(lengths[beside]):
+            own = beside & (lengths == length)
+            like = own if own.sum() >= MIN_ROWS else beside
+            found[own] = _spreads(mean[own], mean[like])
     return found
 
 
@@ -167,7 +178,9 @@ class Contradiction:
     is_outvoted: bool
 
 
-def find_contradictions(examples: Iterable[Example], spreads: Mapping[int, float]) -> dict[int, Contradiction]:
+def find_contradictions(
+    examples: Iterable[Example], spreads: Mapping[int, float], names: Sequence[str] = ()
+) -> dict[int, Contradiction]:
     """Rows whose answer is not that of other rows with the same question, by line.
 
     Same: word for word with the turns before and the system prompt, case and punctuation aside. An answer that holds
@@ -194,14 +207,14 @@ def find_contradictions(examples: Iterable[Example], spreads: Mapping[int, float
                 if not _agree(answer, common):
                     reason = (
                         f"{len(others)} other rows ask the same and answer otherwise "
-                        f"({_listed(others)}: “{_short(common)}”)."
+                        f"({_listed(others, names)}: “{_short(common)}”)."
                     )
                     found[line] = Contradiction(reason, others[:20], is_outvoted=True)
         elif len(counts) == 2 and not _agree(*counts):
             sides = [[line for line, answer in group if answer == one] for one in counts]
             sides.sort(key=lambda side: sum(spreads.get(line, 0.0) for line in side) / len(side))
             for line in sides[1]:
-                reason = f"{_listed(sides[0])} asks the same and answers otherwise; one of them must be wrong."
+                reason = f"{_listed(sides[0], names)} asks the same and answers otherwise; one of them must be wrong."
                 found[line] = Contradiction(reason, tuple(sides[0][:20]), is_outvoted=False)
     return found
 
@@ -211,10 +224,8 @@ def _agree(answer: Sequence[str], other: Sequence[str]) -> bool:
     return bool(short) and short <= long
 
 
-def _listed(lines: Sequence[int], most: int = 5) -> str:
-    noun = "Line" if len(lines) == 1 else "Lines"
-    more = f" and {len(lines) - most} more" if len(lines) > most else ""
-    return f"{noun.lower() if len(lines) > 1 else noun} {', '.join(map(str, lines[:most]))}{more}"
+def _listed(lines: Sequence[int], names: Sequence[str], most: int = 5) -> str:
+    return f"{'lines' if len(lines) > 1 else 'Line'} {told_lines(lines, names, most)}"
 
 
 def _short(words: Sequence[str], most: int = 60) -> str:

@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +23,6 @@ from workers.bases import Bases
 from workers.batching import Batch, Plan, TokenRows, batches, split_step
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
-from workers.digests import file_sha256
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
 from workers.evaluations import ScoredRow, choose_evaluations
 from workers.events import (
@@ -48,18 +47,29 @@ from workers.general import MAX_LENGTH, general_rows
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
 from workers.losses import head_is_plain
-from workers.memory import GIB, DatasetFacts, DeviceFacts
+from workers.memory import GIB, DatasetFacts, DeviceFacts, Part, mixed
 from workers.meter import Meter
 from workers.methods import get_method
+from workers.mixing import Portion, dealt, line_at, place_of, portions, source_at, told_lines
 from workers.objectives import Objective, get_objective
-from workers.overlap import find_overlap, row_key
-from workers.reading import read_examples
+from workers.overlap import MAX_PAIRS, find_overlap, row_key
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.resolving import resolve
-from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, SuspiciousRecord
+from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, SourceRecord, SuspiciousRecord
 from workers.schedule import learning_rate
-from workers.splitting import split_lines, validation_lines
+from workers.sources import (
+    Source,
+    by_lines,
+    count_by_source,
+    left_out_sentence,
+    lines_by_source,
+    of_source,
+    open_sources,
+    portion_sentences,
+    read_sources,
+)
+from workers.splitting import Split, split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
 from workers.suspicion import MAX_ROWS, Visits, suspects
 from workers.test_sets import rows_sha256, settings_sha256
@@ -70,20 +80,25 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsa
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made."""
+    """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made.
+
+    `mix` are the files of the recipe's further datasets, in their order.
+    """
 
     base_model: Path
     dataset: Path
     out: Path
+    mix: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Data:
-    """The dataset as training needs it. `train` indexes `tokens`; the others are whole examples.
+    """The dataset as training needs it, or several. `train` indexes `tokens`; the others are whole examples.
 
-    `held_out` are the rows of the scores. `validation` are those looked at during training: the same, unless they
-    choose something, which would flatter the scores; then they are other held-out rows. `overlap` says which of the
-    scored rows are among the training rows, too.
+    Rows of a further dataset have their places for lines (`workers.mixing`). `portions` has an entry for each of
+    `sources`, in whose order `train` is. `held_out` are the rows of the scores. `validation` are those looked at during
+    training: the same, unless they choose something, which would flatter the scores; then they are other held-out
+    rows. `overlap` says which of the scored rows are among the training rows, too.
     """
 
     tokens: TokenRows
@@ -94,6 +109,19 @@ class Data:
     num_cut: int
     sha256: str
     overlap: OverlapRecord
+    sources: list[Source]
+    portions: tuple[Portion, ...]
+    skipped_places: frozenset[int]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources."""
+        return [one.ref.name for one in self.sources]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are several sources."""
+        return len(self.sources) > 1
 
 
 @dataclass
@@ -225,7 +253,7 @@ def prepare(
     renderer = Renderer(folders.base_model, max_length=max_length, loss_on=recipe.training.loss_on)
     data = read_data(recipe, folders, renderer, report)
     # Held-out rows too: facts are of the whole dataset, as in the form, and are split where they are used.
-    facts = dataset_facts([data.tokens.length(row) for row in range(len(data.tokens))])
+    facts = facts_of_data(data)
     device_facts = facts_of_device(device)
     resolved = resolve(recipe, base.shape, facts, device_facts)
     return Run(
@@ -254,6 +282,21 @@ def dataset_facts(lengths: Sequence[int]) -> DatasetFacts:
     return DatasetFacts(num_rows=len(lengths), total_tokens=sum(lengths), longest=max(lengths), lengths=histogram)
 
 
+def facts_of_data(data: Data) -> DatasetFacts:
+    """What was read as an estimate needs it; of several datasets, as much of each as an epoch takes."""
+    lengths: list[list[int]] = [[] for _ in data.sources]
+    for row, place in enumerate(data.tokens.lines):
+        lengths[source_at(place)].append(data.tokens.length(row))
+    if not data.is_mixed:
+        return dataset_facts(lengths[0])
+    return mixed(
+        [
+            Part(dataset_facts(own), portion.per_epoch, len(own) - portion.num_rows)
+            for own, portion in zip(lengths, data.portions, strict=True)
+        ]
+    )
+
+
 def facts_of_device(device: torch.device) -> DeviceFacts:
     """The device as an estimate needs it."""
     return DeviceFacts(
@@ -266,66 +309,85 @@ def facts_of_device(device: torch.device) -> DeviceFacts:
 
 
 def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Report) -> Data:
-    """The dataset's usable rows as tokens, split; says how many rows are left out and why the first one is."""
-    sha256 = _file_sha256(folders.dataset)
-    if recipe.dataset.sha256 and recipe.dataset.sha256 != sha256:
-        raise DatasetError(
-            f"The dataset file is not the one that the recipe names: its sha256 begins with {sha256[:12]}, expected "
-            f"{recipe.dataset.sha256[:12]}.",
-            next_step="Use the file that the recipe was made for, or start a new job with this one.",
-            field="dataset.sha256",
-        )
+    """The usable rows as tokens, split; says how many rows are left out and why the first one is.
 
-    def rows() -> Iterator[Example | Problem]:
-        return read_examples(folders.dataset, recipe.dataset.format, recipe.dataset.columns)
-
+    Of several datasets each is split by itself: what is held out of one is the same whatever it is mixed with.
+    """
+    sources = open_sources(recipe.sources, [folders.dataset, *folders.mix])
+    names = [source.ref.name for source in sources]
     keys: dict[int, bytes] = {}
 
     def keyed_rows() -> Iterator[Example | Problem]:
-        for row in rows():
+        for row in read_sources(sources):
             if isinstance(row, Example):
                 keys[row.line] = row_key(row)
             yield row
 
     tokens, problems, num_cut = TokenRows.render(keyed_rows(), renderer, folders.out)
-    bad_lines = {problem.line for problem in problems}
     if problems:
-        first = problems[0]
-        where = f"Line {first.line}" if first.line is not None else "First"
-        noun = "row is" if len(bad_lines) == 1 else "rows are"
-        report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
-    split = split_lines(tokens.lines, recipe.split, keys)
-    held_out = set(split.held_out)
-    choosing = (
-        set(validation_lines(split.held_out, recipe.split, keys)) if recipe.training.chooses_on_validation else set()
-    )
+        report(MessageEvent(level="warning", text=left_out_sentence(problems, names)))
+    train: list[list[int]] = []
+    held_out: set[int] = set()
+    choosing: set[int] = set()
+    for source, lines in zip(sources, lines_by_source(tokens.lines, len(sources)), strict=True):
+        split, chosen = _split_source(recipe, source, lines, keys)
+        train.append([place_of(source.number, line) for line in split.train])
+        held_out |= {place_of(source.number, line) for line in split.held_out}
+        choosing |= {place_of(source.number, line) for line in chosen}
     if choosing:
         text = (
             f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
             f"{len(held_out) - len(choosing)} give the scores."
         )
         report(MessageEvent(text=text))
-    index_of = {line: index for index, line in enumerate(tokens.lines)}
-    examples = [row for row in rows() if isinstance(row, Example) and row.line in held_out]
+    parts = portions([len(places) for places in train], [one.weight for one in recipe.mix])
+    if recipe.mix:
+        for text, is_warning in portion_sentences(sources, parts, recipe.training.epochs):
+            report(MessageEvent(level="warning" if is_warning else "info", text=text))
+    index_of = {place: index for index, place in enumerate(tokens.lines)}
+    examples = [row for row in read_sources(sources) if isinstance(row, Example) and row.line in held_out]
     scored = [row for row in examples if row.line not in choosing]
-    trained_on = set(split.train)
+    looked_at = [row for row in examples if row.line in choosing] or scored
+    if recipe.mix:
+        # Whoever takes the first few of them, for answers, takes some of each dataset.
+        looked_at = dealt(looked_at, [source_at(row.line) for row in looked_at])
+    trained_on = {place for places in train for place in places}
     overlap = find_overlap(
         scored,
-        lambda: (row for row in rows() if isinstance(row, Example) and row.line in trained_on),
+        lambda: (row for row in read_sources(sources) if isinstance(row, Example) and row.line in trained_on),
         num_training=len(trained_on),
+        max_pairs=len(scored) if recipe.mix else MAX_PAIRS,
     )
+    overlap = by_lines(overlap) if recipe.mix else overlap
     if overlap.num_exact + overlap.num_near:
         report(MessageEvent(level="warning", text=overlap.sentence()))
+    skipped = frozenset(problem.line for problem in problems if problem.line is not None)
     return Data(
         tokens=tokens,
-        train=[index_of[line] for line in split.train],
+        train=[index_of[place] for places in train for place in places],
         held_out=scored,
-        validation=[row for row in examples if row.line in choosing] or scored,
-        num_skipped=len(bad_lines),
+        validation=looked_at,
+        num_skipped=len({problem.line for problem in problems}),
         num_cut=num_cut,
-        sha256=sha256,
+        sha256=sources[0].sha256,
         overlap=overlap,
+        sources=sources,
+        portions=parts,
+        skipped_places=skipped,
     )
+
+
+def _split_source(
+    recipe: Recipe, source: Source, lines: list[int], keys: Mapping[int, bytes]
+) -> tuple[Split, tuple[int, ...]]:
+    """The lines of one source to train on and to hold out, and those of the latter that choose."""
+    own = {line: keys[place_of(source.number, line)] for line in lines}
+    try:
+        split = split_lines(lines, recipe.split, own)
+        chooses = recipe.training.chooses_on_validation
+        return split, validation_lines(split.held_out, recipe.split, own) if chooses else ()
+    except DatasetError as error:
+        raise of_source(error, source) from error
 
 
 # --- loading and the base's scores -----------------------------------------------------------------------------------
@@ -642,8 +704,11 @@ def _num_loss_tokens(data: Data, row: int) -> int:
 
 
 def _plan(run: Run) -> Plan:
-    training = run.recipe.training
-    return Plan(len(run.data.train), training.batch_size, training.epochs, training.seed, training.max_steps)
+    training, parts = run.recipe.training, run.data.portions
+    return Plan(
+        sum(one.per_epoch for one in parts), training.batch_size, training.epochs, training.seed, training.max_steps,
+        parts if run.data.is_mixed else (),
+    )  # fmt: skip
 
 
 def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
@@ -729,7 +794,8 @@ def _diverged(
     if run.recipe.precision == "bfloat16":
         changes.append("train on a float32 base")
     lines = sorted(line for row in rows if (line := run.data.tokens.lines[row]) is not None)
-    suspects = f" If it comes back at this step, look at the rows in it: lines {_listed(lines)}." if lines else ""
+    listed = told_lines(lines, run.data.names)
+    suspects = f" If it comes back at this step, look at the rows in it: lines {listed}." if lines else ""
     raise DivergedError(
         found + (f" The checkpoint of step {kept}, the last before it, is kept." if kept else ""),
         next_step=f"{', or '.join(changes)}.{suspects}",
@@ -740,10 +806,6 @@ def _diverged(
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _listed(lines: list[int], most: int = 16) -> str:
-    return ", ".join(map(str, lines[:most])) + (f" and {len(lines) - most} more" if len(lines) > most else "")
 
 
 # --- the adapter's scores and the product ----------------------------------------------------------------------------
@@ -771,12 +833,12 @@ def suspicious_rows(run: Run, model: Any) -> Suspicious:
     trained_on = {data.tokens.lines[row] for row in data.train}
 
     def examples() -> Iterator[Example]:
-        for row in read_examples(run.folders.dataset, recipe.dataset.format, recipe.dataset.columns):
+        for row in read_sources(data.sources):
             if isinstance(row, Example) and row.line in trained_on:
                 yield row
 
     num_tokens = [_num_loss_tokens(data, row) for row in range(len(data.tokens))]
-    all_found = suspects(examples(), data.tokens.lines, num_tokens, run.visits)
+    all_found = suspects(examples(), data.tokens.lines, num_tokens, run.visits, data.names)
     if not all_found:
         return Suspicious(0)
     found = all_found[:MAX_ROWS]
@@ -794,12 +856,14 @@ def suspicious_rows(run: Run, model: Any) -> Suspicious:
             of_base = losses()
     worst = tuple(
         SuspiciousRecord(
-            line=one.line,
+            line=line_at(one.line),
             reason=one.reason,
             score=one.score,
             loss=of_adapter[one.line],
             base_loss=of_base.get(one.line),
-            other_lines=one.other_lines,
+            other_lines=tuple(map(line_at, one.other_lines)),
+            source=source_at(one.line),
+            other_sources=tuple(map(source_at, one.other_lines)) if data.is_mixed else (),
         )
         for one in found
         if one.line in of_adapter
@@ -820,10 +884,10 @@ def package(
 ) -> Path:
     """The finished product in `attempts/<n>/adapter`: complete, or not there."""
     run.report(PhaseEvent(phase="packaging"))
-    for message in scoring.left_out_messages(adapter_rows, run.recipe.evaluation.metrics):
+    for message in scoring.left_out_messages(adapter_rows, run.recipe.evaluation.metrics, run.data.names):
         run.report(message)
     parameters = checkpoints.trainable_parameters(model).values()
-    plan_epochs = position.row / len(run.data.train)
+    plan = _plan(run)
     seconds = position.train_seconds
     result = Result(
         scores=tuple(scoring.compare_rows(base_rows, adapter_rows, run.recipe.evaluation.metrics)),
@@ -837,6 +901,7 @@ def package(
         general=general,
         overlap=run.data.overlap,
         suspicious=suspicious.worst,
+        sources=_sources(run, plan, position, base_rows, adapter_rows) if run.data.is_mixed else (),
         provenance=Provenance(
             versions=versions(),
             device=devices.device_name(run.device),
@@ -850,7 +915,7 @@ def package(
             first_loss=position.first_loss,
             last_loss=position.last_loss,
             num_steps=position.step,
-            epochs=plan_epochs,
+            epochs=position.row / plan.num_rows,
             num_train_rows=len(run.data.train),
             num_suspicious_rows=suspicious.num_rows,
             num_held_out_rows=len(run.data.held_out),
@@ -892,6 +957,33 @@ def package(
     return folder
 
 
+def _sources(
+    run: Run, plan: Plan, position: Position, base_rows: list[ScoredRow], adapter_rows: list[ScoredRow]
+) -> tuple[SourceRecord, ...]:
+    """Each dataset's part in training, and the scores on its own held-out rows."""
+    data, found = run.data, []
+    seen = plan.num_rows_of(position.row)
+    num_skipped = count_by_source(data.skipped_places, len(data.sources))
+    for source, portion in zip(data.sources, data.portions, strict=True):
+        number = source.number
+        base, adapter = ([row for row in rows if source_at(row.line) == number] for rows in (base_rows, adapter_rows))
+        found.append(
+            SourceRecord(
+                name=source.ref.name,
+                sha256=source.sha256,
+                weight=run.recipe.mix[number - 1].weight if number else 1.0,
+                num_train_rows=portion.num_rows,
+                num_held_out_rows=len(adapter),
+                num_skipped_rows=num_skipped[number],
+                rows_per_epoch=portion.per_epoch,
+                num_rows_seen=seen[number],
+                passes=seen[number] / portion.num_rows,
+                scores=tuple(scoring.compare_rows(base, adapter, run.recipe.evaluation.metrics)),
+            )
+        )
+    return tuple(found)
+
+
 def _write_harness_layout(
     run: Run, folder: Path, result: Result, base_rows: list[ScoredRow], adapter_rows: list[ScoredRow]
 ) -> None:
@@ -901,7 +993,7 @@ def _write_harness_layout(
     for name, rows in (("base", base_rows), ("adapter", adapter_rows)):
         write_run(
             folder / name,
-            task=f"{recipe.dataset.name} (held-out)",
+            task=f"{' + '.join(run.data.names)} (held-out)",
             scores=result.scores,
             rows=rows,
             evaluations=choose_evaluations(recipe.evaluation.metrics),
@@ -993,10 +1085,3 @@ def _end_if_asked(run: Run, *, step: int) -> None:
     mode = run.must_end()
     if mode is not None:
         raise _Stopped(mode, step)
-
-
-def _file_sha256(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise DatasetError(f"The dataset file {path.name} cannot be read: {error.strerror}.") from error
