@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -20,6 +20,7 @@ from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
 from jobs.estimating import estimate_values, plan_for
 from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
+from jobs.mixes import check_mix, dataset_ref
 from jobs.models import Job, JobSample, JobState, Worker
 from jobs.queueing import (
     cancel_job,
@@ -44,11 +45,29 @@ from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from workers.errors import RecipeError, RecipeProblems
 from workers.methods import methods
-from workers.recipe import EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
+from workers.recipe import MAX_MIXED, EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
 
 router = Router(tags=["jobs"])
 
 KEY_CHARACTERS = 80
+
+
+class MixIn(Body):
+    """A further dataset to train on together with the main one."""
+
+    dataset_version: int = Field(description="Id of a dataset version of the team that is ready.")
+    weight: float = Field(
+        1.0, gt=0, le=100, allow_inf_nan=False,
+        description="Rows of it for each row of the main dataset, in every epoch; an epoch is one pass over the main "
+        "dataset's training rows.",
+    )  # fmt: skip
+
+
+class MixOut(Out):
+    """A further dataset of a job or an adapter."""
+
+    dataset_version_id: int
+    weight: float
 
 
 class JobIn(Body):
@@ -57,6 +76,9 @@ class JobIn(Body):
     name: str = Field(min_length=1, max_length=120)
     base_model: int = Field(description="Id of a base model.")
     dataset_version: int = Field(description="Id of a dataset version of the team that is ready.")
+    mix: list[MixIn] = Field(
+        default_factory=list, max_length=MAX_MIXED, description="Further datasets, trained on together with the first."
+    )
     method: str = "lora"
     settings: dict[str, Any] = Field(default_factory=dict, description="See /methods/ for what each method takes.")
     precision: Precision | Literal["auto"] = "auto"
@@ -126,6 +148,7 @@ class JobDetailOut(JobOut):
 
     asked_recipe: dict[str, Any]
     recipe: dict[str, Any]
+    mix: list[MixOut] = Field(description="The further datasets that it trains on, in the order of the recipe's mix.")
     estimate: dict[str, Any]
     plan: dict[str, Any]
     queue_position: int
@@ -163,6 +186,7 @@ class JobSampleOut(Out):
     step: int
     index: int = Field(description="Of the prompt among the job's fixed prompts, from 0.")
     line: int = Field(description="Of the dataset's file.")
+    source: int = Field(description="Which of the job's datasets; 0 is the main one, 1 the first of its mix.")
     prompt: str = Field(description="Cut when it is very long.")
     reference: str = Field(description="The answer that the dataset gives; cut when it is very long.")
     answer: str
@@ -178,6 +202,11 @@ class JobSampleOut(Out):
     def resolve_line(sample: JobSample) -> int:
         """Of its prompt."""
         return sample.prompt.line
+
+    @staticmethod
+    def resolve_source(sample: JobSample) -> int:
+        """Of its prompt."""
+        return sample.prompt.source
 
     @staticmethod
     def resolve_prompt(sample: JobSample) -> str:
@@ -233,6 +262,9 @@ class DuplicateIn(Body):
     name: str | None = Field(None, min_length=1, max_length=120)
     base_model: int | None = Field(None, description="Id of a base model.")
     dataset_version: int | None = Field(None, description="Id of a dataset version of the team that is ready.")
+    mix: list[MixIn] | None = Field(
+        None, max_length=MAX_MIXED, description="Instead of the job's further datasets; [] for none."
+    )
     method: str | None = Field(None, description="Another method begins with its own default settings.")
     settings: dict[str, Any] = Field(default_factory=dict)
     precision: Precision | Literal["auto"] | None = None
@@ -313,14 +345,16 @@ def create_job(
     _check_key(idempotency_key)
     base_model = _base_model(body.base_model)
     version = _dataset_version(request, body.dataset_version)
+    mixed = _mixed(request, version, body.mix)
     asked = Recipe.from_dict(
         {
             **body.model_dump(include={"name", "method", "settings", "precision", "training", "split", "evaluation"}),
             "base_model": {"name": base_model.name, "revision": base_model.revision},
-            "dataset": _dataset_of(version),
+            "dataset": dataset_ref(version),
+            "mix": _mix_refs(mixed, body.mix),
         }
     )
-    return _queue(request, asked, base_model, version, idempotency_key)
+    return _queue(request, asked, base_model, version, idempotency_key, mixed=mixed)
 
 
 def _check_key(idempotency_key: str) -> None:
@@ -340,24 +374,38 @@ def _base_model(base_model_id: int) -> BaseModel:
     return base_model
 
 
-def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
+def _dataset_version(request: ApiRequest, version_id: int, field: str = "dataset_version") -> DatasetVersion:
     version = DatasetVersion.objects.select_related("dataset").filter(pk=version_id, dataset__team=request.team).first()
     if version is None:
-        raise RecipeError(f"There is no dataset version {version_id} in this team.", field="dataset_version")
+        raise RecipeError(f"There is no dataset version {version_id} in this team.", field=field)
     if not version.is_ready():
         raise RecipeError(
             f"{version} is not ready: {version.get_state_display().lower()}.",
             next_step="Wait for its inspection, or mend what it names.",
-            field="dataset_version",
+            field=field,
         )
     if reason := version.why_not_trainable():
-        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset_version")
+        raise RecipeError(reason, next_step="Choose a dataset of conversations.", field=field)
     return version
+
+
+def _mixed(request: ApiRequest, main: DatasetVersion, mix: Sequence[MixIn]) -> list[DatasetVersion]:
+    """The further datasets of a body; raises RecipeError, or RecipeProblems, by field."""
+    found = [
+        _dataset_version(request, one.dataset_version, f"mix.{number}.dataset_version")
+        for number, one in enumerate(mix)
+    ]
+    check_mix(main, found)
+    return found
+
+
+def _mix_refs(versions: Sequence[DatasetVersion], mix: Sequence[MixIn]) -> list[dict[str, Any]]:
+    return [{**dataset_ref(one), "weight": asked.weight} for one, asked in zip(versions, mix, strict=True)]
 
 
 def _queue(
     request: ApiRequest, asked: Recipe, base_model: BaseModel, version: DatasetVersion, idempotency_key: str,
-    parent: Job | None = None,
+    parent: Job | None = None, mixed: Sequence[DatasetVersion] = (),
 ) -> Status | HttpResponse:  # fmt: skip
     """Queue a job for a recipe; 200 with the job of the first call for a key that was used for the same."""
     known = request.team.jobs.filter(idempotency_key=idempotency_key).first() if idempotency_key else None
@@ -369,7 +417,7 @@ def _queue(
             field="Idempotency-Key",
         )  # fmt: skip
     try:
-        plan = plan_for(asked, base_model, version)
+        plan = plan_for(asked, base_model, version, mixed)
     except RecipeProblems as error:
         return error_response(
             422,
@@ -383,6 +431,7 @@ def _queue(
         estimate=estimate_values(plan),
         base_model=base_model,
         dataset_version=version,
+        mixed=mixed,
         idempotency_key=idempotency_key or secrets.token_urlsafe(16),
         parent=parent,
         token=request.token,
@@ -540,8 +589,14 @@ def duplicate(
     if body.base_model is not None:
         values["base_model"] = {"name": base_model.name, "revision": base_model.revision}
     if body.dataset_version is not None:
-        values["dataset"] = _dataset_of(version)
-    return _queue(request, Recipe.from_dict(values), base_model, version, idempotency_key, parent=job)
+        values["dataset"] = dataset_ref(version)
+    if body.mix is not None:
+        mixed = _mixed(request, version, body.mix)
+        values["mix"] = _mix_refs(mixed, body.mix)
+    else:
+        mixed = job.mixed_versions()
+        check_mix(version, mixed)
+    return _queue(request, Recipe.from_dict(values), base_model, version, idempotency_key, parent=job, mixed=mixed)
 
 
 @router.post(
@@ -696,11 +751,6 @@ def _require_order(request: ApiRequest, job: Job) -> None:
         )  # fmt: skip
 
 
-def _dataset_of(version: DatasetVersion) -> dict[str, Any]:
-    """A dataset version as a recipe names it."""
-    return {"name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns}
-
-
 @router.post(
     "jobs/{uuid:job_id}/again/",
     response={201: JobDetailOut, **ERRORS},
@@ -729,4 +779,5 @@ def _detail(job: Job) -> dict[str, Any]:
         "waits": explain_wait(job, queue),
         "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
         "likely_start": queue.starts_at(job),
+        "mix": [{"dataset_version_id": one.dataset_version_id, "weight": one.weight} for one in job.mix.all()],
     }

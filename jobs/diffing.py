@@ -21,6 +21,7 @@ from studio.accounts.models import Role, Team
 from studio.catalogue.lineage import ByteComparison, compare_weights
 from studio.catalogue.recipe_table import recipe_sections
 from studio.templatetags.components import duration, significant
+from workers.results import SourceRecord
 
 MAX_CHOICES = 50
 _NOTHING = "\N{EN DASH}"
@@ -79,9 +80,12 @@ def weights_comparison(a: Job, b: Job) -> ByteComparison | None:
 
 def _values(job: Job) -> Iterator[tuple[tuple[str, str], str]]:
     """((section, label), value) of a job."""
-    yield ("Data and base", "Dataset version"), job.data_label
+    yield ("Data and base", "Dataset version"), str(job.dataset_version or job.data_label)
     if job.dataset_version is not None:
         yield ("Data and base", "Dataset sha256"), job.dataset_version.sha256
+    for one in job.mix.all():
+        yield ("Data and base", f"Dataset {one.place + 1}"), f"{one.dataset_version}, weight {one.weight:g}"
+        yield ("Data and base", f"Dataset {one.place + 1} sha256"), one.dataset_version.sha256
     yield ("Data and base", "Base model"), job.base_model.name
     facts: dict[str, Any] = job.adapter.provenance if job.adapter else {}
     revision = facts.get("base_revision") or job.recipe.get("base_model", {}).get("revision") or job.base_model.revision
@@ -114,6 +118,13 @@ def _values(job: Job) -> Iterator[tuple[tuple[str, str], str]]:
                 ("Scores on held-out rows", score.label),
                 f"{significant(score.value)} {interval}, n = {score.num_rows:,}",
             )
+        for source in map(SourceRecord.model_validate, job.adapter.sources):
+            for own in source.scores:
+                interval = f"[{significant(own.low)}, {significant(own.high)}]"
+                yield (
+                    ("Scores on held-out rows", f"{own.label}, {source.name} alone"),
+                    f"{significant(own.value)} {interval}, n = {own.num_rows:,}",
+                )
         for name, digest in sorted((str(file["name"]), str(file["sha256"])) for file in job.adapter.files):
             yield ("Files", name), digest
 
@@ -122,7 +133,7 @@ def jobs_to_compare(team: Team) -> QuerySet[Job]:
     """A team's jobs with all that `diff_rows` reads of them."""
     return team.jobs.select_related(
         "base_model", "dataset_version__dataset", "worker", "adapter", "created_by"
-    ).prefetch_related("adapter__scores")
+    ).prefetch_related("adapter__scores", "mix__dataset_version__dataset")
 
 
 @require_GET

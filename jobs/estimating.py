@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,14 @@ from jobs.models import Worker
 from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
-from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
+from workers.errors import DatasetError
+from workers.memory import DatasetFacts, DeviceFacts, Estimate, Part, estimate, mixed
 from workers.methods import get_method
+from workers.mixing import MANY_PASSES, Portion, often_sentence, portions
 from workers.recipe import Recipe, SplitSettings
 from workers.resolving import Alternative, alternatives, resolve
 from workers.shapes import ModelShape
+from workers.sources import of_source
 from workers.splitting import num_validation_rows, split_lines
 
 CHARACTERS_PER_TOKEN = 4
@@ -32,6 +35,34 @@ class Device:
 
     facts: DeviceFacts
     is_live: bool
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """One of several datasets in a plan."""
+
+    name: str
+    weight: float
+    portion: Portion
+    share: float
+    """Part of an epoch's rows, from 0 to 1."""
+    passes: float
+    """How often the whole run goes through its training rows."""
+
+    @property
+    def percent(self) -> str:
+        """The share in per cent."""
+        return f"{100 * self.share:.3g}"
+
+    @property
+    def times(self) -> str:
+        """The passes, as people write them."""
+        return f"{self.passes:.3g}"
+
+    @property
+    def is_often(self) -> bool:
+        """Whether its rows are seen so often that they are rather learned by heart."""
+        return self.passes > MANY_PASSES
 
 
 @dataclass(frozen=True)
@@ -50,6 +81,17 @@ class Plan:
     """Whether the dataset was counted in this base model's tokens; else they are guessed from characters."""
     instead: Alternative | None = None
     """The first of the cheaper methods that the recipe's own names, on the same rows."""
+    sources: tuple[PlannedSource, ...] = ()
+    """Of a recipe of several datasets: each of them, the main one first."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said about datasets that are repeated often."""
+        return [
+            often_sentence(one.name, one.portion, one.passes * one.portion.num_rows / one.portion.per_epoch)
+            for one in self.sources[1:]
+            if one.is_often
+        ]
 
     @property
     def product_bytes(self) -> int:
@@ -125,37 +167,81 @@ def count_split(num_rows: int, settings: SplitSettings) -> tuple[int, int]:
     return len(split.train), len(split.held_out)
 
 
-def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Device, *, is_counted: bool) -> Plan:
-    """What a recipe comes to on a device.
+def make_plan(
+    recipe: Recipe,
+    shape: ModelShape,
+    dataset: DatasetFacts,
+    device: Device,
+    *,
+    is_counted: bool,
+    mixed_facts: Sequence[DatasetFacts] = (),
+) -> Plan:
+    """What a recipe comes to on a device. `mixed_facts` are those of its further datasets.
 
     Raises:
         RecipeError: the recipe cannot work, with the field it belongs to.
-        DatasetError: the dataset is too small to split.
+        DatasetError: a dataset is too small to split.
     """
-    num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
-    if recipe.training.chooses_on_validation:
-        num_validation_rows(num_held_out, recipe.split)
+    every = [dataset, *mixed_facts]
+    splits = [_count_split_of(recipe, number, one) for number, one in enumerate(every)]
+    parts = portions([num_train for num_train, _ in splits], [one.weight for one in recipe.mix])
+    if mixed_facts:
+        dataset = mixed(
+            [
+                Part(one, portion.per_epoch, num_held_out)
+                for one, portion, (_, num_held_out) in zip(every, parts, splits, strict=True)
+            ]
+        )
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
     training = resolved.training
-    rows_seen = min(needed.num_steps * training.batch_size, training.epochs * num_train)
+    rows_per_epoch = sum(one.per_epoch for one in parts)
+    rows_seen = min(needed.num_steps * training.batch_size, training.epochs * rows_per_epoch)
     return Plan(
         recipe=resolved,
         estimate=needed,
         device=device,
-        num_train_rows=num_train,
-        num_held_out_rows=num_held_out,
-        num_cut_rows=sum(rows for bound, rows in dataset.lengths.items() if bound > training.max_length),
+        num_train_rows=sum(num_train for num_train, _ in splits),
+        num_held_out_rows=sum(num_held_out for _, num_held_out in splits),
+        num_cut_rows=sum(rows for one in every for bound, rows in one.lengths.items() if bound > training.max_length),
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
         instead=next(iter(alternatives(recipe, shape, dataset, device.facts)), None),
+        sources=_planned_sources(resolved, parts, rows_seen / rows_per_epoch) if mixed_facts else (),
     )
 
 
-def plan_for(recipe: Recipe, base_model: BaseModel, version: DatasetVersion) -> Plan:
+def _count_split_of(recipe: Recipe, number: int, dataset: DatasetFacts) -> tuple[int, int]:
+    """`count_split` of one of the recipe's datasets; what is raised says which it is."""
+    try:
+        num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
+        if recipe.training.chooses_on_validation:
+            num_validation_rows(num_held_out, recipe.split)
+    except DatasetError as error:
+        raise of_source(error, number, recipe.sources[number].name) from error
+    return num_train, num_held_out
+
+
+def _planned_sources(recipe: Recipe, parts: Sequence[Portion], epochs: float) -> tuple[PlannedSource, ...]:
+    """The recipe's datasets in a run of so many epochs."""
+    total = sum(one.per_epoch for one in parts)
+    weights = [1.0, *(one.weight for one in recipe.mix)]
+    return tuple(
+        PlannedSource(ref.name, weight, portion, portion.per_epoch / total, portion.passes(epochs))
+        for ref, weight, portion in zip(recipe.sources, weights, parts, strict=True)
+    )
+
+
+def plan_for(
+    recipe: Recipe, base_model: BaseModel, version: DatasetVersion, mixed_versions: Sequence[DatasetVersion] = ()
+) -> Plan:
     """`make_plan` from rows; raises what it raises."""
-    facts, is_counted = dataset_facts(version, base_model)
-    return make_plan(recipe, base_model.model_shape(), facts, choose_device(), is_counted=is_counted)
+    found = [dataset_facts(one, base_model) for one in (version, *mixed_versions)]
+    facts = [one for one, _ in found]
+    return make_plan(
+        recipe, base_model.model_shape(), facts[0], choose_device(),
+        is_counted=all(is_counted for _, is_counted in found), mixed_facts=facts[1:],
+    )  # fmt: skip
 
 
 def estimate_values(plan: Plan) -> dict[str, Any]:
@@ -168,4 +254,12 @@ def estimate_values(plan: Plan) -> dict[str, Any]:
             "total_bytes": other.total_bytes,
             "num_trainable": other.num_trainable,
         }
+    if plan.sources:
+        values["sources"] = [
+            {
+                "name": one.name, "weight": one.weight, "share": one.share, "passes": one.passes,
+                "num_train_rows": one.portion.num_rows, "rows_per_epoch": one.portion.per_epoch,
+            }
+            for one in plan.sources
+        ]  # fmt: skip
     return values

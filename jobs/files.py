@@ -38,6 +38,11 @@ def dataset_file(job: Job) -> Path:
     return storage.fetch_blob(job.dataset_version.sha256)
 
 
+def mix_files(job: Job) -> list[Path]:
+    """The files of a job's further datasets on this machine, in its recipe's order."""
+    return [storage.fetch_blob(version.sha256) for version in job.mixed_versions()]
+
+
 def fetch_checkpoint(job: Job) -> Path | None:
     """The newest checkpoint in the storage, brought to this machine when it is newer than what is here.
 

@@ -12,6 +12,8 @@ from django.http import QueryDict
 from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
+from jobs.mix_field import MixField, MixWidget, Pair, as_text, set_pairs
+from jobs.mixes import dataset_ref, mix_problems, pairs_of
 from jobs.models import Job
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
@@ -42,7 +44,7 @@ PRECISION = Setting(
     choices=("float32", "bfloat16", "nf4", "int8"),
 )
 # What a recipe calls a thing, and the form field that stands for it.
-FIELD_OF = {"dataset": "dataset_version", "base_model": "base_model", "objective": "dataset_version"}
+FIELD_OF = {"dataset": "dataset_version", "base_model": "base_model", "objective": "dataset_version", "mix": "mix"}
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class JobForm(forms.Form):
                 why_not=DatasetVersion.why_not_trainable,
             )
         self.fields["method"].choices = [(m.name, m.label) for m in self.methods.values()]  # type: ignore[attr-defined]
+        self.fields["mix"] = MixField(self.dataset_versions)
         self.fields["precision"] = SettingField(PRECISION)
         for setting in self._all_settings():
             self.fields[setting.name] = make_field(setting)
@@ -201,6 +204,10 @@ class JobForm(forms.Form):
         """Validate the recipe as a whole, so that the page and the worker refuse the same things."""
         values = super().clean() or {}
         if not self.errors:
+            mixed = [one.version for one in values["mix"]]
+            for field, sentence in mix_problems(values["dataset_version"], mixed).items():
+                self.add_problem(field, sentence)
+        if not self.errors:
             self._recipe = self._make_recipe(values)
         return values
 
@@ -218,12 +225,8 @@ class JobForm(forms.Form):
         asked: dict[str, Any] = {
             "name": values["name"],
             "base_model": {"name": base_model.name, "revision": base_model.revision},
-            "dataset": {
-                "name": str(version),
-                "sha256": version.sha256,
-                "format": version.format,
-                "columns": version.columns,
-            },
+            "dataset": dataset_ref(version),
+            "mix": [{**dataset_ref(one.version), "weight": one.weight} for one in values["mix"]],
             "method": method.name,
             "precision": values["precision"],
             "settings": {setting.name.rsplit(".", 1)[1]: values[setting.name] for setting in method_settings(method)},
@@ -273,7 +276,8 @@ class JobForm(forms.Form):
         """Put an explained error, with what to do, beside its field. A dataset that is too small says so itself."""
         about_rows = error.code in {"too_small", "unreadable_dataset"}
         for field, sentence in error.by_field():
-            self.add_problem("dataset" if about_rows else field, sentence)
+            is_mixed = (field or "").startswith("mix.")
+            self.add_problem("dataset" if about_rows and not is_mixed else field, sentence)
 
     # -- what the template shows --
 
@@ -301,6 +305,16 @@ class JobForm(forms.Form):
         """What stands in a field now, as text."""
         value = self.data.get(name) if self.is_bound else self.initial.get(name)
         return to_text(getattr(value, "pk", value))
+
+    def mix_pairs(self) -> list[Pair]:
+        """The further datasets and their weights as they stand in the form, rows without a dataset too."""
+        if self.is_bound:
+            return MixWidget().value_from_datadict(self.data, self.files, "mix")
+        return list(self.initial.get("mix", ()))
+
+    def mixed_versions(self) -> list[DatasetVersion]:
+        """The further datasets of a valid form."""
+        return [one.version for one in self.cleaned_data["mix"]]
 
     def section(self, key: str, title: str, settings: tuple[Setting, ...], resolved: Mapping[str, Any]) -> Section:
         rows = [setting_row(self, setting, resolved) for setting in settings if setting.name != METRICS]
@@ -372,6 +386,7 @@ def fresh_form(
             {
                 "base_model": parent.base_model_id,
                 "dataset_version": parent.dataset_version_id,
+                "mix": as_text(pairs_of(parent)),
                 "method": recipe.method,
                 "goal": "",
                 "name": name_again(recipe.name, num_again),
@@ -398,7 +413,9 @@ def bound_copy(form: JobForm) -> JobForm:
     data = QueryDict(mutable=True)
     for name, field in form.fields.items():
         value = form.initial.get(name, field.setting.default if isinstance(field, SettingField) else None)
-        if isinstance(field, SettingManyField):
+        if isinstance(field, MixField):
+            set_pairs(data, form.mix_pairs())
+        elif isinstance(field, SettingManyField):
             data.setlist(name, list(value or ()))
         else:
             data[name] = to_text(value)

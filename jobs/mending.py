@@ -121,11 +121,12 @@ def run_again_with(job: Job, user: User, action: str, *, idempotency_key: str, t
     change = ACTIONS[action](Recipe.from_dict(job.asked_recipe), Recipe.from_dict(job.recipe), job)
     assert change is not None, "what is offered changes something"
     assert job.dataset_version is not None, "what is trained has a dataset"
-    plan = plan_for(change.recipe, job.base_model, job.dataset_version)
+    mixed = job.mixed_versions()
+    plan = plan_for(change.recipe, job.base_model, job.dataset_version, mixed)
     return queue_job(
         team=job.team, user=user, recipe=plan.recipe, asked_recipe=change.recipe, estimate=estimate_values(plan),
         base_model=job.base_model, dataset_version=job.dataset_version, parent=job, idempotency_key=idempotency_key,
-        token=token,
+        token=token, mixed=mixed,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from django.db.models.functions import Cast, Coalesce
 from django.urls import reverse
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, Suite
+from studio.catalogue.models import Adapter, BaseModel, EvaluationRun, MixedVersion, Suite, data_label
 from studio.datasets.models import DatasetVersion
 
 
@@ -121,6 +121,7 @@ class Job(models.Model):
     base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="jobs")
     # Null for an evaluation on standard tasks, whose rows are no dataset's.
     dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, null=True, related_name="jobs")
+    num_mixed = models.PositiveSmallIntegerField(default=0, help_text="Further datasets of its recipe; see JobDataset.")
     adapter = models.OneToOneField(Adapter, on_delete=models.PROTECT, null=True, related_name="job")
     # Of a job that evaluates: what is scored (a base alone when there is no adapter) on what, and the product.
     scored_adapter = models.ForeignKey(Adapter, on_delete=models.PROTECT, null=True, related_name="evaluation_jobs")
@@ -235,8 +236,31 @@ class Job(models.Model):
 
     @property
     def data_label(self) -> str:
-        """What it trains or scores on: a dataset version, or standard tasks, which its name and its suite tell."""
-        return str(self.dataset_version) if self.dataset_version else "standard tasks"
+        """What it trains or scores on: dataset versions, or standard tasks, which its name and its suite tell."""
+        return data_label(self.dataset_version, self.num_mixed) if self.dataset_version else "standard tasks"
+
+    def mixed_versions(self) -> list[DatasetVersion]:
+        """The further dataset versions of its recipe, in its order; uses what was prefetched."""
+        return [one.dataset_version for one in self.mix.all()]
+
+
+class JobDataset(MixedVersion):
+    """A further dataset version that a job trains on."""
+
+    job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="mix")
+    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="job_mixes")
+
+    class Meta(MixedVersion.Meta):
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["job", "place"], name="one_dataset_per_place_of_job"),
+            models.UniqueConstraint(fields=["job", "dataset_version"], name="one_place_per_dataset_of_job"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.job)
+
+    def get_absolute_url(self) -> str:
+        return self.job.get_absolute_url()
 
 
 class JobAttempt(models.Model):
@@ -310,6 +334,7 @@ class FixedPrompt(models.Model):
 
     job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="fixed_prompts")
     index = models.PositiveSmallIntegerField(help_text="Its place among the job's prompts, from 0.")
+    source = models.PositiveSmallIntegerField(default=0, help_text="Which of the recipe's datasets; 0: the main one.")
     line = models.PositiveIntegerField(help_text="Of the dataset's file.")
     prompt = models.TextField()
     reference = models.TextField(help_text="The answer that the dataset gives.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from django.db.models.functions import Now
 from jobs import lifecycle
 from jobs.actions import KEEP, STOP_MODES, ActionError
 from jobs.durations import expected_seconds
+from jobs.mixes import check_mix, store_mix
 from jobs.models import FINAL_STATES, Job, JobKind, JobState
 from jobs.ranking import PRIORITIES, TEAM_PRIORITIES, moved_ranks, team_priority, top_rank
 from jobs.retrying import tried_again
@@ -52,6 +54,7 @@ def queue_job(
     kind: JobKind = JobKind.TRAIN,
     scored_adapter: Adapter | None = None,
     suite: Suite | None = None,
+    mixed: Sequence[DatasetVersion] = (),
 ) -> Job:
     """Add a job to the queue. The same key in the same team gives the job that the first call made.
 
@@ -63,6 +66,7 @@ def queue_job(
         queued_as: how the job's first event begins: "Queued", "Run again", "Run again exactly".
         scored_adapter, suite: of a job that evaluates.
         dataset_version: None for an evaluation on standard tasks.
+        mixed: the versions of the recipe's mix, in its order.
 
     Raises:
         RecipeError: the dataset is not ready or not the team's.
@@ -78,6 +82,8 @@ def queue_job(
         )
     if dataset_version is not None and (reason := dataset_version.why_not_trainable()):
         raise RecipeError(reason, next_step="Choose a dataset of conversations.", field="dataset")
+    if dataset_version is not None:
+        check_mix(dataset_version, mixed)
     asked = (asked_recipe or recipe).to_dict()
     known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
     if known is not None:
@@ -87,12 +93,14 @@ def queue_job(
             job = Job.objects.create(
                 team=team, created_by=user, name=recipe.name, recipe=recipe.to_dict(),
                 asked_recipe=asked, base_model=base_model, kind=kind, scored_adapter=scored_adapter, suite=suite,
-                dataset_version=dataset_version, idempotency_key=idempotency_key, not_before=Now(), parent=parent,
+                dataset_version=dataset_version, num_mixed=len(mixed), idempotency_key=idempotency_key,
+                not_before=Now(), parent=parent,
                 needs={"gpus": 1, "memory_bytes": (estimate or {}).get("total_bytes", 0)}, estimate=estimate or {},
                 expected_seconds=expected_seconds(
                     team, estimate or {}, method=recipe.method, base_model=base_model.name
                 ),
             )  # fmt: skip
+            store_mix(job, recipe, mixed)
             by = user.display_name()
             copied = f", from “{parent.name}”" if parent is not None else ""
             lifecycle.add_event(job.pk, 0, f"{queued_as} by {by}{copied}.")
@@ -114,7 +122,8 @@ def queue_job(
         known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
         if known is not None:
             return _same_job(known, asked)
-        for field, needed in (("dataset", dataset_version), ("base_model", base_model)):
+        mix = ((f"mix.{number}", version) for number, version in enumerate(mixed))
+        for field, needed in (("dataset", dataset_version), *mix, ("base_model", base_model)):
             if needed is not None and not type(needed).objects.filter(pk=needed.pk).exists():
                 raise RecipeError(
                     f"{needed} was deleted at this moment, so the job was not queued.",
@@ -206,7 +215,7 @@ def retry_job(job: Job, user: User, *, idempotency_key: str, token: ApiToken | N
         team=job.team, user=user, recipe=Recipe.from_dict(job.recipe), asked_recipe=Recipe.from_dict(job.asked_recipe),
         base_model=job.base_model, dataset_version=job.dataset_version, idempotency_key=idempotency_key, parent=job,
         estimate=job.estimate, token=token, queued_as=RUN_AGAIN, kind=JobKind(job.kind),
-        scored_adapter=job.scored_adapter, suite=job.suite,
+        scored_adapter=job.scored_adapter, suite=job.suite, mixed=job.mixed_versions(),
     )  # fmt: skip
 
 

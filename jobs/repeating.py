@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.models import Job, JobKind, JobState
 from jobs.queueing import RUN_EXACTLY, queue_job
 from studio.accounts.models import ApiToken, User
+from studio.datasets.models import DatasetVersion
 from studio.storage import is_blob_stored
 from workers.errors import ExplainedError, UnknownPluginError
 from workers.methods import get_method
@@ -29,7 +30,7 @@ def run_exactly(job: Job, user: User, *, idempotency_key: str, token: ApiToken |
     return queue_job(
         team=job.team, user=user, recipe=recipe, asked_recipe=recipe, base_model=job.base_model,
         dataset_version=job.dataset_version, idempotency_key=idempotency_key, parent=job, estimate=job.estimate,
-        token=token, queued_as=RUN_EXACTLY,
+        token=token, queued_as=RUN_EXACTLY, mixed=job.mixed_versions(),
     )  # fmt: skip
 
 
@@ -52,7 +53,20 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
             f"registered now is {job.base_model.revision[:12]}.",
             next_step="Register the old files again, or duplicate the job to train on the new ones.",
         )
-    sha256 = recipe.dataset.sha256
+    for wanted, one in zip(recipe.sources, (version, *job.mixed_versions()), strict=True):
+        if (reason := _why_not_on(one, wanted.sha256)) is not None:
+            return reason
+    try:
+        get_method(recipe.method)
+    except UnknownPluginError:
+        return NotRepeatableError(
+            f'The method "{recipe.method}" is not installed any more.', next_step="Choose another method."
+        )
+    return None
+
+
+def _why_not_on(version: DatasetVersion, sha256: str) -> NotRepeatableError | None:
+    """Why a dataset version cannot be trained on as it was; None when it can."""
     if sha256 and version.sha256 != sha256:
         return NotRepeatableError(
             f"{version} has other contents than the adapter was trained on: its sha256 was {sha256[:12]} and is "
@@ -63,11 +77,5 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
         return NotRepeatableError(
             f"The file of {version} was removed from the studio's storage.",
             next_step="Ask whoever runs the studio to restore it.",
-        )
-    try:
-        get_method(recipe.method)
-    except UnknownPluginError:
-        return NotRepeatableError(
-            f'The method "{recipe.method}" is not installed any more.', next_step="Choose another method."
         )
     return None

@@ -176,6 +176,7 @@ def _data_options(job: Job) -> list[str]:
     if job.dataset_version is not None:
         return [
             "--dataset-file", str(files.dataset_file(job)),
+            *(part for file in files.mix_files(job) for part in ("--mix-file", str(file))),
             "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
         ]  # fmt: skip
     assert job.suite is not None
@@ -299,8 +300,8 @@ def _register(job: Job, key: str, files: list[dict[str, str | int]], result: Res
         )  # fmt: skip
     return register_adapter(
         team=job.team, user=job.created_by, name=job.name, base_model=job.base_model,
-        dataset_version=_trained_on(job), recipe=Recipe.from_dict(job.recipe), folder_key=key, files=files,
-        result=result,
+        dataset_version=_trained_on(job), mixed=job.mixed_versions(), recipe=Recipe.from_dict(job.recipe),
+        folder_key=key, files=files, result=result,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from django.db.models.functions import JSONObject
 from django.utils import timezone
 
 from jobs import samples, series
+from jobs.mixes import mixed_rows
 from jobs.models import LEASED_STATES, Job, JobAttempt, JobKind, JobState, MetricPoint
 from studio.templatetags.components import duration, short_number, significant
 from workers.events import PHASES, PhaseEvent, StepEvent, ValidationEvent
@@ -105,6 +106,7 @@ def job_for_page(jobs: QuerySet[Job]) -> QuerySet[Job]:
             JobAttempt.objects.filter(job=OuterRef("pk")).order_by("-peak_memory_bytes").values("peak_memory_bytes")[:1]
         ),
         newest_sample_at=samples.newest_sample_at(),
+        mixed=mixed_rows(),
     )
 
 

@@ -23,6 +23,8 @@ from jobs.buttons import mark_ends
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.mending import actions_for
+from jobs.mix_field import WEIGHT_SETTING, mix_rows, with_rows_changed
+from jobs.mixes import mixed_rows
 from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
@@ -36,6 +38,7 @@ from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.methods import get_method
+from workers.recipe import MAX_MIXED
 
 MAX_LISTED = 50
 """Rows of finished jobs on a page."""
@@ -153,7 +156,9 @@ def _make_plan(form: JobForm) -> Plan | None:
         return None
     recipe = form.to_recipe()
     try:
-        return plan_for(recipe, form.cleaned_data["base_model"], form.cleaned_data["dataset_version"])
+        return plan_for(
+            recipe, form.cleaned_data["base_model"], form.cleaned_data["dataset_version"], form.mixed_versions()
+        )
     except ExplainedError as error:
         form.add_explained(error)
         return None
@@ -184,6 +189,10 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
+        "mix_rows": list(mix_rows(form.mix_pairs(), form.cleaned_data["mix"] if plan else (), plan)),
+        "mix_problems": form.errors.get("mix", []) if form.is_bound else [],
+        "max_mixed": MAX_MIXED,
+        "weight_setting": WEIGHT_SETTING,
         "dataset_problem": " ".join(str(message) for message in dataset_errors),
         "name_text": form.text_of("name"),
         "missing": form.missing(),
@@ -278,7 +287,9 @@ def new_job(request: TeamRequest) -> HttpResponse:
         return render(request, "jobs/new_job.html", _form_context(request, form, _make_plan(form), show_errors=False))
     parent = None
     if asked := request.GET.get("from"):
-        parent = get_object_or_404(request.team.jobs.annotate(num_again=Count("children")), pk=_uuid(asked))
+        parent = get_object_or_404(
+            request.team.jobs.annotate(num_again=Count("children"), mixed=mixed_rows()), pk=_uuid(asked)
+        )
     form = fresh_form(
         request.team,
         dataset_version=request.GET.get("dataset", ""),
@@ -296,6 +307,9 @@ def new_job(request: TeamRequest) -> HttpResponse:
 
 
 def _queue(request: TeamRequest) -> HttpResponse:
+    if (changed := with_rows_changed(request.POST)) is not None:
+        form = JobForm(changed, team=request.team)
+        return render(request, "jobs/new_job.html", _form_context(request, form, _make_plan(form), show_errors=False))
     form = JobForm(request.POST, team=request.team)
     plan = _make_plan(form)
     if "update" in request.POST:
@@ -314,6 +328,7 @@ def _queue(request: TeamRequest) -> HttpResponse:
         estimate=estimate_values(plan),
         base_model=form.cleaned_data["base_model"],
         dataset_version=form.cleaned_data["dataset_version"],
+        mixed=form.mixed_versions(),
         parent=parent,
     )
     key = form.cleaned_data["idempotency_key"] or secrets.token_urlsafe(16)
@@ -333,7 +348,8 @@ def _queue(request: TeamRequest) -> HttpResponse:
 @team_page(Role.TRAINER)
 def estimate(request: TeamRequest) -> HttpResponse:
     """The "this run" panel for the form as it stands, and whatever else depends on it. Changes nothing."""
-    form = JobForm(request.POST, team=request.team)
+    changed = with_rows_changed(request.POST)
+    form = JobForm(changed if changed is not None else request.POST, team=request.team)
     plan = _make_plan(form)
     context = _form_context(request, form, plan, show_errors=False)
     own, method_changed = context["method_section"], form.text_of("shown_method") != form.method_name()
@@ -341,6 +357,7 @@ def estimate(request: TeamRequest) -> HttpResponse:
     sections = [*context["sections"], *([own] if own and not method_changed else [])]
     context |= {
         "method_changed": method_changed,
+        "mix_changed": changed is not None,
         "resolved_rows": [row for section in sections for row in section.rows],
     }
     return render(request, "jobs/_estimate.html", context)

@@ -95,3 +95,11 @@ def dealt(rows: Sequence[Row], sources: Sequence[int]) -> list[Row]:
         keyed.append((seen.setdefault(source, 0), source, row))
         seen[source] += 1
     return [row for _, _, row in sorted(keyed, key=lambda one: one[:2])]
+
+
+def often_sentence(name: str, portion: Portion, epochs: float) -> str:
+    """That a small dataset is seen very often, and what to do."""
+    return (
+        f"The {portion.num_rows:,} training rows of {name} are seen {portion.passes(epochs):.1f} times each; beyond "
+        f"{MANY_PASSES:g} they are rather learned by heart. Lower its weight, or the epochs."
+    )

@@ -44,8 +44,8 @@ MAX_MIXED = 8
 """Further datasets of a recipe."""
 
 
-class MixedDataset(DatasetRef):
-    """A further dataset version that is trained on together with the main one (workers/mixing.py)."""
+class MixSettings(_Part):
+    """How much of a further dataset is trained on."""
 
     weight: float = Field(
         1.0,
@@ -59,6 +59,10 @@ class MixedDataset(DatasetRef):
             "source": "sampling proportions: Raffel et al. 2020 (T5), section 3.5.2",
         },
     )
+
+
+class MixedDataset(DatasetRef, MixSettings):
+    """A further dataset version that is trained on together with the main one (workers/mixing.py)."""
 
 
 class SplitSettings(_Part):

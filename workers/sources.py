@@ -10,7 +10,7 @@ from pathlib import Path
 from workers.digests import file_sha256
 from workers.errors import DatasetError
 from workers.examples import Example, Problem
-from workers.mixing import MANY_PASSES, Portion, line_at, place_of, row_at, source_at, told_lines
+from workers.mixing import MANY_PASSES, Portion, line_at, often_sentence, place_of, row_at, source_at, told_lines
 from workers.overlap import MAX_PAIRS
 from workers.reading import read_examples
 from workers.recipe import DatasetRef
@@ -29,7 +29,12 @@ class Source:
     @property
     def field(self) -> str:
         """The recipe's field that names it."""
-        return "dataset" if self.number == 0 else f"mix.{self.number - 1}"
+        return field_of(self.number)
+
+
+def field_of(number: int) -> str:
+    """The recipe's field that names a source."""
+    return "dataset" if number == 0 else f"mix.{number - 1}"
 
 
 def open_sources(refs: Sequence[DatasetRef], files: Sequence[Path]) -> list[Source]:
@@ -71,11 +76,11 @@ def lines_by_source(places: Iterable[int], num_sources: int) -> list[list[int]]:
     return found
 
 
-def of_source(error: DatasetError, source: Source) -> DatasetError:
+def of_source(error: DatasetError, number: int, name: str) -> DatasetError:
     """The error, saying which dataset it is about, unless that is the main one."""
-    if source.number == 0:
+    if number == 0:
         return error
-    told = DatasetError(f"{source.ref.name}: {error.message}", next_step=error.next_step, field=source.field)
+    told = DatasetError(f"{name}: {error.message}", next_step=error.next_step, field=field_of(number))
     told.code = error.code
     return told
 
@@ -100,14 +105,6 @@ def portion_sentences(sources: Sequence[Source], portions: Sequence[Portion], ep
         if source.number and one.passes(epochs) > MANY_PASSES:
             found.append((often_sentence(source.ref.name, one, epochs), True))
     return found
-
-
-def often_sentence(name: str, portion: Portion, epochs: float) -> str:
-    """That a small dataset is seen very often, and what to do."""
-    return (
-        f"The {portion.num_rows:,} training rows of {name} are seen {portion.passes(epochs):.1f} times each; beyond "
-        f"{MANY_PASSES:g} they are rather learned by heart. Lower its weight, or the epochs."
-    )
 
 
 def by_lines(found: OverlapRecord) -> OverlapRecord:

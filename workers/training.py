@@ -387,7 +387,7 @@ def _split_source(
         chooses = recipe.training.chooses_on_validation
         return split, validation_lines(split.held_out, recipe.split, own) if chooses else ()
     except DatasetError as error:
-        raise of_source(error, source) from error
+        raise of_source(error, source.number, source.ref.name) from error
 
 
 # --- loading and the base's scores -----------------------------------------------------------------------------------

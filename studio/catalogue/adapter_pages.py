@@ -32,7 +32,7 @@ from studio.catalogue.model_card import (
 from studio.catalogue.models import Adapter, Sample, SampleChoice
 from studio.catalogue.recipe_table import recipe_sections
 from studio.catalogue.samples import DIFFS, LENGTHS, Filters, sample_page
-from studio.catalogue.score_groups import score_groups, summary
+from studio.catalogue.score_groups import score_groups, source_scores, summary
 from studio.catalogue.usage import usages
 from studio.query_values import whole_number
 from workers.errors import ExplainedError
@@ -58,6 +58,7 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "method_label": listing.method_label(found.method),
             "product": listing.product_of(found.method),
             "groups": groups,
+            "source_scores": source_scores(found),
             "summary": summary(
                 groups,
                 figure=evaluation_of(found, thresholds.figure),

@@ -83,6 +83,7 @@ class ScoreOut(Out):
 class SampleOut(Out):
     """A held-out row as the base and the adapter answered it."""
 
+    source: int = Field(description="Which of the adapter's datasets; 0 is the main one, 1 the first of its mix.")
     line: int
     prompt: str
     reference: str
@@ -126,6 +127,13 @@ class AdapterOut(Out):
         return sorted(alias.name for alias in adapter.aliases.all())
 
 
+class MixOut(Out):
+    """A further dataset that an adapter was trained on."""
+
+    dataset_version_id: int
+    weight: float
+
+
 class AdapterDetailOut(AdapterOut):
     """A trained adapter with its recipe, scores, files and history."""
 
@@ -135,6 +143,10 @@ class AdapterDetailOut(AdapterOut):
     files: list[FileOut]
     scores: list[ScoreOut]
     findings: list[FindingOut] = Field(description="What can be wrong with it, the worst first")
+    mix: list[MixOut] = Field(description="Further datasets that it was trained on, in the order of the recipe's mix.")
+    sources: list[dict[str, Any]] = Field(
+        description="Of a mixture: each dataset's part in training and its own scores, the main one first."
+    )
     overlap: dict[str, Any] = Field(description="Held-out rows that it was trained on; empty: not looked for")
     suspicious: list[dict[str, Any]] = Field(description="Training rows that may be wrong, the worst first")
 

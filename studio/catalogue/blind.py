@@ -39,6 +39,7 @@ class BlindPair:
     """A sample whose answers are called A and B."""
 
     sample_id: int
+    source: int
     line: int
     prompt: str
     reference: str
@@ -50,14 +51,14 @@ def blind_pair(sample: Sample, user: User) -> BlindPair:
     """A sample as this person is asked about it."""
     answers = (sample.adapter_answer, sample.base_answer)
     a, b = answers if adapter_is_a(user, sample.pk) else answers[::-1]
-    return BlindPair(sample.pk, sample.line, sample.prompt, sample.reference, a, b)
+    return BlindPair(sample.pk, sample.source, sample.line, sample.prompt, sample.reference, a, b)
 
 
 def next_sample(adapter: Adapter, user: User) -> Sample | None:
     """The next sample that this person has not chosen on and whose two answers differ, in the order of the file."""
     chosen = SampleChoice.objects.filter(sample=OuterRef("pk"), user=user)
     rows = Sample.objects.filter(adapter=adapter).exclude(base_answer=F("adapter_answer")).filter(~Exists(chosen))
-    return rows.order_by("line", "pk").first()
+    return rows.order_by("source", "line", "pk").first()
 
 
 def choose(sample: Sample, user: User, letter: str, *, token: ApiToken | None = None) -> SampleChoice:

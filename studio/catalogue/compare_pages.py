@@ -146,7 +146,7 @@ def setting_rows(adapters: list[Adapter]) -> list[Row]:
     ]
     facts = {
         "base revision": lambda one: one.base_model.revision[:12],
-        "dataset version": lambda one: str(one.dataset_version),
+        "dataset version": lambda one: one.data_label,
         "trained parameters": lambda one: f"{one.num_trainable:,}",
         "size in bytes": lambda one: f"{one.num_bytes:,}",
         "training time, s": lambda one: f"{one.provenance.get('train_seconds', 0):,.0f}",

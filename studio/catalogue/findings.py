@@ -11,6 +11,7 @@ from django.conf import settings
 from django.utils.module_loading import import_string
 
 from studio.accounts.models import Team
+from studio.catalogue.data_rows import overlap_links, suspicious_row
 from studio.catalogue.models import Adapter, FileCheck, Score, TestSet
 from workers.evaluations import evaluations
 from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
@@ -91,13 +92,13 @@ def findings_of(adapter: Adapter, thresholds: Thresholds | None = None) -> list[
 def shown_details(adapter: Adapter, thresholds: Thresholds | None = None) -> dict[str, Any]:
     """What the page's sections on overlap, forgetting, suspicious rows and files show."""
     thresholds = thresholds or Thresholds()
-    overlap = overlap_of(adapter)
+    overlap, versions = overlap_of(adapter), adapter.versions_of_data()
     return {
         "overlap": overlap,
-        "overlap_pairs": overlap.pairs[:NUM_SHOWN] if overlap else (),
+        "overlap_pairs": overlap_links(versions, overlap, NUM_SHOWN) if overlap else [],
         "general_scores": [score for score in adapter.scores.all() if score.test_set == TestSet.GENERAL],
         "forgotten": forgetting_of(adapter, thresholds.allowed_rise),
-        "suspicious_rows": adapter.suspicious[:NUM_SHOWN],
+        "suspicious_rows": [suspicious_row(versions, one) for one in adapter.suspicious[:NUM_SHOWN]],
         "file_check": file_check_of(adapter),
     }
 

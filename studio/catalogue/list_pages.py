@@ -119,7 +119,7 @@ def _exported(rows: Any, metric: str, root: str) -> Iterator[dict[str, Any]]:
     scores = Score.objects.filter(evaluation=metric, test_set=TestSet.HELD_OUT)
     found = (
         rows.select_related("base_model", "dataset_version__dataset", "created_by")
-        .defer("recipe", "files", "provenance", "card", "overlap", "suspicious", "search")
+        .defer("recipe", "files", "provenance", "card", "overlap", "suspicious", "sources", "search")
         .prefetch_related("aliases", Prefetch("scores", scores, to_attr="exported_scores"))
         .order_by("pk")
     )
@@ -130,7 +130,7 @@ def _exported(rows: Any, metric: str, root: str) -> Iterator[dict[str, Any]]:
             "aliases": [one.name for one in adapter.aliases.all()],
             "base_model": adapter.base_model.name,
             "method": adapter.method,
-            "dataset": str(adapter.dataset_version),
+            "dataset": adapter.data_label,
             "evaluation": metric,
             **_figures(next(iter(adapter.exported_scores), None)),
             "created_by": adapter.created_by.display_name(),
@@ -186,7 +186,14 @@ def _json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
 def adapters_by_id(request: TeamRequest, ids: list[int]) -> list[Adapter]:
     """The team's adapters of these numbers, in their order; others are left out."""
     rows = request.team.adapters.select_related("base_model", "dataset_version__dataset", "created_by").defer(
-        "files", "card", "suspicious", "search", "base_model__files", "base_model__shape", "dataset_version__statistics"
+        "files",
+        "card",
+        "suspicious",
+        "sources",
+        "search",
+        "base_model__files",
+        "base_model__shape",
+        "dataset_version__statistics",
     )
     found = {one.pk: one for one in rows.filter(pk__in=ids)}
     return [found[pk] for pk in ids if pk in found]

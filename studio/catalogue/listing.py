@@ -13,7 +13,7 @@ from django.db.models.functions import JSONObject
 from django.http import QueryDict
 
 from studio.accounts.models import Team, User
-from studio.catalogue.models import Adapter, AdapterState, Alias, BaseModel, SavedView, Score, TestSet
+from studio.catalogue.models import Adapter, AdapterDataset, AdapterState, Alias, BaseModel, SavedView, Score, TestSet
 from studio.datasets.models import Dataset
 from studio.keyset import Key, read_page
 from studio.query_values import whole_number
@@ -135,7 +135,7 @@ def list_adapters(team: Team, filters: Filters, query: QueryDict) -> AdapterPage
 def with_columns(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]:
     """The filtered adapters with what a list shows and sorts by, heavy columns left out."""
     found = filtered(adapters, filters).select_related("base_model", "dataset_version__dataset", "created_by").defer(
-        "recipe", "files", "provenance", "card", "overlap", "suspicious", "search",
+        "recipe", "files", "provenance", "card", "overlap", "suspicious", "sources", "search",
         "base_model__files", "base_model__shape", "dataset_version__statistics",
     )  # fmt: skip
     aliases = Alias.objects.filter(adapter=OuterRef("pk")).order_by("name")
@@ -169,7 +169,8 @@ def filtered(adapters: QuerySet[Adapter], filters: Filters) -> QuerySet[Adapter]
     if filters.base:
         adapters = adapters.filter(base_model__pk=int(filters.base))
     if filters.dataset:
-        adapters = adapters.filter(dataset_version__dataset__pk=int(filters.dataset))
+        mixed = AdapterDataset.objects.filter(dataset_version__dataset=int(filters.dataset)).values("adapter")
+        adapters = adapters.filter(Q(dataset_version__dataset=int(filters.dataset)) | Q(pk__in=mixed))
     if filters.method:
         adapters = adapters.filter(method=filters.method)
     if filters.alias:
@@ -214,7 +215,9 @@ def _with_choices(team: Team) -> QuerySet[Team]:
     # Asked from their side, each ends at its first adapter; asked from that of the adapters, every one is read.
     bases = BaseModel.objects.filter(Exists(Adapter.objects.filter(team=team, base_model=OuterRef("pk"))))
     datasets = Dataset.objects.filter(
-        Exists(Adapter.objects.filter(dataset_version__dataset=OuterRef("pk"))), team=team
+        Exists(Adapter.objects.filter(dataset_version__dataset=OuterRef("pk")))
+        | Exists(AdapterDataset.objects.filter(dataset_version__dataset=OuterRef("pk"))),
+        team=team,
     )
     used = Adapter.objects.filter(team=team).order_by().values("method").distinct()
     aliases = Alias.objects.filter(team=team).order_by("name").values("name").distinct()

@@ -15,6 +15,7 @@ from studio.catalogue.models import Adapter, Score, Suite, TestSet
 from studio.storage import open_adapter_file
 from workers.errors import ExplainedError
 from workers.model_card import HELD_OUT_SPLIT, MeasuredOn, front_matter
+from workers.results import SourceRecord
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 512 * 1024
@@ -85,6 +86,9 @@ def adapter_front_matter(adapter: Adapter) -> str:
         if score.run.is_complete():
             by_run.setdefault(score.run_id, []).append(score)
     measured = [MeasuredOn(*_test_set(adapter, found[0]), found) for found in by_run.values()]
+    for one in adapter.sources:
+        source = SourceRecord.model_validate(one)
+        measured.append(MeasuredOn(source.name, HELD_OUT_SPLIT, source.sha256, source.scores))
     lines = front_matter(
         name=adapter.name,
         method=adapter.method,
@@ -103,6 +107,8 @@ def _test_set(adapter: Adapter, score: Score) -> tuple[str, str, str]:
     if score.test_set == TestSet.GENERAL:
         return "PEFT Studio general set", "test", score.run.test_set_sha256
     dataset = adapter.recipe.get("dataset", {})
+    if adapter.sources:
+        return " + ".join(one["name"] for one in adapter.sources), HELD_OUT_SPLIT, ""
     return str(dataset.get("name", "dataset")), HELD_OUT_SPLIT, str(dataset.get("sha256") or "")
 
 

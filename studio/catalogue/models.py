@@ -10,6 +10,7 @@ from django.contrib.postgres.indexes import GinIndex
 from django.contrib.postgres.search import SearchVector, SearchVectorField
 from django.db import models
 from django.urls import reverse
+from django.utils.functional import cached_property
 
 from studio.accounts.models import Team
 from studio.datasets.models import DatasetVersion
@@ -83,6 +84,11 @@ class Adapter(models.Model):
     num_trainable = models.BigIntegerField(default=0)
     stopped_at_step = models.PositiveIntegerField(null=True)
     provenance = models.JSONField(default=dict, help_text="Versions, device, seconds, tokens, peak memory.")
+    num_mixed = models.PositiveSmallIntegerField(default=0, help_text="Further datasets that it was trained on.")
+    sources = models.JSONField(
+        default=list,
+        help_text="Of one of several datasets: workers.results.SourceRecord of each, the main one first.",
+    )
     created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -109,10 +115,62 @@ class Adapter(models.Model):
     def get_absolute_url(self) -> str:
         return reverse("catalogue:adapter", args=[self.pk])
 
+    @property
+    def data_label(self) -> str:
+        """What it was trained on, without a query."""
+        return data_label(self.dataset_version, self.num_mixed)
+
+    @cached_property
+    def mixed(self) -> list[AdapterDataset]:
+        """The further datasets that it was trained on; one query, and none where there are no such."""
+        if not self.num_mixed:
+            return []
+        rows = self.mix.select_related("dataset_version__dataset")
+        return list(rows.defer("dataset_version__statistics", "dataset_version__changes"))
+
+    def versions_of_data(self) -> list[DatasetVersion]:
+        """Every dataset version that it was trained on, the main one first."""
+        return [self.dataset_version, *(one.dataset_version for one in self.mixed)]
+
     def held_out_scores(self) -> list[Score]:
         """Its scores on the held-out rows of its training, by name of the evaluation; uses what was prefetched."""
         found = [score for score in self.scores.all() if score.test_set == TestSet.HELD_OUT]
         return sorted(found, key=lambda score: score.evaluation)
+
+
+def data_label(version: DatasetVersion, num_mixed: int) -> str:
+    """A dataset version and how many further ones were mixed with it."""
+    return f"{version} and {num_mixed} more" if num_mixed else str(version)
+
+
+class MixedVersion(models.Model):
+    """A further dataset version that something is trained on, beside its main one. `place` counts from 1."""
+
+    place = models.PositiveSmallIntegerField(help_text="In the recipe's mix, from 1; 0 would be the main dataset.")
+    weight = models.FloatField(help_text="Rows of it for each row of the main dataset.")
+
+    class Meta:
+        abstract = True
+        ordering: ClassVar = ["place"]
+
+
+class AdapterDataset(MixedVersion):
+    """A further dataset version that an adapter was trained on."""
+
+    adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, related_name="mix")
+    dataset_version = models.ForeignKey(DatasetVersion, on_delete=models.PROTECT, related_name="adapter_mixes")
+
+    class Meta(MixedVersion.Meta):
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["adapter", "place"], name="one_dataset_per_place_of_adapter"),
+            models.UniqueConstraint(fields=["adapter", "dataset_version"], name="one_place_per_dataset_of_adapter"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.adapter)
+
+    def get_absolute_url(self) -> str:
+        return self.adapter.get_absolute_url()
 
 
 class SavedView(models.Model):
@@ -411,6 +469,7 @@ class Sample(models.Model):
     """A held-out row as the base and the adapter answered it."""
 
     adapter = models.ForeignKey(Adapter, on_delete=models.CASCADE, related_name="samples")
+    source = models.PositiveSmallIntegerField(default=0, help_text="Which of its recipe's datasets; 0: the main one.")
     line = models.PositiveBigIntegerField()
     prompt = models.TextField()
     reference = models.TextField()
@@ -423,7 +482,7 @@ class Sample(models.Model):
     adapter_figure = models.FloatField(null=True, help_text="Of the adapter's answer.")
 
     class Meta:
-        ordering: ClassVar = ["line"]
+        ordering: ClassVar = ["source", "line"]
 
     def __str__(self) -> str:
         return f"line {self.line} by {self.adapter}"

@@ -48,6 +48,7 @@ def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None)
     """
     asked = asked or recipe
     sections = [
+        RecipeSection("Mixture", list(_mixture_rows(recipe))),
         RecipeSection("Method", list(_method_rows(recipe, asked))),
         RecipeSection("Training", list(_rows(TrainingSettings, recipe.get("training", {}), asked.get("training", {})))),
         RecipeSection("Held-out rows", list(_rows(SplitSettings, recipe.get("split", {}), asked.get("split", {})))),
@@ -56,6 +57,18 @@ def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None)
         ),
     ]
     return [section for section in sections if section.rows]
+
+
+def _mixture_rows(recipe: dict[str, Any]) -> Iterator[RecipeRow]:
+    """The datasets of a recipe of several, with their weights."""
+    mix = recipe.get("mix", ())
+    if not mix:
+        return
+    unit = "rows per row of the main dataset"
+    yield RecipeRow("Main dataset", str(recipe.get("dataset", {}).get("name", "")), help="Its weight is 1.")
+    for number, one in enumerate(mix, start=2):
+        weight = _text(one.get("weight", 1.0))
+        yield RecipeRow(f"Dataset {number}", f"{one.get('name', '')}, weight {weight}", help=unit, is_changed=True)
 
 
 def _method_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:

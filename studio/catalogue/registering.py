@@ -11,6 +11,7 @@ from django.db.models import Max
 from studio.accounts.models import Team, User
 from studio.catalogue.models import (
     Adapter,
+    AdapterDataset,
     BaseModel,
     EvaluationRun,
     RowCounts,
@@ -40,11 +41,12 @@ def register_adapter(
     folder_key: str,
     files: list[dict[str, str | int]],
     result: Result,
+    mixed: Sequence[DatasetVersion] = (),
 ) -> Adapter:
     """The adapter whose files lie at `folder_key`, in the catalogue with its scores and samples.
 
     Opens no transaction: the caller's makes it one fact with the success of the job. `files` are those of
-    `checked_files`.
+    `checked_files`, `mixed` the further datasets of the recipe's mix, in its order.
     """
     adapter = Adapter.objects.create(
         team=team,
@@ -54,6 +56,8 @@ def register_adapter(
         suspicious=[one.model_dump(mode="json") for one in result.suspicious],
         base_model=base_model,
         dataset_version=dataset_version,
+        num_mixed=len(mixed),
+        sources=[one.model_dump(mode="json") for one in result.sources],
         method=recipe.method,
         recipe=recipe.to_dict(),
         folder=folder_key,
@@ -63,6 +67,10 @@ def register_adapter(
         stopped_at_step=result.stopped_at_step,
         provenance=result.provenance.model_dump(mode="json"),
         created_by=user,
+    )
+    AdapterDataset.objects.bulk_create(
+        AdapterDataset(adapter=adapter, dataset_version=version, place=place, weight=one.weight)
+        for place, (version, one) in enumerate(zip(mixed, recipe.mix, strict=True), start=1)
     )
     if result.scores:
         _add_run(team, base_model, adapter, TestSet.HELD_OUT, result.scores, result)

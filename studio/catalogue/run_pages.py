@@ -17,7 +17,7 @@ def run(request: TeamRequest, run_id: int) -> HttpResponse:
     """A run's rows: prompt, expected answer, both answers and their figures; the rows after those shown, for htmx."""
     runs = request.team.evaluation_runs.filter(test_set=TestSet.SUITE).select_related("suite", "adapter", "base_model")
     runs = runs.defer("adapter__recipe", "adapter__files", "adapter__provenance", "adapter__suspicious",
-                      "base_model__files", "base_model__shape")  # fmt: skip
+                      "adapter__sources", "base_model__files", "base_model__shape")  # fmt: skip
     found = get_object_or_404(runs, pk=run_id)
     metrics = metrics_of(found)
     filters = Filters.from_query(request.GET, metrics)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from studio.catalogue.models import Adapter, EvaluationRun, Score, TestSet
 from workers.forgetting import ALLOWED_RISE, MEASURE, Forgetting, Keeping, forgetting
-from workers.verdicts import Verdict
+from workers.results import ScoreRecord, SourceRecord
+from workers.verdicts import Verdict, verdict
 
 # Functions of the held-out loss: counting them beside it would count one finding three times.
 _SAME_AS_LOSS = {"perplexity", "byte_perplexity"}
@@ -54,6 +55,52 @@ class ScoreGroup:
     def methods(self) -> list[str]:
         """How the intervals were made, each way once."""
         return list(dict.fromkeys(score.interval_method for score in self.scores))
+
+
+@dataclass(frozen=True)
+class SourceScore:
+    """A figure of an adapter on the held-out rows of one of its datasets alone."""
+
+    score: ScoreRecord
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict(self.score)
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the adapter beats the base; None when that cannot be told, or there is no difference."""
+        return {Verdict.BETTER: True, Verdict.WORSE: False}.get(self.verdict)
+
+
+@dataclass(frozen=True)
+class SourceScores:
+    """One of the datasets that an adapter was trained on together, its part in training, and its own figures."""
+
+    source: SourceRecord
+    share: float
+    """Part of an epoch's rows, from 0 to 1."""
+    scores: list[SourceScore]
+
+    @property
+    def percent(self) -> str:
+        return f"{100 * self.share:.3g}"
+
+    @property
+    def times(self) -> str:
+        """The passes over its training rows, as people write them."""
+        return f"{self.source.passes:.3g}"
+
+    @property
+    def weight(self) -> str:
+        return f"{self.source.weight:g}"
+
+
+def source_scores(adapter: Adapter) -> list[SourceScores]:
+    """Of an adapter of several datasets: what each had for a part and scored by itself; nothing of any other."""
+    sources = [SourceRecord.model_validate(one) for one in adapter.sources]
+    total = sum(one.rows_per_epoch for one in sources)
+    return [SourceScores(one, one.rows_per_epoch / total, list(map(SourceScore, one.scores))) for one in sources]
 
 
 def score_groups(adapter: Adapter) -> list[ScoreGroup]:

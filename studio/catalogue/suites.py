@@ -180,7 +180,14 @@ def run_rows(suite: Suite) -> tuple[list[SuiteColumn], list[RunRow]]:
     runs = list(
         EvaluationRun.objects.filter(pk__in=newest)
         .select_related("adapter", "base_model")
-        .defer("adapter__recipe", "adapter__files", "adapter__provenance", "adapter__suspicious", "base_model__files")
+        .defer(
+            "adapter__recipe",
+            "adapter__files",
+            "adapter__provenance",
+            "adapter__suspicious",
+            "adapter__sources",
+            "base_model__files",
+        )
         .prefetch_related("scores")
         .order_by("-created_at")[:MAX_RUNS]
     )

@@ -313,9 +313,16 @@ def changes(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
 def used_by(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     """Jobs and adapters that use the version."""
     version = version_or_404(request, dataset_id, number)
-    # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one.
-    jobs = version.jobs.only("name", "state", "dataset_version").order_by("-created_at", "pk")
-    adapters = version.adapters.only("name", "dataset_version").order_by("-created_at", "-pk")
+    # "jobs" and "adapters" are the reverse sides of relations that belong to apps above this one, and so are those of
+    # what has the version as a further dataset of a mixture.
+    every_job = version.jobs.model.objects.filter(
+        Q(dataset_version=version) | Q(pk__in=version.job_mixes.values("job"))
+    )
+    every_adapter = version.adapters.model.objects.filter(
+        Q(dataset_version=version) | Q(pk__in=version.adapter_mixes.values("adapter"))
+    )
+    jobs = every_job.only("name", "state", "dataset_version").order_by("-created_at", "pk")
+    adapters = every_adapter.only("name", "dataset_version").order_by("-created_at", "-pk")
     return render_tab(
         request,
         version,

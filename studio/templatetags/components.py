@@ -56,6 +56,17 @@ def nav_links(context: template.Context) -> list[dict[str, Any]]:
 
 
 @register.simple_tag
+def row_name(recipe: Mapping[str, Any], source: int, line: int) -> str:
+    """A row of one of a recipe's datasets for people: "Line 7", or "Line 7 of faq v2" where there are several."""
+    mix = recipe.get("mix", ())
+    if not mix:
+        return f"Line {line:,}"
+    named = (recipe.get("dataset", {}), *mix)
+    name = named[source].get("name", "") if source < len(named) else ""
+    return f"Line {line:,} of {name}" if name else f"Line {line:,}"
+
+
+@register.simple_tag
 def icon(name: str) -> SafeString:
     """An inline SVG of templates/components/icons; decorative, so text stands beside it."""
     return _svg(name)
