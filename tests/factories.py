@@ -154,6 +154,7 @@ def make_adapter(
     name: str = "support",
     base_model: BaseModel | None = None,
     dataset_version: DatasetVersion | None = None,
+    mixed: Sequence[DatasetVersion] = (),
     result: Result | None = None,
     files: dict[str, bytes] | None = None,
     card: str = CARD,
@@ -164,13 +165,15 @@ def make_adapter(
     dataset_version = dataset_version or make_dataset_version(team, user)
     result = result or make_result()
     key = make_adapter_folder(files=files, card=card, result=result)
+    mix = [{"name": str(one), "sha256": one.sha256, "format": one.format, "weight": 0.5} for one in mixed]
     return register_adapter(
         team=team,
         user=user,
         name=name,
         base_model=base_model,
         dataset_version=dataset_version,
-        recipe=make_recipe(base_model, dataset_version, **recipe_changes),
+        mixed=mixed,
+        recipe=make_recipe(base_model, dataset_version, **({"mix": mix} | recipe_changes)),
         folder_key=key,
         files=checked_files(key),
         result=result,

@@ -31,6 +31,8 @@ CONTEXT_LENGTH = 512
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD, INNER = 64, 2, 4, 2, 16, 128
 
 ANIMALS = ("cat", "dog", "cow", "owl", "fox", "hen", "pig", "bee")
+COLOURS = ("red", "blue", "green", "white")
+FRUITS = ("cherry", "plum", "lime", "lychee")
 SOUNDS = ("meow", "woof", "moo", "hoot", "yip", "cluck", "oink", "buzz")
 
 
@@ -41,6 +43,18 @@ def tiny_rows(n: int) -> list[dict[str, str]]:
             "instruction": f"What does the {ANIMALS[index % len(ANIMALS)]} say?",
             "input": f"Say it {index % 3 + 1} times.",
             "output": " ".join([SOUNDS[index % len(SOUNDS)]] * (index % 3 + 1)),
+        }
+        for index in range(n)
+    ]
+
+
+def colour_rows(n: int) -> list[dict[str, str]]:
+    """Rows that have nothing in common with `tiny_rows`, each with a question of its own."""
+    return [
+        {
+            "instruction": f"Name a fruit that is {COLOURS[index % len(COLOURS)]}, please.",
+            "input": f"Question {index} of the basket.",
+            "output": f"{FRUITS[index % len(FRUITS)]} {index}",
         }
         for index in range(n)
     ]

@@ -11,7 +11,7 @@ from django.db.models import Case, Count, OuterRef, Prefetch, QuerySet, Subquery
 from django.db.models.functions import JSONObject
 
 from studio.accounts.models import Team
-from studio.catalogue.models import Adapter, Alias, Preference, Sample, SampleChoice, Score
+from studio.catalogue.models import Adapter, AdapterDataset, Alias, Preference, Sample, SampleChoice, Score
 from studio.catalogue.samples import SHOWN
 
 MAX_VERSIONS = 50
@@ -21,8 +21,8 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 def adapters_for_page(team: Team) -> QuerySet[Adapter]:
     """A team's adapters with all that one's page shows besides samples: two queries.
 
-    Sets `versions`, `alias_names`, `attempts`, `repeats`, `sample_counts` and `choice_counts`. Jobs belong to an app
-    above this one and are reached by the names of their relations.
+    Sets `versions`, `alias_names`, `attempts`, `repeats`, `sample_counts`, `choice_counts` and `mixed_rows`. Jobs
+    belong to an app above this one and are reached by the names of their relations.
     """
     of_name = Adapter.objects.filter(team=OuterRef("team"), name=OuterRef("name")).order_by("-version")
     aliases = Alias.objects.filter(adapter=OuterRef("pk")).order_by("name")
@@ -57,6 +57,7 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
         .annotate(json=JSONObject(people=Count("user", distinct=True), **preferred))
         .values("json")
     )
+    mix = AdapterDataset.objects.filter(adapter=OuterRef("pk")).order_by("place")
     scores = Prefetch("scores", Score.objects.select_related("run__suite"))
     return (
         team.adapters.prefetch_related(scores)
@@ -74,6 +75,7 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
             ),
             sample_counts=Subquery(samples),
             choice_counts=Subquery(choices),
+            mixed_rows=ArraySubquery(mix.values(json=JSONObject(**AdapterDataset.ROW))),
         )
     )
 

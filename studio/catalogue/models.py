@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
@@ -13,7 +13,7 @@ from django.urls import reverse
 from django.utils.functional import cached_property
 
 from studio.accounts.models import Team
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import Dataset, DatasetVersion
 from workers.evaluations import Evaluation, choose_evaluations, evaluations
 from workers.recipe import EvaluationSettings
 from workers.shapes import ModelShape
@@ -122,11 +122,12 @@ class Adapter(models.Model):
 
     @cached_property
     def mixed(self) -> list[AdapterDataset]:
-        """The further datasets that it was trained on; one query, and none where there are no such."""
+        """The further datasets that it was trained on; no query where there are none, or of `adapters_for_page`."""
         if not self.num_mixed:
             return []
-        rows = self.mix.select_related("dataset_version__dataset")
-        return list(rows.defer("dataset_version__statistics", "dataset_version__changes"))
+        if (found := getattr(self, "mixed_rows", None)) is not None:
+            return [AdapterDataset.from_row(self, row) for row in found]
+        return list(self.mix.select_related("dataset_version__dataset"))
 
     def versions_of_data(self) -> list[DatasetVersion]:
         """Every dataset version that it was trained on, the main one first."""
@@ -166,11 +167,25 @@ class AdapterDataset(MixedVersion):
             models.UniqueConstraint(fields=["adapter", "dataset_version"], name="one_place_per_dataset_of_adapter"),
         ]
 
+    ROW: ClassVar = {
+        "place": "place", "weight": "weight", "version_id": "dataset_version", "number": "dataset_version__number",
+        "sha256": "dataset_version__sha256", "dataset_id": "dataset_version__dataset",
+        "name": "dataset_version__dataset__name",
+    }  # fmt: skip
+    """What a page needs of one, so that it can be read together with its adapter (lineage.adapters_for_page)."""
+
     def __str__(self) -> str:
         return str(self.adapter)
 
     def get_absolute_url(self) -> str:
         return self.adapter.get_absolute_url()
+
+    @classmethod
+    def from_row(cls, adapter: Adapter, row: dict[str, Any]) -> AdapterDataset:
+        """One of an adapter's from the values of `ROW`; of the version, it knows its name and its file's digest."""
+        dataset = Dataset(pk=row["dataset_id"], name=row["name"])
+        version = DatasetVersion(pk=row["version_id"], dataset=dataset, number=row["number"], sha256=row["sha256"])
+        return cls(adapter=adapter, dataset_version=version, place=row["place"], weight=row["weight"])
 
 
 class SavedView(models.Model):

@@ -289,6 +289,12 @@ MINUS = "\N{MINUS SIGN}"
 
 
 @register.filter
+def plain_number(value: float) -> str:
+    """A number as a person would write it: 0.5, 2."""
+    return f"{value:g}"
+
+
+@register.filter
 def significant(value: float | None, digits: int = 3) -> str:
     """A figure with three significant digits and a real minus sign; a dash for None."""
     if value is None:

@@ -218,7 +218,8 @@ def test_the_api_lists_them_newest_first_in_pages(trained: Job, team: Team, bob:
     created_at = base.pop("created_at")
     assert created_at
     assert base == {
-        "step": 0, "index": 0, "source": 0, "line": 10, "prompt": "What is one?", "reference": "expected 0", "answer": "base one",
+        "step": 0, "index": 0, "source": 0, "line": 10, "prompt": "What is one?",
+        "reference": "expected 0", "answer": "base one",
         "attempt": 1,
     }  # fmt: skip
     assert client.get(url, {"stpe": 0}).status_code == 400

@@ -11,28 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import make_tiny_base, tiny_rows, write_rows
+from tests.tiny import colour_rows, make_tiny_base, tiny_rows, write_rows
 from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of
 from workers.errors import DatasetError
 from workers.events import MessageEvent, PlanEvent, PromptsEvent, StepEvent
 from workers.recipe import Recipe
 from workers.results import Result
 from workers.training import Folders, train
-
-COLOURS = ("red", "blue", "green", "white")
-FRUITS = ("cherry", "plum", "lime", "lychee")
-
-
-def colour_rows(n: int) -> list[dict[str, str]]:
-    """Rows that have nothing in common with `tiny_rows`."""
-    return [
-        {
-            "instruction": f"Name a fruit that is {COLOURS[index % 4]}, please.",
-            "input": f"Question {index} of the basket.",
-            "output": f"{FRUITS[index % 4]} {index}",
-        }
-        for index in range(n)
-    ]
 
 
 @pytest.fixture(scope="session")
