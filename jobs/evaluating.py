@@ -94,7 +94,7 @@ def evaluation_recipe(suite: Suite, adapter: Adapter | None, base_model: BaseMod
     own = Recipe.from_dict(adapter.recipe)
     # Nothing is trained: by what a best step was chosen need not be among what is measured here.
     training = own.training.model_copy(update={"best_by": "loss"})
-    update = {"name": name, "dataset": dataset, "evaluation": evaluation, "training": training}
+    update = {"name": name, "dataset": dataset, "mix": (), "evaluation": evaluation, "training": training}
     return own.model_copy(update=update)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 MANY_PASSES = 4.0
@@ -50,12 +51,13 @@ def line_at(place: int) -> int:
 
 
 def told_lines(places: Iterable[int], names: Sequence[str], most: int = 16) -> str:
-    """Places for people: "3, 8 and 2 more"; lines of a further dataset with its name: "3, 5 of faq v2"."""
-    shown, texts = list(places), []
-    for place in shown[:most]:
-        source, line = row_at(place)
-        texts.append(str(line) if source == 0 or source >= len(names) else f"{line} of {names[source]}")
-    return ", ".join(texts) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    """Places for people: "3, 8 and 2 more"; of several datasets with their names: "3, 8 of support v1, 5 of faq v2"."""
+    every = list(places)
+    texts = []
+    for source, group in groupby(every[:most], key=source_at):
+        lines = ", ".join(str(line_at(place)) for place in group)
+        texts.append(f"{lines} of {names[source]}" if len(names) > 1 else lines)
+    return ", ".join(texts) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def rows_per_epoch(num_main: int, weight: float) -> int:

@@ -159,7 +159,7 @@ def _run(
     if options.tasks_folder is not None:
         return _run_tasks(options, recipe, base_model, report, control, held)
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
-    mix = _mix_files(options.mix_file, recipe, folders_of)
+    mix = () if options.evaluate else _mix_files(options.mix_file, recipe, folders_of)
     quiet_environment()
     if read is None and held is None:
         # Hashing the base takes as long as importing what trains, and can be done beside it.

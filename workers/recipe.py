@@ -82,8 +82,8 @@ class SplitSettings(_Part):
         ge=2,
         le=100_000,
         title="Held-out rows at most",
-        description="Every held-out row is read by base and adapter. Too few: wide intervals. Too many: scoring takes "
-        "longer than training.",
+        description="Of each dataset. Every held-out row is read by base and adapter. Too few: wide intervals. Too "
+        "many: scoring takes longer than training.",
         json_schema_extra={
             "unit": "rows",
             "source": "arithmetic: the 95 % interval of a share measured on 200 rows is at most 0.07 to either side",
@@ -135,8 +135,8 @@ class TrainingSettings(_Part):
         gt=0,
         le=100,
         title="Epochs",
-        description="Passes over the training rows. Too low: little is learned. Too high: rows are memorised, often "
-        "from the fourth pass on, and the held-out loss rises.",
+        description="Passes over the training rows, of several datasets over those of the first. Too low: little is "
+        "learned. Too high: rows are memorised, often from the fourth pass on, and the held-out loss rises.",
         json_schema_extra={
             "unit": "passes",
             "source": "InstructGPT (Ouyang et al. 2022), section 3.5: overfit after 1",
@@ -411,8 +411,8 @@ class EvaluationSettings(_Part):
         ge=0,
         le=10_000,
         title="Answers to generate",
-        description="Held-out rows that both models answer; metrics on answers use these. Too few: wide intervals. Too "
-        "many: writing takes longer than training.",
+        description="Held-out rows of each dataset that both models answer; metrics on answers use these. Too few: "
+        "wide intervals. Too many: writing takes longer than training.",
         json_schema_extra={"unit": "rows", "source": "two batches of answers on a GPU"},
     )
     max_new_tokens: int = Field(

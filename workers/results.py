@@ -128,7 +128,9 @@ class OverlapRecord(_Part):
         if self.num_near:
             other = "one" if parts else "a training row"
             parts.append(f"{self.num_near:,} {'is' if self.num_near == 1 else 'are'} nearly the same as {other}")
-        between = f" ({self.num_between:,} of them of another dataset)" if self.num_between else ""
+        is_all = self.num_between == self.num_exact + self.num_near
+        which = "of another dataset" if is_all else f"{self.num_between:,} of them of another dataset"
+        between = f" ({which})" if self.num_between else ""
         return f"Of the {self.num_held_out_rows:,} held-out rows {' and '.join(parts)}{between}."
 
 

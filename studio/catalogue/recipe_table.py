@@ -27,6 +27,8 @@ class RecipeRow:
     help: str = ""
     is_changed: bool = False
     was_auto: bool = False
+    is_told: bool = False
+    """Whether it belongs to what is shown of a recipe in short, though nothing has changed it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RecipeSection:
 
     @property
     def chosen(self) -> list[RecipeRow]:
-        return [row for row in self.rows if row.is_changed or row.was_auto]
+        return [row for row in self.rows if row.is_changed or row.was_auto or row.is_told]
 
 
 def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None) -> list[RecipeSection]:
@@ -48,8 +50,8 @@ def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None)
     """
     asked = asked or recipe
     sections = [
-        RecipeSection("Mixture", list(_mixture_rows(recipe))),
         RecipeSection("Method", list(_method_rows(recipe, asked))),
+        RecipeSection("Mixture", list(_mixture_rows(recipe))),
         RecipeSection("Training", list(_rows(TrainingSettings, recipe.get("training", {}), asked.get("training", {})))),
         RecipeSection("Held-out rows", list(_rows(SplitSettings, recipe.get("split", {}), asked.get("split", {})))),
         RecipeSection(
@@ -64,11 +66,14 @@ def _mixture_rows(recipe: dict[str, Any]) -> Iterator[RecipeRow]:
     mix = recipe.get("mix", ())
     if not mix:
         return
-    unit = "rows per row of the main dataset"
-    yield RecipeRow("Main dataset", str(recipe.get("dataset", {}).get("name", "")), help="Its weight is 1.")
+    main = str(recipe.get("dataset", {}).get("name", ""))
+    yield RecipeRow("Dataset 1", f"{main}, weight 1", help="An epoch is one pass over it.", is_told=True)
     for number, one in enumerate(mix, start=2):
         weight = _text(one.get("weight", 1.0))
-        yield RecipeRow(f"Dataset {number}", f"{one.get('name', '')}, weight {weight}", help=unit, is_changed=True)
+        yield RecipeRow(
+            f"Dataset {number}", f"{one.get('name', '')}, weight {weight}", help="Rows for each row of dataset 1.",
+            is_told=True,
+        )  # fmt: skip
 
 
 def _method_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:

@@ -11,17 +11,18 @@ from django.test import Client
 from django.urls import reverse
 from pytest_django import DjangoAssertNumQueries
 
+from jobs.evaluating import evaluation_recipe
 from jobs.forms import JobForm, bound_copy, fresh_form
 from jobs.mixes import mix_problems
 from jobs.models import Job, JobDataset, JobState
 from jobs.queueing import queue_job, retry_job
 from jobs.repeating import run_exactly
 from studio.accounts.models import ApiToken, Team, User
-from studio.catalogue.models import Adapter, AdapterDataset, BaseModel
+from studio.catalogue.models import Adapter, AdapterDataset, BaseModel, Suite
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.storage import blob_path
 from tests.conftest import signed_in
-from tests.factories import make_base_model, make_dataset_version
+from tests.factories import make_adapter, make_base_model, make_dataset_version
 from tests.faults.trainers import run_attempt
 from tests.jobs.making import make_worker
 from tests.tiny import colour_rows, tiny_rows
@@ -416,6 +417,17 @@ def test_a_real_job_over_two_datasets_from_the_form_to_its_adapters_pages(
     blob_path(faq.sha256).unlink()
     with pytest.raises(Exception, match="The file of FAQ v1 was removed"):
         run_exactly(job, bob, idempotency_key="third")
+
+
+def test_a_suite_scores_an_adapter_of_several_datasets_on_the_suites_rows_alone(
+    base_model: BaseModel, version: DatasetVersion, faq: DatasetVersion, team: Team, alice: User
+) -> None:
+    adapter = make_adapter(team, alice, base_model=base_model, dataset_version=version, mixed=[faq])
+    suite = Suite.objects.create(
+        team=team, name="checks", dataset_version=faq, evaluation={"metrics": ["loss"], "num_generated": 0}
+    )
+    recipe = evaluation_recipe(suite, adapter, base_model)
+    assert (recipe.dataset.sha256, recipe.mix) == (faq.sha256, ())
 
 
 def job_folder(adapter: Adapter) -> Any:

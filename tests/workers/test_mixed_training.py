@@ -171,7 +171,7 @@ def test_a_test_row_of_one_dataset_among_the_training_rows_of_another_is_found(t
             assert rows[one][held_out - 1] == rows[other][trained - 1]
             between += 1
     assert between == overlap.num_between
-    assert "of them of another dataset" in overlap.sentence()
+    assert "of another dataset)" in overlap.sentence()
     assert any("of another dataset" in event.text for event in log.of(MessageEvent))
 
 

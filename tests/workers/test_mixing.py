@@ -92,7 +92,9 @@ def test_places_tell_rows_of_different_datasets_apart_and_lines_of_the_main_one_
         (0, 7), (1, 7), (8, 2**39)
     ]  # fmt: skip
     assert place_of(8, 2**39) < 2**53, "a whole number wherever JSON is read"
-    assert told_lines([3, place_of(1, 5), place_of(1, 6)], ["a v1", "b v2"], most=2) == "3, 5 of b v2 and 1 more"
+    places = [3, 4, place_of(1, 5), place_of(1, 6)]
+    assert told_lines(places, ["a v1", "b v2"], most=3) == "3, 4 of a v1, 5 of b v2 and 1 more"
+    assert told_lines([3, 4], ["a v1"]) == told_lines([3, 4], []) == "3, 4"
 
 
 def test_dealt_rows_have_one_of_each_dataset_in_turn() -> None:

@@ -123,12 +123,13 @@ def test_the_cards_front_matter_has_the_figures_of_each_dataset(
     assert f'revision: "{versions[1].sha256}"' in front
 
 
-def test_the_recipe_table_begins_with_the_mixture(adapter: Adapter) -> None:
-    first = recipe_sections(adapter.recipe)[0]
-    assert first.title == "Mixture"
-    assert [(row.label, row.value) for row in first.rows] == [
-        ("Main dataset", "Support"), ("Dataset 2", "FAQ v1, weight 0.5")
+def test_the_recipe_table_has_the_mixture_in_short_and_in_full(adapter: Adapter) -> None:
+    (mixture,) = (section for section in recipe_sections(adapter.recipe) if section.title == "Mixture")
+    assert [(row.label, row.value) for row in mixture.rows] == [
+        ("Dataset 1", "Support, weight 1"), ("Dataset 2", "FAQ v1, weight 0.5")
     ]  # fmt: skip
+    assert mixture.chosen == mixture.rows
+    assert not any(row.is_changed for row in mixture.rows)
 
 
 def test_the_api_gives_the_mixture_and_the_scores_of_each_dataset(
