@@ -184,6 +184,9 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
+        "splits": form.splits.rows,
+        "chosen_split": form.text_of("dataset_split"),
+        "split_problem": " ".join(map(str, form.errors.get("dataset_split", []))) if form.is_bound else "",
         "dataset_problem": " ".join(str(message) for message in dataset_errors),
         "name_text": form.text_of("name"),
         "missing": form.missing(),
@@ -282,6 +285,7 @@ def new_job(request: TeamRequest) -> HttpResponse:
     form = fresh_form(
         request.team,
         dataset_version=request.GET.get("dataset", ""),
+        split=request.GET.get("split"),
         base_model=request.GET.get("base_model", ""),
         parent=parent,
         num_again=getattr(parent, "num_again", 0),
