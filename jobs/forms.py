@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from django import forms
+from django.contrib.postgres.expressions import ArraySubquery
+from django.db.models import OuterRef
+from django.db.models.functions import JSONObject
 from django.http import QueryDict
 from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
@@ -44,6 +47,19 @@ PRECISION = Setting(
 # What a recipe calls a thing, and the form field that stands for it.
 FIELD_OF = {"dataset": "dataset_version", "base_model": "base_model", "objective": "dataset_version"}
 SPLIT_FIELD = "dataset.split"
+
+
+# With the versions, so that the form needs no query of its own for them.
+_DONE_SPLITS = ArraySubquery(
+    DatasetSplit.objects.filter(version=OuterRef("pk"), state=SplitState.DONE)
+    .order_by("-pk")
+    .values(
+        json=JSONObject(
+            **{name: name for name in
+               ("id", "name", "sha256", "num_train", "num_validation", "num_test", "is_default", "version_id")}
+        )
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,6 +182,7 @@ class JobForm(forms.Form):
             self.dataset_versions.offer(
                 DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
                 .select_related("dataset")
+                .annotate(done_splits=_DONE_SPLITS)
                 .order_by("dataset__name", "-number"),
                 why_not=DatasetVersion.why_not_trainable,
             )
@@ -202,8 +219,7 @@ class JobForm(forms.Form):
     def offer_splits_of(self, version: str) -> None:
         """Set which splits can be chosen: those of one of the versions offered."""
         chosen = self.dataset_versions.rows.get(version)
-        done = DatasetSplit.objects.filter(version=chosen, state=SplitState.DONE).order_by("-pk").defer("report")
-        self.splits.offer(done if chosen is not None else ())
+        self.splits.offer(DatasetSplit(**values) for values in (chosen.done_splits if chosen is not None else ()))
 
     def default_split(self) -> str:
         """The key of the chosen version's default split; empty without one."""
