@@ -16,8 +16,8 @@ METHODS = (
     ("column", "By a column that names the part"),
 )
 TOGETHER = (
-    ("near", "Rows that say the same, and near duplicates"),
-    ("equal", "Rows that say the same"),
+    ("near", "Near duplicates"),
+    ("equal", "Equal rows only"),
     ("nothing", "Nothing"),
 )
 
@@ -44,11 +44,11 @@ class SplitForm(forms.Form):
         required=False, label="Column of parts", help_text="Only where a column names the part of each row."
     )
     train_values = forms.CharField(
-        max_length=2000, required=False, label="Values that mean train",
+        max_length=2000, required=False, label="Values of train",
         help_text="Separated by commas; all three empty: guessed from the usual names, and shown.",
     )  # fmt: skip
-    validation_values = forms.CharField(max_length=2000, required=False, label="Values that mean validation")
-    test_values = forms.CharField(max_length=2000, required=False, label="Values that mean test")
+    validation_values = forms.CharField(max_length=2000, required=False, label="Values of validation")
+    test_values = forms.CharField(max_length=2000, required=False, label="Values of test")
     group_column = forms.ChoiceField(
         required=False, label="Group by", help_text="Rows with the same value are never in two parts."
     )
@@ -58,9 +58,9 @@ class SplitForm(forms.Form):
         help_text="Each value has its share in every part. Not with a column of parts.",
     )
     keep_together = forms.ChoiceField(
-        choices=TOGETHER, label="Leak-free: keep in one part", initial="near",
-        help_text="Near duplicates are found as by the scan: 70 % of the phrases in common. About 150 s for a million "
-        "rows; without them seconds.",
+        choices=TOGETHER, label="Leak-free: keep together", initial="near",
+        help_text="Rows that say the same, and those that the scan finds to have 70 % of their phrases in common, "
+        "never stand in two parts.",
     )  # fmt: skip
     seed = forms.IntegerField(
         label="Seed", min_value=0, max_value=2**31 - 1, initial=17,

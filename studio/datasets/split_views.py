@@ -113,7 +113,7 @@ def _asked(asked: dict[str, Any]) -> list[tuple[str, str]]:
     for name, label in (("group_column", "Grouped by"), ("stratify_column", "Stratified by")):
         if asked[name]:
             rows.append((label, asked[name]))
-    rows.append(("Kept in one part", dict(TOGETHER)[asked["keep_together"]].lower()))
+    rows.append(("Kept together", dict(TOGETHER)[asked["keep_together"]].lower()))
     if asked["method"] != "column":
         rows.append(("Seed", str(asked["seed"])))
     return rows

@@ -159,8 +159,8 @@ def _notes_of_strata(part_N: NDArray[np.int8], strata: Values) -> list[str]:
         if without:
             more = f" and {len(without) - MAX_NAMED:,} more" if len(without) > MAX_NAMED else ""
             notes.append(
-                f"Too small for a row in {PARTS[part]}: {', '.join(without[:MAX_NAMED])}{more}. Nothing can be said of "
-                "them there."
+                f"Without a row in {PARTS[part]}: {', '.join(without[:MAX_NAMED])}{more}. They are too few or stay "
+                "with too many others, and nothing can be said of them there."
             )
     if apart > 1:
         notes.append(

@@ -137,7 +137,7 @@ def test_strata_have_their_share_and_those_that_are_too_small_are_named(tmp_path
     by_name = {one["value"]: one for one in found.report["strata"]}
     assert [one["test"] for one in found.report["strata"]] == [30, 9, 1, 0]
     assert (by_name["common"]["train"], by_name["common"]["validation"]) == (120, 0)
-    assert any("Too small for a row in test: “single” (1)." in note for note in found.report["notes"])
+    assert any("Without a row in test: “single” (1)." in note for note in found.report["notes"])
 
 
 def test_strata_of_groups_come_near_their_share(tmp_path: Path) -> None:

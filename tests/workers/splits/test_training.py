@@ -78,6 +78,7 @@ def test_the_scored_lines_are_exactly_the_test_part(
     history = json.loads((product / "studio.json").read_text())["recipe"]
     assert history["dataset"]["split"]["sha256"] == file_sha256(folder / "split.jsonl")
     assert history["dataset"]["split"]["path"] is None
+    assert "rows by the split Mine, digest" in (product / "README.md").read_text()
 
 
 def test_the_validation_part_chooses_the_step_and_gives_no_scores(
