@@ -38,6 +38,11 @@ def guess_values(values: Sequence[str]) -> dict[Part, tuple[str, ...]]:
     return {part: found[part] for part in PARTS if found[part]}
 
 
+def is_borrowed(test_values: Sequence[str]) -> bool:
+    """Whether values that were guessed to mean test are those of validation."""
+    return all(_plain(one) in _USUAL["validation"] for one in test_values)
+
+
 def _plain(value: str) -> str:
     return re.sub(r"[\s_\-\d]+", "", value.casefold())
 

@@ -24,7 +24,7 @@ from workers.errors import ExplainedError
 from workers.inspection import MEMORY_BYTES, PROGRESS_SECONDS, emit
 from workers.scans.near_duplicates import NEAR
 from workers.splits.asked import PARTS, Part, SplitRequest
-from workers.splits.columns import check_sizes, parts_of_values, without_leaks
+from workers.splits.columns import check_sizes, is_borrowed, parts_of_values, without_leaks
 from workers.splits.dividing import LEFT_OUT, divide
 from workers.splits.frozen import FrozenSplit
 from workers.splits.rows import SplitRows, Values, read_split_rows
@@ -104,7 +104,7 @@ def _notes_of_column(
     if not asked.part_values:
         shown = "; ".join(f"{part}: {', '.join(f'“{one}”' for one in found)}" for part, found in values.items())
         notes.append(f"What the values mean was guessed from their names. {shown}.")
-        if "validation" not in values and "test" in values and not any("est" in one for one in values["test"]):
+        if is_borrowed(values["test"]):
             notes.append("No value means test, so the rows of validation are the test part: something must be scored.")
     why = _why_together(asked)
     for part, num in lost.items():

@@ -131,7 +131,7 @@ class _Columns:
         if value is MISSING or value is None or value == "":
             return NO_VALUE
         self._num_with[name] += 1
-        text = value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+        text = value if isinstance(value, str) else _as_text(value)
         return text.strip() if name == "group_column" else text.strip()[:MAX_VALUE_CHARACTERS]
 
     def check(self) -> None:
@@ -142,6 +142,14 @@ class _Columns:
                     f"No usable row has anything in the column “{getattr(self._asked, name)}”.",
                     next_step="Choose another column.", field=name,
                 )  # fmt: skip
+
+
+def _as_text(value: Any) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        # Numbers of more than 64 bits, which JSON may carry.
+        return repr(value)
 
 
 _FIELDS = ("group_column", "stratify_column", "part_column")
