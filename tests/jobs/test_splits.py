@@ -86,6 +86,7 @@ def test_new_job_begins_with_the_default_split_and_a_copy_with_that_of_its_job(
     page = alice_client.get(new, {"dataset": version.pk}).text
     assert chosen_option(page) == str(second.pk)
     assert "42 to train, 18 held out" in page
+    assert "12 test rows are too few to say anything" in page
     form = bound_copy(fresh_form(team, dataset_version=str(version.pk), split=str(first.pk)))
     assert form.is_valid(), form.errors
     recipe = form.to_recipe()
