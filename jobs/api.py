@@ -42,7 +42,7 @@ from studio.api.errors import ERRORS, ApiError, ErrorDetail, ErrorOut, error_res
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.models import BaseModel
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState
 from workers.errors import RecipeError, RecipeProblems
 from workers.methods import methods
 from workers.recipe import MAX_MIXED, EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
@@ -61,6 +61,9 @@ class MixIn(Body):
         description="Rows of it for each row of the main dataset, in every epoch; an epoch is one pass over the main "
         "dataset's training rows.",
     )  # fmt: skip
+    dataset_split: int | None = Field(
+        None, description="Id of a split of that version; null for the held-out share of the recipe's `split`."
+    )
 
 
 class MixOut(Out):
@@ -78,6 +81,9 @@ class JobIn(Body):
     dataset_version: int = Field(description="Id of a dataset version of the team that is ready.")
     mix: list[MixIn] = Field(
         default_factory=list, max_length=MAX_MIXED, description="Further datasets, trained on together with the first."
+    )
+    dataset_split: int | None = Field(
+        None, description="Id of a split of that version; null for the held-out share of `split`."
     )
     method: str = "lora"
     settings: dict[str, Any] = Field(default_factory=dict, description="See /methods/ for what each method takes.")
@@ -265,6 +271,9 @@ class DuplicateIn(Body):
     mix: list[MixIn] | None = Field(
         None, max_length=MAX_MIXED, description="Instead of the job's further datasets; [] for none."
     )
+    dataset_split: int | None = Field(
+        None, description="Id of a split of the version; null: as in the job, or, on another version, none."
+    )
     method: str | None = Field(None, description="Another method begins with its own default settings.")
     settings: dict[str, Any] = Field(default_factory=dict)
     precision: Precision | Literal["auto"] | None = None
@@ -350,7 +359,7 @@ def create_job(
         {
             **body.model_dump(include={"name", "method", "settings", "precision", "training", "split", "evaluation"}),
             "base_model": {"name": base_model.name, "revision": base_model.revision},
-            "dataset": dataset_ref(version),
+            "dataset": _dataset_of(version, _split(version, body.dataset_split)),
             "mix": _mix_refs(mixed, body.mix),
         }
     )
@@ -400,7 +409,13 @@ def _mixed(request: ApiRequest, main: DatasetVersion, mix: Sequence[MixIn]) -> l
 
 
 def _mix_refs(versions: Sequence[DatasetVersion], mix: Sequence[MixIn]) -> list[dict[str, Any]]:
-    return [{**dataset_ref(one), "weight": asked.weight} for one, asked in zip(versions, mix, strict=True)]
+    return [
+        {
+            **_dataset_of(one, _split(one, asked.dataset_split, f"mix.{number}.dataset_split")),
+            "weight": asked.weight,
+        }
+        for number, (one, asked) in enumerate(zip(versions, mix, strict=True))
+    ]
 
 
 def _queue(
@@ -588,8 +603,8 @@ def duplicate(
         values[group] = {**asked[group], **getattr(body, group)}
     if body.base_model is not None:
         values["base_model"] = {"name": base_model.name, "revision": base_model.revision}
-    if body.dataset_version is not None:
-        values["dataset"] = dataset_ref(version)
+    if body.dataset_version is not None or body.dataset_split is not None:
+        values["dataset"] = _dataset_of(version, _split(version, body.dataset_split))
     if body.mix is not None:
         mixed = _mixed(request, version, body.mix)
         values["mix"] = _mix_refs(mixed, body.mix)
@@ -749,6 +764,21 @@ def _require_order(request: ApiRequest, job: Job) -> None:
             403, "role_missing",
             f"“{job.name}” is not a job of {request.user.display_name()}; leads put the whole team's jobs in order.",
         )  # fmt: skip
+
+
+def _dataset_of(version: DatasetVersion, split: DatasetSplit | None = None) -> dict[str, Any]:
+    """A dataset version, and a split of it, as a recipe names them."""
+    return dataset_ref(version) | ({"split": split.reference()} if split is not None else {})
+
+
+def _split(version: DatasetVersion, split_id: int | None, field: str = "dataset_split") -> DatasetSplit | None:
+    """A split of a version that is done; raises RecipeError."""
+    if split_id is None:
+        return None
+    split = version.splits.filter(pk=split_id, state=SplitState.DONE).first()
+    if split is None:
+        raise RecipeError(f"{version} has no split {split_id} that is done.", next_step="List its splits.", field=field)
+    return split
 
 
 @router.post(

@@ -22,7 +22,7 @@ from workers.recipe import Recipe, SplitSettings
 from workers.resolving import Alternative, alternatives, resolve
 from workers.shapes import ModelShape
 from workers.sources import of_source
-from workers.splitting import num_validation_rows, split_lines
+from workers.splitting import Parts, check_validation, count_parts, num_validation_rows, split_lines
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the vocabularies of today's models; used only until a dataset's tokens are counted."""
@@ -180,17 +180,14 @@ def make_plan(
 
     Raises:
         RecipeError: the recipe cannot work, with the field it belongs to.
-        DatasetError: a dataset is too small to split.
+        DatasetError: a dataset is too small to split, or its split lacks validation rows.
     """
     every = [dataset, *mixed_facts]
-    splits = [_count_split_of(recipe, number, one) for number, one in enumerate(every)]
-    parts = portions([num_train for num_train, _ in splits], [one.weight for one in recipe.mix])
+    splits = [_parts_of(recipe, number, one) for number, one in enumerate(every)]
+    parts = portions([one.num_train for one in splits], [one.weight for one in recipe.mix])
     if mixed_facts:
         dataset = mixed(
-            [
-                Part(one, portion.per_epoch, num_held_out)
-                for one, portion, (_, num_held_out) in zip(every, parts, splits, strict=True)
-            ]
+            [Part(one, portion.per_epoch, split) for one, portion, split in zip(every, parts, splits, strict=True)]
         )
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
@@ -201,8 +198,8 @@ def make_plan(
         recipe=resolved,
         estimate=needed,
         device=device,
-        num_train_rows=sum(num_train for num_train, _ in splits),
-        num_held_out_rows=sum(num_held_out for _, num_held_out in splits),
+        num_train_rows=sum(one.num_train for one in splits),
+        num_held_out_rows=sum(one.num_held_out for one in splits),
         num_cut_rows=sum(rows for one in every for bound, rows in one.lengths.items() if bound > training.max_length),
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
@@ -211,15 +208,19 @@ def make_plan(
     )
 
 
-def _count_split_of(recipe: Recipe, number: int, dataset: DatasetFacts) -> tuple[int, int]:
-    """`count_split` of one of the recipe's datasets; what is raised says which it is."""
+def _parts_of(recipe: Recipe, number: int, dataset: DatasetFacts) -> Parts:
+    """How many rows of one of the recipe's datasets come into each part; what is raised says which dataset it is."""
+    ref = recipe.sources[number]
     try:
+        if ref.split is not None:
+            check_validation(recipe, ref)
+            return count_parts(dataset.num_rows, recipe, ref)
         num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
         if recipe.training.chooses_on_validation:
             num_validation_rows(num_held_out, recipe.split)
     except DatasetError as error:
-        raise of_source(error, number, recipe.sources[number].name) from error
-    return num_train, num_held_out
+        raise of_source(error, number, ref.name) from error
+    return Parts(num_train, 0, num_held_out)
 
 
 def _planned_sources(recipe: Recipe, parts: Sequence[Portion], epochs: float) -> tuple[PlannedSource, ...]:

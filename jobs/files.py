@@ -43,6 +43,18 @@ def mix_files(job: Job) -> list[Path]:
     return [storage.fetch_blob(version.sha256) for version in job.mixed_versions()]
 
 
+def split_file(job: Job) -> Path | None:
+    """The file of the frozen split that a job's recipe names on this machine; None where it names none."""
+    split = job.recipe["dataset"].get("split")
+    return storage.fetch_blob(split["sha256"]) if split else None
+
+
+def mix_split_files(job: Job) -> list[Path]:
+    """The files of the frozen splits that a job's further datasets name, in the recipe's order."""
+    named = (one.get("split") for one in job.recipe.get("mix", ()))
+    return [storage.fetch_blob(split["sha256"]) for split in named if split]
+
+
 def fetch_checkpoint(job: Job) -> Path | None:
     """The newest checkpoint in the storage, brought to this machine when it is newer than what is here.
 

@@ -22,10 +22,10 @@ from jobs.scheduling import WAITING_STATES, look_at_queue
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
 from studio.catalogue.models import Adapter, BaseModel, Suite
-from studio.datasets.models import DatasetVersion, VersionState
+from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
-from workers.recipe import Recipe
+from workers.recipe import DatasetRef, Recipe
 
 RUN_AGAIN = "Run again"
 RUN_EXACTLY = "Run again exactly"
@@ -69,7 +69,7 @@ def queue_job(
         mixed: the versions of the recipe's mix, in its order.
 
     Raises:
-        RecipeError: the dataset is not ready or not the team's.
+        RecipeError: the dataset is not ready or not the team's, or has no such split.
         IdempotencyConflictError: the key belongs to a job with another recipe.
     """
     if dataset_version is not None and dataset_version.dataset.team_id != team.pk:
@@ -90,6 +90,8 @@ def queue_job(
         return _same_job(known, asked)
     try:
         with transaction.atomic():
+            for number, (ref, version) in enumerate(zip(recipe.sources, (dataset_version, *mixed), strict=True)):
+                _lock_split(ref, version, field="dataset.split" if number == 0 else f"mix.{number - 1}.split")
             job = Job.objects.create(
                 team=team, created_by=user, name=recipe.name, recipe=recipe.to_dict(),
                 asked_recipe=asked, base_model=base_model, kind=kind, scored_adapter=scored_adapter, suite=suite,
@@ -133,6 +135,19 @@ def queue_job(
         raise
     job.refresh_from_db()
     return job
+
+
+def _lock_split(ref: DatasetRef, dataset_version: DatasetVersion | None, *, field: str) -> None:
+    """Keep the split that a recipe names from being deleted before the job is there; raises RecipeError without one."""
+    frozen = ref.split
+    if frozen is None:
+        return
+    splits = DatasetSplit.objects.select_for_update(no_key=True).filter(version=dataset_version, state=SplitState.DONE)
+    if dataset_version is None or splits.filter(sha256=frozen.sha256).only("pk").first() is None:
+        raise RecipeError(
+            f"{dataset_version} has no split “{frozen.name}”.", next_step="Choose another split.",
+            field=field,
+        )  # fmt: skip
 
 
 def key_for_another(key: str, asked: Recipe) -> str:

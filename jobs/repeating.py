@@ -9,7 +9,7 @@ from studio.datasets.models import DatasetVersion
 from studio.storage import is_blob_stored
 from workers.errors import ExplainedError, UnknownPluginError
 from workers.methods import get_method
-from workers.recipe import Recipe
+from workers.recipe import DatasetRef, Recipe
 
 
 class NotRepeatableError(ExplainedError):
@@ -54,7 +54,7 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
             next_step="Register the old files again, or duplicate the job to train on the new ones.",
         )
     for wanted, one in zip(recipe.sources, (version, *job.mixed_versions()), strict=True):
-        if (reason := _why_not_on(one, wanted.sha256)) is not None:
+        if (reason := _why_not_on(one, wanted)) is not None:
             return reason
     try:
         get_method(recipe.method)
@@ -65,8 +65,9 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
     return None
 
 
-def _why_not_on(version: DatasetVersion, sha256: str) -> NotRepeatableError | None:
+def _why_not_on(version: DatasetVersion, wanted: DatasetRef) -> NotRepeatableError | None:
     """Why a dataset version cannot be trained on as it was; None when it can."""
+    sha256 = wanted.sha256
     if sha256 and version.sha256 != sha256:
         return NotRepeatableError(
             f"{version} has other contents than the adapter was trained on: its sha256 was {sha256[:12]} and is "
@@ -76,6 +77,11 @@ def _why_not_on(version: DatasetVersion, sha256: str) -> NotRepeatableError | No
     if not is_blob_stored(version.sha256):
         return NotRepeatableError(
             f"The file of {version} was removed from the studio's storage.",
+            next_step="Ask whoever runs the studio to restore it.",
+        )
+    if wanted.split is not None and not is_blob_stored(wanted.split.sha256):
+        return NotRepeatableError(
+            f"The file of the split “{wanted.split.name}” was removed from the studio's storage.",
             next_step="Ask whoever runs the studio to restore it.",
         )
     return None

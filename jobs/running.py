@@ -178,6 +178,8 @@ def _data_options(job: Job) -> list[str]:
             "--dataset-file", str(files.dataset_file(job)),
             *(part for file in files.mix_files(job) for part in ("--mix-file", str(file))),
             "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+            *(["--split-file", str(split)] if (split := files.split_file(job)) is not None else []),
+            *(part for file in files.mix_split_files(job) for part in ("--mix-split-file", str(file))),
         ]  # fmt: skip
     assert job.suite is not None
     asked, folder = job.suite.evaluation, settings.TASKS_FOLDER

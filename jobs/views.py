@@ -39,6 +39,7 @@ from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.methods import get_method
 from workers.recipe import MAX_MIXED
+from workers.splits.saying import Saying, rows_needed, saying_of
 
 MAX_LISTED = 50
 """Rows of finished jobs on a page."""
@@ -193,6 +194,10 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "mix_problems": form.errors.get("mix", []) if form.is_bound else [],
         "max_mixed": MAX_MIXED,
         "weight_setting": WEIGHT_SETTING,
+        "splits": form.splits.rows,
+        "chosen_split": form.text_of("dataset_split"),
+        "test_saying": _test_saying(form),
+        "split_problem": " ".join(map(str, form.errors.get("dataset_split", []))) if form.is_bound else "",
         "dataset_problem": " ".join(str(message) for message in dataset_errors),
         "name_text": form.text_of("name"),
         "missing": form.missing(),
@@ -214,6 +219,12 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
                 "instead_percent": significant(100 * plan.instead.estimate.trainable_share),
             }
     return context
+
+
+def _test_saying(form: JobForm) -> Saying | None:
+    """What the chosen split's test rows can say when that is too little; None otherwise."""
+    split = form.splits.rows.get(form.text_of("dataset_split"))
+    return saying_of(split.num_test) if split is not None and split.num_test < rows_needed() else None
 
 
 def _problems(form: JobForm, *, show_errors: bool) -> list[PanelProblem]:
@@ -293,6 +304,7 @@ def new_job(request: TeamRequest) -> HttpResponse:
     form = fresh_form(
         request.team,
         dataset_version=request.GET.get("dataset", ""),
+        split=request.GET.get("split"),
         base_model=request.GET.get("base_model", ""),
         parent=parent,
         num_again=getattr(parent, "num_again", 0),

@@ -160,5 +160,8 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the paths of the machine that ran it."""
     value = recipe.to_dict()
     value["base_model"]["path"] = None
-    value["dataset"]["path"] = None
+    for dataset in (value["dataset"], *value.get("mix", ())):
+        dataset["path"] = None
+        if "split" in dataset:
+            dataset["split"]["path"] = None
     return value

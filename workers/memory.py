@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from workers.methods import get_method
-from workers.recipe import Precision, Recipe, SplitSettings
+from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
+from workers.splitting import Parts, count_parts
 
 GIB = 2**30
 TIGHT_SHARE = 0.85
@@ -59,21 +60,19 @@ class DatasetFacts:
     """A dataset in tokens of the chosen base model.
 
     `lengths` is a histogram {upper bound of the bin in tokens: rows in it}; empty when only totals are known.
-    `held_out` is None where the split's settings say how many rows are held out: of all but a mixture of datasets.
+    `parts` is None where the recipe says how many rows come into each: of all but a mixture of datasets.
     """
 
     num_rows: int
     total_tokens: int
     longest: int
     lengths: dict[int, int] = field(default_factory=dict)
-    held_out: int | None = None
+    parts: Parts | None = None
     num_sources: int = 1
 
-    def num_held_out(self, split: SplitSettings) -> int:
-        """Rows that are held out."""
-        if self.held_out is not None:
-            return self.held_out
-        return min(split.max_held_out, round(self.num_rows * split.held_out_share))
+    def parts_of(self, recipe: Recipe) -> Parts:
+        """About how many rows are trained on in an epoch, chosen on and scored."""
+        return self.parts or count_parts(self.num_rows, recipe)
 
     def longest_after_cut(self, max_length: int) -> int:
         """Tokens of the longest row once rows are cut."""
@@ -93,31 +92,35 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset of a mixture: its facts, the rows of it that an epoch takes, and those that are held out."""
+    """One dataset of a mixture: its facts, the rows of it that an epoch takes, and those of its own parts."""
 
     facts: DatasetFacts
     per_epoch: int
-    num_held_out: int
+    own: Parts
 
     @property
     def factor(self) -> float:
         """How often each of its rows counts in the mixture."""
-        return (self.per_epoch + self.num_held_out) / max(1, self.facts.num_rows)
+        return (self.per_epoch + self.own.num_held_out) / max(1, self.facts.num_rows)
 
 
-def mixed(parts: Sequence[Part]) -> DatasetFacts:
+def mixed(sources: Sequence[Part]) -> DatasetFacts:
     """The facts of several datasets that are trained on together: as of a dataset that has what an epoch takes."""
     lengths: dict[int, int] = {}
-    for one in parts:
+    for one in sources:
         for bound, num in one.facts.lengths.items():
             lengths[bound] = lengths.get(bound, 0) + max(1, round(num * one.factor))
     return DatasetFacts(
-        num_rows=sum(one.per_epoch + one.num_held_out for one in parts),
-        total_tokens=round(sum(one.facts.total_tokens * one.factor for one in parts)),
-        longest=max(one.facts.longest for one in parts),
+        num_rows=sum(one.per_epoch + one.own.num_held_out for one in sources),
+        total_tokens=round(sum(one.facts.total_tokens * one.factor for one in sources)),
+        longest=max(one.facts.longest for one in sources),
         lengths=lengths,
-        held_out=sum(one.num_held_out for one in parts),
-        num_sources=len(parts),
+        parts=Parts(
+            sum(one.per_epoch for one in sources),
+            sum(one.own.num_validation for one in sources),
+            sum(one.own.num_scored for one in sources),
+        ),
+        num_sources=len(sources),
     )
 
 
@@ -201,8 +204,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
     training_bytes = compute_bytes_of(training_precision, device)
 
-    num_held_out = dataset.num_held_out(recipe.split)
-    num_train = max(1, dataset.num_rows - num_held_out)
+    parts = dataset.parts_of(recipe)
+    num_scored, num_train = parts.num_scored, max(1, parts.num_train)
     num_steps = math.ceil(max(1, math.ceil(num_train * training.epochs)) / training.batch_size)
     num_steps = num_steps if training.max_steps is None else min(num_steps, training.max_steps)
 
@@ -235,7 +238,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
     )
     seconds = _seconds(
-        recipe, shape, dataset, device, precision, training_precision, num_steps, num_held_out, micro_batch,
+        recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
         num_trainable, is_whole=is_whole,
     )  # fmt: skip
     fixed = adapter + optimizer if is_whole else weights
@@ -346,7 +349,7 @@ def _seconds(
     precision: Precision,
     training_precision: Precision,
     num_steps: int,
-    num_held_out: int,
+    num_scored: int,
     micro_batch: int,
     num_trainable: int,
     *,
@@ -368,12 +371,12 @@ def _seconds(
     if device.kind == "cuda":
         train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
     # Base and adapter both read the held-out rows and write their answers.
-    scoring = 2 * num_held_out * mean * (2 * shape.num_parameters + 2 * attention) / rate
+    scoring = 2 * num_scored * mean * (2 * shape.num_parameters + 2 * attention) / rate
     evaluation = recipe.evaluation
-    num_generated = min(evaluation.num_generated * dataset.num_sources, num_held_out)
+    num_generated = min(evaluation.num_generated * dataset.num_sources, num_scored)
     generated = 2 * num_generated * evaluation.max_new_tokens
     # The base and each checkpoint answer the fixed prompts, all of them in one batch.
-    num_shown = min(evaluation.num_samples_shown, num_held_out)
+    num_shown = min(evaluation.num_samples_shown, num_scored)
     num_times = 1 + math.ceil(num_steps / training.steps_between_checkpoints(num_steps))
     shown_steps = num_times * evaluation.num_shown_tokens if num_shown else 0
     # Writing goes one token at a time in small batches: about a fifth of the rate of reading.

@@ -180,6 +180,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
         f"batch size: {recipe.training.batch_size}; epochs: {result.provenance.epochs:.3g}",
         f"- digest of the base's files: `{result.provenance.base_revision}`",
         *_dataset_digests(result),
+        *_split_lines(recipe),
         f"- recipe, versions and device: `studio.json`; answers of base and {product.noun}: `eval/samples.jsonl`",
     ]
     body += _choice_lines(recipe, result.provenance)
@@ -214,6 +215,16 @@ def _dataset_digests(result: Result) -> list[str]:
     if not result.sources:
         return [f"- digest of the dataset: `{result.provenance.dataset_sha256}`"]
     return [f"- digest of {_one_line(one.name)}: `{one.sha256}`" for one in result.sources]
+
+
+def _split_lines(recipe: Recipe) -> list[str]:
+    """The frozen splits that say which rows were trained on and which scored, for the card."""
+    return [
+        f"- rows{f' of {_one_line(one.name)}' if recipe.mix else ''} by the split {_one_line(split.name)}, digest "
+        f"`{split.sha256}`: {split.num_train} to train, {split.num_validation} for validation, {split.num_test} scored"
+        for one in recipe.sources
+        if (split := one.split) is not None
+    ]
 
 
 def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:

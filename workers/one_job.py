@@ -107,9 +107,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes checkpoints and the adapter")
     parser.add_argument("--base-model-folder", type=Path, metavar="D", help="instead of the recipe's base_model.path")
     parser.add_argument("--dataset-file", type=Path, metavar="F", help="instead of the recipe's dataset.path")
+    parser.add_argument("--split-file", type=Path, metavar="F", help="instead of the recipe's dataset.split.path")
     parser.add_argument(
         "--mix-file", type=Path, action="append", default=[], metavar="F",
         help="instead of mix[0].path, mix[1].path, ... of the recipe: once for each further dataset, in its order",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mix-split-file", type=Path, action="append", default=[], metavar="F",
+        help="instead of mix[...].split.path: once for each further dataset with a split, in the recipe's order",
     )  # fmt: skip
     parser.add_argument("--attempt", type=int, default=1, metavar="N", help="number of this try (default 1)")
     parser.add_argument(
@@ -159,7 +164,16 @@ def _run(
     if options.tasks_folder is not None:
         return _run_tasks(options, recipe, base_model, report, control, held)
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
-    mix = () if options.evaluate else _mix_files(options.mix_file, recipe, folders_of)
+    split: Path | None = None
+    mix: tuple[Path, ...] = ()
+    mix_splits: tuple[Path | None, ...] = ()
+    if not options.evaluate:
+        if (frozen := recipe.dataset.split) is not None:
+            split = _place(
+                options.split_file, frozen.path, folders_of, DatasetError, "dataset.split.path", "file", "--split-file"
+            )
+        mix = _mix_files(options.mix_file, recipe, folders_of)
+        mix_splits = _mix_splits(options.mix_split_file, recipe, folders_of)
     quiet_environment()
     if read is None and held is None:
         # Hashing the base takes as long as importing what trains, and can be done beside it.
@@ -175,7 +189,9 @@ def _run(
     bases = held or Bases()
     cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
     bases.prepare(read=read or read_with_stamps, cache=cache)
-    folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve(), mix=mix)
+    folders: Folders = Folders(
+        base_model=base_model, dataset=dataset, out=options.out.resolve(), mix=mix, split=split, mix_splits=mix_splits
+    )
     scores = BaseScores(options.base_scores) if options.base_scores is not None else None
     if options.evaluate:
         from workers.evaluating import evaluate
@@ -245,8 +261,34 @@ def _mix_files(given: list[Path], recipe: Recipe, folder: Path) -> tuple[Path, .
         )
     files: list[Path | None] = [*given] or [None] * len(recipe.mix)
     return tuple(
-        _place(file, one.path, folder, DatasetError, f"mix.{number}.path", "file")
+        _place(file, one.path, folder, DatasetError, f"mix.{number}.path", "file", "--mix-file")
         for number, (file, one) in enumerate(zip(files, recipe.mix, strict=True))
+    )
+
+
+def _mix_splits(given: list[Path], recipe: Recipe, folder: Path) -> tuple[Path | None, ...]:
+    """The files of the splits that the recipe's further datasets name; None for those that name none."""
+    num_named = sum(one.split is not None for one in recipe.mix)
+    if given and len(given) != num_named:
+        raise DatasetError(
+            f"{num_named} further datasets of the recipe name a split, and --mix-split-file gives {len(given)} files.",
+            next_step="Give --mix-split-file once for each of them, in the recipe's order.",
+            field="mix",
+        )
+    left = iter(given)
+    return tuple(
+        None
+        if one.split is None
+        else _place(
+            next(left, None),
+            one.split.path,
+            folder,
+            DatasetError,
+            f"mix.{number}.split.path",
+            "file",
+            "--mix-split-file",
+        )
+        for number, one in enumerate(recipe.mix)
     )
 
 
@@ -257,10 +299,11 @@ def _place(
     error: type[ExplainedError],
     field: str,
     kind: str,
+    flag: str = "",
 ) -> Path:
     """The path given on the command line, else the recipe's, which is relative to the recipe file."""
     if given is None and in_recipe is None:
-        flag = "--base-model-folder" if kind == "folder" else "--mix-file" if "mix" in field else "--dataset-file"
+        flag = flag or ("--base-model-folder" if kind == "folder" else "--dataset-file")
         raise error(
             f"The recipe does not say where the {kind} is.",
             next_step=f"Set {field} in it, or give {flag}.",

@@ -187,11 +187,11 @@ def _validation_interval(recipe: Recipe, num_steps: int, dataset: DatasetFacts) 
     training = recipe.training
     if training.chooses_on_validation:
         return max(1, num_steps // CHOOSING_VALIDATIONS)
-    num_held_out = dataset.num_held_out(recipe.split)
-    num_train = max(1, dataset.num_rows - num_held_out)
-    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * num_train))
+    parts = dataset.parts_of(recipe)
+    num_looked_at = parts.num_validation or parts.num_scored
+    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * max(1, parts.num_train)))
     # A row costs a third forward of what it costs to train: validations take a tenth of the training at most.
-    count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_held_out)))
+    count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_looked_at)))
     return math.ceil(num_steps / (count + 1)) if count else 0
 
 

@@ -19,12 +19,16 @@ from workers.results import OverlapRecord
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset of the recipe and its file; `number` 0 is the main one. `sha256` is that of the file as it is."""
+    """A dataset of the recipe and its file; `number` 0 is the main one. `sha256` is that of the file as it is.
+
+    `split` is the file of its frozen split, where the recipe names one.
+    """
 
     number: int
     ref: DatasetRef
     file: Path
     sha256: str
+    split: Path | None = None
 
     @property
     def field(self) -> str:
@@ -37,15 +41,15 @@ def field_of(number: int) -> str:
     return "dataset" if number == 0 else f"mix.{number - 1}"
 
 
-def open_sources(refs: Sequence[DatasetRef], files: Sequence[Path]) -> list[Source]:
-    """The recipe's datasets with their files, in their order.
+def open_sources(refs: Sequence[DatasetRef], files: Sequence[Path], splits: Sequence[Path | None]) -> list[Source]:
+    """The recipe's datasets with their files, and those of their splits, in their order.
 
     Raises:
         DatasetError: a file cannot be read, or is not the one that the recipe names.
     """
     found = []
-    for number, (ref, file) in enumerate(zip(refs, files, strict=True)):
-        source = Source(number, ref, file, _file_sha256(file))
+    for number, (ref, file, split) in enumerate(zip(refs, files, splits, strict=True)):
+        source = Source(number, ref, file, _file_sha256(file), split)
         if ref.sha256 and ref.sha256 != source.sha256:
             what = "The dataset file" if number == 0 else f"The file of {ref.name}"
             raise DatasetError(

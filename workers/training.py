@@ -69,7 +69,9 @@ from workers.sources import (
     portion_sentences,
     read_sources,
 )
-from workers.splitting import Split, split_lines, validation_lines
+from workers.splits.asked import MIN_PART, PARTS
+from workers.splits.frozen import FrozenSplit
+from workers.splitting import Parts, check_validation, split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
 from workers.suspicion import MAX_ROWS, Visits, suspects
 from workers.test_sets import rows_sha256, settings_sha256
@@ -82,13 +84,16 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsa
 class Folders:
     """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made.
 
-    `mix` are the files of the recipe's further datasets, in their order.
+    `mix` are the files of the recipe's further datasets, in their order. `split` is the file of the frozen split that
+    the recipe names, where it names one, and `mix_splits` are those of its further datasets.
     """
 
     base_model: Path
     dataset: Path
     out: Path
     mix: tuple[Path, ...] = ()
+    split: Path | None = None
+    mix_splits: tuple[Path | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,9 @@ class Data:
 
     Rows of a further dataset have their places for lines (`workers.mixing`). `portions` has an entry for each of
     `sources`, in whose order `train` is. `held_out` are the rows of the scores. `validation` are those looked at during
-    training: the same, unless they choose something, which would flatter the scores; then they are other held-out
-    rows. `overlap` says which of the scored rows are among the training rows, too.
+    training: the same, unless they choose something, which would flatter the scores, or a frozen split says otherwise;
+    then they are other rows that are not trained on. `overlap` says which of the scored rows are among the training
+    rows, too.
     """
 
     tokens: TokenRows
@@ -291,7 +297,7 @@ def facts_of_data(data: Data) -> DatasetFacts:
         return dataset_facts(lengths[0])
     return mixed(
         [
-            Part(dataset_facts(own), portion.per_epoch, len(own) - portion.num_rows)
+            Part(dataset_facts(own), portion.per_epoch, Parts(portion.num_rows, 0, len(own) - portion.num_rows))
             for own, portion in zip(lengths, data.portions, strict=True)
         ]
     )
@@ -313,7 +319,8 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
 
     Of several datasets each is split by itself: what is held out of one is the same whatever it is mixed with.
     """
-    sources = open_sources(recipe.sources, [folders.dataset, *folders.mix])
+    splits = [folders.split, *(folders.mix_splits or (None,) * len(folders.mix))]
+    sources = open_sources(recipe.sources, [folders.dataset, *folders.mix], splits)
     names = [source.ref.name for source in sources]
     keys: dict[int, bytes] = {}
 
@@ -329,12 +336,14 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     train: list[list[int]] = []
     held_out: set[int] = set()
     choosing: set[int] = set()
+    validated: set[int] = set()
     for source, lines in zip(sources, lines_by_source(tokens.lines, len(sources)), strict=True):
-        split, chosen = _split_source(recipe, source, lines, keys)
-        train.append([place_of(source.number, line) for line in split.train])
-        held_out |= {place_of(source.number, line) for line in split.held_out}
-        choosing |= {place_of(source.number, line) for line in chosen}
-    if choosing:
+        trained, own_held_out, own_choosing = _split_source(recipe, source, lines, keys, report)
+        train.append([place_of(source.number, line) for line in trained])
+        held_out |= {place_of(source.number, line) for line in own_held_out}
+        choosing |= {place_of(source.number, line) for line in own_choosing}
+        validated |= {place_of(source.number, line) for line in own_choosing or own_held_out}
+    if choosing and recipe.training.chooses_on_validation:
         text = (
             f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
             f"{len(held_out) - len(choosing)} give the scores."
@@ -347,7 +356,7 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
     index_of = {place: index for index, place in enumerate(tokens.lines)}
     examples = [row for row in read_sources(sources) if isinstance(row, Example) and row.line in held_out]
     scored = [row for row in examples if row.line not in choosing]
-    looked_at = [row for row in examples if row.line in choosing] or scored
+    looked_at = [row for row in examples if row.line in validated]
     if recipe.mix:
         # Whoever takes the first few of them, for answers, takes some of each dataset.
         looked_at = dealt(looked_at, [source_at(row.line) for row in looked_at])
@@ -378,16 +387,48 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
 
 
 def _split_source(
-    recipe: Recipe, source: Source, lines: list[int], keys: Mapping[int, bytes]
-) -> tuple[Split, tuple[int, ...]]:
-    """The lines of one source to train on and to hold out, and those of the latter that choose."""
-    own = {line: keys[place_of(source.number, line)] for line in lines}
+    recipe: Recipe, source: Source, lines: list[int], keys: Mapping[int, bytes], report: Report
+) -> tuple[Sequence[int], set[int], set[int]]:
+    """Lines of one source to train on, those held out, and those of them that choose and are not scored."""
     try:
+        if source.ref.split is not None:
+            return _frozen_parts(recipe, source, lines, report)
+        own = {line: keys[place_of(source.number, line)] for line in lines}
         split = split_lines(lines, recipe.split, own)
         chooses = recipe.training.chooses_on_validation
-        return split, validation_lines(split.held_out, recipe.split, own) if chooses else ()
+        choosing = validation_lines(split.held_out, recipe.split, own) if chooses else ()
     except DatasetError as error:
         raise of_source(error, source.number, source.ref.name) from error
+    return split.train, set(split.held_out), set(choosing)
+
+
+def _frozen_parts(
+    recipe: Recipe, source: Source, lines: list[int], report: Report
+) -> tuple[Sequence[int], set[int], set[int]]:
+    """As `_split_source`, by the frozen split that the recipe names; without rows that cannot be learned or scored.
+
+    Raises:
+        DatasetError: the split is not the one that the recipe names, or too few of its rows can be used.
+    """
+    frozen = source.ref.split
+    assert frozen is not None
+    assert source.split is not None
+    check_validation(recipe, source.ref)
+    split = FrozenSplit.read(source.split, sha256=frozen.sha256, dataset_sha256=source.sha256)
+    usable = set(lines)
+    kept = {part: [line for line in split.part(part) if line in usable] for part in PARTS}
+    whose = f" of {source.ref.name}" if source.number else ""
+    for part, found in kept.items():
+        asked = len(split.part(part))
+        if len(found) < asked:
+            text = f"{asked - len(found):,} of the {asked:,} {part} rows of the split{whose} are left out with these."
+            report(MessageEvent(level="warning", text=text))
+        if asked and len(found) < MIN_PART:
+            raise DatasetError(
+                f"Of the {asked:,} {part} rows of the split {len(found)} can be used; {MIN_PART} are the least.",
+                next_step="Raise the maximum length, or choose another split.", field="dataset.split",
+            )  # fmt: skip
+    return kept["train"], {*kept["validation"], *kept["test"]}, set(kept["validation"])
 
 
 # --- loading and the base's scores -----------------------------------------------------------------------------------
@@ -814,7 +855,7 @@ def _finite(value: float) -> float | None:
 def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     """The adapter on the rows that the base was scored on."""
     rows = _score(run, model, "evaluating", step=position.step)
-    if not run.recipe.training.chooses_on_validation:  # else the curve is of other rows
+    if run.data.validation is run.data.held_out:  # else the curve is of other rows
         run.report(validation_event(position.step, rows))
     return rows
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from tests.tiny import colour_rows, make_tiny_base, tiny_rows, write_rows
 from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of
+from workers.digests import file_sha256
 from workers.errors import DatasetError
 from workers.events import MessageEvent, PlanEvent, PromptsEvent, StepEvent
 from workers.recipe import Recipe
 from workers.results import Result
+from workers.splits.frozen import FrozenSplit
 from workers.training import Folders, train
 
 
@@ -231,3 +233,29 @@ def test_both_datasets_are_learned(two: Folders, tmp_path: Path) -> None:
         assert loss.value < loss.base_value, source.name
     steps = log.of(StepEvent)
     assert steps[-1].loss < steps[0].loss
+
+
+def test_a_frozen_split_of_one_dataset_and_a_share_of_the_other(two: Folders, tmp_path: Path) -> None:
+    """Each dataset holds out as the recipe says for it: the second by its split, the first by the settings."""
+    test, validation = [2, 5, 9], [1, 7]
+    train_lines = [line for line in range(1, 21) if line not in {*test, *validation, 3}]
+    file = tmp_path / "split.jsonl"
+    FrozenSplit(file_sha256(two.mix[0]), train_lines, validation, test).write(file)
+    values = mixed_recipe(max_steps=2).to_dict()
+    values["mix"][0]["split"] = {
+        "name": "Mine", "sha256": file_sha256(file), "num_train": 14, "num_validation": 2, "num_test": 3
+    }  # fmt: skip
+    folders = Folders(two.base_model, two.dataset, tmp_path / "out", two.mix, mix_splits=(file,))
+    log = Log()
+    product = train(Recipe.from_dict(values), folders, report=log.report, should_stop=log.should_stop)
+    assert product is not None
+    result = Result.from_folder(product)
+    assert [(one.num_train_rows, one.num_held_out_rows) for one in result.sources] == [(36, 4), (14, 3)]
+    records = map(json.loads, (product / "eval" / "held_out.jsonl").read_text().splitlines())
+    assert [one["line"] for one in records if one.get("source") == 1] == test
+    assert "- rows of colours v1 by the split Mine" in (product / "README.md").read_text()
+    file.write_text(file.read_text().replace("2,5,9", "2,5,10"))
+    with pytest.raises(DatasetError) as caught:
+        train(Recipe.from_dict(values), folders, report=log.report, should_stop=log.should_stop)
+    assert caught.value.field == "mix.0"
+    assert "colours v1: The split's file is not the one" in str(caught.value)

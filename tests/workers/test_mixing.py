@@ -11,7 +11,8 @@ from workers.batching import Plan
 from workers.errors import RecipeError
 from workers.memory import DatasetFacts, Part, mixed
 from workers.mixing import MANY_PASSES, Portion, dealt, place_of, portions, row_at, rows_per_epoch, told_lines
-from workers.recipe import Recipe, SplitSettings
+from workers.recipe import Recipe
+from workers.splitting import Parts
 
 SIZES, WEIGHTS = (40, 6, 300), (0.5, 1.25)
 
@@ -104,8 +105,8 @@ def test_dealt_rows_have_one_of_each_dataset_in_turn() -> None:
 def test_the_facts_of_a_mixture_are_those_of_what_an_epoch_takes() -> None:
     long = DatasetFacts(num_rows=100, total_tokens=50_000, longest=900, lengths={512: 80, 1024: 20})
     short = DatasetFacts(num_rows=20, total_tokens=400, longest=30, lengths={32: 20})
-    found = mixed([Part(short, per_epoch=18, num_held_out=2), Part(long, per_epoch=9, num_held_out=10)])
-    assert (found.num_rows, found.longest, found.num_held_out(SplitSettings())) == (39, 900, 12)
+    found = mixed([Part(short, per_epoch=18, own=Parts(18, 0, 2)), Part(long, per_epoch=9, own=Parts(90, 4, 6))])
+    assert (found.num_rows, found.longest, found.parts) == (39, 900, Parts(27, 4, 8))
     assert found.total_tokens == round(400 + 50_000 * 19 / 100)
     assert found.lengths == {32: 20, 512: 15, 1024: 4}
 
