@@ -46,7 +46,7 @@ def test_a_split_is_made_downloaded_and_offered_to_a_new_job(
 
     page.get_by_role("link", name="New job", exact=True).click()
     chosen = page.locator("#id_dataset_split option:checked")
-    expect(chosen).to_have_text("By topic (63 train, 9 validation, 18 test)")
+    expect(chosen).to_have_text("By topic (63 / 9 / 18)")
     expect(page.locator("#this-run")).to_contain_text("63 to train, 27 held out")
     page.wait_for_load_state("load")
     # Another dataset has other splits, and the way back brings the default one again.
@@ -54,7 +54,7 @@ def test_a_split_is_made_downloaded_and_offered_to_a_new_job(
     expect(page.locator("#split-choice")).to_contain_text("A share of the rows is held out")
     expect(page.locator("#this-run")).to_contain_text("54 to train, 6 held out")
     page.select_option("[name=dataset_version]", label="Scenes v1 (90 rows)")
-    expect(chosen).to_have_text("By topic (63 train, 9 validation, 18 test)")
+    expect(chosen).to_have_text("By topic (63 / 9 / 18)")
     page.select_option("[name=dataset_split]", "")
     expect(page.locator("#this-run")).to_contain_text("81 to train, 9 held out")
     expect(chosen).to_have_text("Hold out a share, as set under Advanced")
