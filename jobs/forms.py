@@ -280,7 +280,12 @@ class JobForm(forms.Form):
             "name": values["name"],
             "base_model": {"name": base_model.name, "revision": base_model.revision},
             "dataset": dataset_ref(version) | ({"split": split.reference()} if split is not None else {}),
-            "mix": [{**dataset_ref(one.version), "weight": one.weight} for one in values["mix"]],
+            "mix": [
+                dataset_ref(one.version)
+                | ({"split": one.split.reference()} if one.split is not None else {})
+                | {"weight": one.weight}
+                for one in values["mix"]
+            ],
             "method": method.name,
             "precision": values["precision"],
             "settings": {setting.name.rsplit(".", 1)[1]: values[setting.name] for setting in method_settings(method)},
@@ -449,7 +454,7 @@ def fresh_form(
             {
                 "base_model": parent.base_model_id,
                 "dataset_version": parent.dataset_version_id,
-                "mix": as_text(pairs_of(parent)),
+                "mix": as_text(pairs_of(parent), recipe.mix, form.dataset_versions.rows),
                 "method": recipe.method,
                 "goal": "",
                 "name": name_again(recipe.name, num_again),

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django import forms
 from django.http import QueryDict
 
-from studio.datasets.models import DatasetVersion
-from workers.recipe import MAX_MIXED, MixSettings
+from studio.datasets.models import DatasetSplit, DatasetVersion
+from workers.recipe import MAX_MIXED, MixedDataset, MixSettings
 from workers.setting import settings_of, to_text
 
 if TYPE_CHECKING:
     from jobs.estimating import Plan, PlannedSource
     from jobs.forms import RowField
 
-VERSION, WEIGHT, ADD, REMOVE = "mix_version", "mix_weight", "mix_add", "mix_remove"
+VERSION, WEIGHT, SPLIT, ADD, REMOVE = "mix_version", "mix_weight", "mix_split", "mix_add", "mix_remove"
+SHARE = "share"
+"""Instead of a split's key: a share of the rows is held out, as the recipe's settings say."""
 (WEIGHT_SETTING,) = settings_of(MixSettings, "mix")
-Pair = tuple[str, str]
-"""A dataset version's key and a weight, both as they stand in the form."""
+
+
+class Pair(NamedTuple):
+    """A row as it stands in the form: a dataset version's key, a weight, and a split's key; empty: its default one."""
+
+    key: str
+    weight: str
+    split: str = ""
 
 
 class MixWidget(forms.Widget):
-    """Reads the rows of a form: two inputs of the same names for each."""
+    """Reads the rows of a form: three inputs of the same names for each."""
 
     def value_from_datadict(self, data: Mapping[str, Any], files: object, name: str) -> list[Pair]:
         """Every row, those without a dataset too."""
@@ -32,7 +40,8 @@ class MixWidget(forms.Widget):
             return []
         keys, weights = data.getlist(VERSION), data.getlist(WEIGHT)
         weights += [WEIGHT_SETTING.default_text()] * (len(keys) - len(weights))
-        return list(zip(keys, weights, strict=False))
+        splits = data.getlist(SPLIT) + [""] * len(keys)
+        return [Pair(*row) for row in zip(keys, weights, splits, strict=False)]
 
     def value_omitted_from_data(self, data: Mapping[str, Any], files: object, name: str) -> bool:
         return VERSION not in data
@@ -45,6 +54,7 @@ class Choice:
     row: int
     version: DatasetVersion
     weight: float
+    split: DatasetSplit | None
 
 
 class MixField(forms.Field):
@@ -59,12 +69,12 @@ class MixField(forms.Field):
     def clean(self, value: Any) -> list[Choice]:
         """The rows that have a dataset; raises ValidationError with a sentence for each that is wrong."""
         chosen, errors = [], []
-        for row, (key, weight) in enumerate(value or ()):
+        for row, (key, weight, split) in enumerate(value or ()):
             if not key:
                 continue
             try:
                 version = self.versions.to_python(key)
-                chosen.append(Choice(row, version, float(WEIGHT_SETTING.parse(weight))))
+                chosen.append(Choice(row, version, float(WEIGHT_SETTING.parse(weight)), split_of(version, split)))
             except (forms.ValidationError, ValueError) as error:
                 said = " ".join(error.messages) if isinstance(error, forms.ValidationError) else str(error)
                 errors.append(forms.ValidationError(f"Dataset {row + 2}: {said}", code=f"row_{row}"))
@@ -83,6 +93,8 @@ class MixRow:
     key: str
     weight: str
     planned: PlannedSource | None
+    splits: list[DatasetSplit]
+    split: DatasetSplit | None
 
     @property
     def number(self) -> int:
@@ -90,18 +102,40 @@ class MixRow:
         return self.index + 2
 
 
-def mix_rows(pairs: Sequence[Pair], chosen: Sequence[Choice], plan: Plan | None) -> Iterator[MixRow]:
-    """The form's rows with what their datasets come to in a plan."""
+def splits_of(version: DatasetVersion | None) -> list[DatasetSplit]:
+    """The splits of a version that a form offers, which read them with it."""
+    return [DatasetSplit(**values) for values in getattr(version, "done_splits", ())]
+
+
+def split_of(version: DatasetVersion | None, key: str) -> DatasetSplit | None:
+    """The split that a row asks for: the version's own of that key, its default one, or none for a share."""
+    found = splits_of(version)
+    default = next((one for one in found if one.is_default), None)
+    return None if key == SHARE else next((one for one in found if str(one.pk) == key), default)
+
+
+def mix_rows(
+    pairs: Sequence[Pair], chosen: Sequence[Choice], plan: Plan | None, versions: Mapping[str, DatasetVersion]
+) -> Iterator[MixRow]:
+    """The form's rows with what their datasets come to in a plan, and the splits of each."""
     planned = {}
     if plan is not None and len(plan.sources) == len(chosen) + 1:
         planned = dict(zip((one.row for one in chosen), plan.sources[1:], strict=True))
-    for index, (key, weight) in enumerate(pairs):
-        yield MixRow(index, key, weight, planned.get(index))
+    for index, (key, weight, split) in enumerate(pairs):
+        version = versions.get(key)
+        yield MixRow(index, key, weight, planned.get(index), splits_of(version), split_of(version, split))
 
 
-def as_text(versions: Sequence[tuple[int, float]]) -> list[Pair]:
-    """Keys and weights as the form has them."""
-    return [(str(key), to_text(weight)) for key, weight in versions]
+def as_text(
+    pairs: Sequence[tuple[int, float]], mix: Sequence[MixedDataset], versions: Mapping[str, DatasetVersion]
+) -> list[Pair]:
+    """The further datasets of a recipe as the form has them; `pairs` are their versions and weights."""
+    found = []
+    for (key, weight), one in zip(pairs, mix, strict=True):
+        named = one.split.sha256 if one.split is not None else None
+        same = (split for split in splits_of(versions.get(str(key))) if split.sha256 == named)
+        found.append(Pair(str(key), to_text(weight), next((str(split.pk) for split in same), SHARE)))
+    return found
 
 
 def with_rows_changed(data: QueryDict) -> QueryDict | None:
@@ -111,7 +145,7 @@ def with_rows_changed(data: QueryDict) -> QueryDict | None:
     changed = data.copy()
     pairs = MixWidget().value_from_datadict(data, None, "mix")
     if ADD in data and len(pairs) < MAX_MIXED:
-        pairs.append(("", WEIGHT_SETTING.default_text()))
+        pairs.append(Pair("", WEIGHT_SETTING.default_text()))
     if (removed := data.get(REMOVE, "")).isascii() and removed.isdigit() and int(removed) < len(pairs):
         del pairs[int(removed)]
     set_pairs(changed, pairs)
@@ -121,5 +155,6 @@ def with_rows_changed(data: QueryDict) -> QueryDict | None:
 
 def set_pairs(data: QueryDict, pairs: Sequence[Pair]) -> None:
     """Put rows into a form's data."""
-    data.setlist(VERSION, [key for key, _ in pairs])
-    data.setlist(WEIGHT, [weight for _, weight in pairs])
+    data.setlist(VERSION, [one.key for one in pairs])
+    data.setlist(WEIGHT, [one.weight for one in pairs])
+    data.setlist(SPLIT, [one.split for one in pairs])

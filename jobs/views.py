@@ -190,7 +190,9 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
-        "mix_rows": list(mix_rows(form.mix_pairs(), form.cleaned_data["mix"] if plan else (), plan)),
+        "mix_rows": list(
+            mix_rows(form.mix_pairs(), form.cleaned_data["mix"] if plan else (), plan, form.dataset_versions.rows)
+        ),
         "mix_problems": form.errors.get("mix", []) if form.is_bound else [],
         "max_mixed": MAX_MIXED,
         "weight_setting": WEIGHT_SETTING,

@@ -225,3 +225,42 @@ def test_a_further_dataset_may_have_a_split_of_its_own(
     assert command[command.index("--mix-split-file") + 1] == str(blob_path(split.sha256))
     with pytest.raises(SplitRefusedError):
         delete_split(split, user=alice)
+
+
+def test_the_form_offers_a_further_datasets_splits_and_begins_with_its_default_one(
+    base_model: BaseModel, version: DatasetVersion, team: Team, alice: User, bob_client: Client, split_of: MakeSplit
+) -> None:
+    other = make_dataset_version(team, alice, name="Other", rows=colour_rows(40))
+    split = split_of(other)
+
+    def recipe_with(key: str) -> Recipe:
+        data = posted(base_model, version)
+        data.setlist("mix_version", [str(other.pk)])
+        data.setlist("mix_weight", ["0.5"])
+        data.setlist("mix_split", [key])
+        form = JobForm(data, team=team)
+        assert form.is_valid(), form.errors
+        return form.to_recipe()
+
+    assert recipe_with("").mix[0].split is None, "no default yet"
+    named = recipe_with(str(split.pk)).mix[0].split
+    assert named is not None
+    assert named.sha256 == split.sha256
+    make_default(split, other, user=alice)
+    assert recipe_with("").mix[0].split == named
+    assert recipe_with("share").mix[0].split is None
+    assert recipe_with(str(split_of(version).pk)).mix[0].split == named, "another dataset's split is none of its own"
+
+    values = {
+        "base_model": base_model.pk, "dataset_version": version.pk, "method": "lora", "goal": "balanced", "name": "m",
+        "evaluation.metrics": ["loss"], "mix_version": [str(other.pk)], "mix_weight": ["0.5"],
+    }  # fmt: skip
+    page = bob_client.post(reverse("jobs:estimate"), values).text
+    assert f'<option value="{split.pk}" selected>Mine (25 train, 6 validation, 9 test)</option>' in page
+    assert bob_client.post(reverse("jobs:new"), values).status_code == 302
+    job = Job.objects.get()
+    assert job.recipe["mix"][0]["split"]["sha256"] == split.sha256
+    make_default(None, other, user=alice)
+    again = bound_copy(fresh_form(team, parent=job))
+    assert again.is_valid(), again.errors
+    assert again.to_recipe().mix == Recipe.from_dict(job.asked_recipe).mix
