@@ -21,6 +21,7 @@ from jobs.estimating import estimate_values, plan_for
 from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
 from jobs.models import Job, JobSample, JobState, Worker
+from jobs.prices import CostOut, cost_of_attempts, cost_values
 from jobs.queueing import (
     cancel_job,
     may_order,
@@ -132,6 +133,9 @@ class JobDetailOut(JobOut):
     waits: str
     failure_actions: list[FailureActionOut] = Field(description="What /again/ takes for this job.")
     likely_start: datetime | None = Field(description="Of a waiting job; null when nothing can be said.")
+    gpu_hours: float = Field(description="Of all attempts, failed and interrupted ones too; a running one until now.")
+    costs: list[CostOut] = Field(description="Of these, at the price that held when each attempt began.")
+    unpriced_gpu_hours: float = Field(description="Those of `gpu_hours` that ran without a price; in none of `costs`.")
 
 
 class JobEventOut(Out):
@@ -729,4 +733,5 @@ def _detail(job: Job) -> dict[str, Any]:
         "waits": explain_wait(job, queue),
         "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
         "likely_start": queue.starts_at(job),
+        **cost_values(cost_of_attempts(job.attempts.all() if job.attempt else (), job.num_gpus)),
     }

@@ -24,6 +24,7 @@ from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
 from jobs.mending import actions_for
 from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.prices import cost_of_attempts, costs_of_jobs
 from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from studio.accounts.access import TeamRequest, team_page
@@ -32,6 +33,7 @@ from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
+from studio.costs import Cost
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
@@ -62,10 +64,11 @@ class JobRow:
     elapsed_seconds: float | None
     phase_label: str
     starts_at: datetime | None = None
+    cost: Cost | None = None
 
 
-def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
-    """A job with its place in the queue and why it waits."""
+def job_row(job: Job, queue: QueueSnapshot | None, cost: Cost | None = None) -> JobRow:
+    """A job with its place in the queue and why it waits, or what it has cost."""
     return JobRow(
         job=job,
         position=queue.position(job) if queue else 0,
@@ -75,6 +78,7 @@ def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
         elapsed_seconds=showing.elapsed_seconds(job),
         phase_label=showing.PHASE_LABELS.get(job.phase, ""),
         starts_at=queue.starts_at(job) if queue else None,
+        cost=cost,
     )
 
 
@@ -102,7 +106,9 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
         in_team = [job for job in active if job.state in WAITING_STATES]
         mark_ends(sorted(in_team, key=queue.position))
     rows = [job_row(job, queue) for job in active]
-    finished = [job_row(job, None) for job in ended]
+    ended_jobs = list(ended)
+    costs = costs_of_jobs(ended_jobs)
+    finished = [job_row(job, None, costs.get(job.pk)) for job in ended_jobs]
     older = request.GET.copy()
     if len(finished) > MAX_LISTED:
         older["older_than"] = finished[MAX_LISTED - 1].job.created_at.isoformat()
@@ -113,6 +119,7 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
         ),
         "paused": [row for row in rows if row.job.state == JobState.PAUSED],
         "finished": finished[:MAX_LISTED],
+        "has_costs": any(cost.amounts for cost in costs.values()),
         "num_waiting": queue.num_waiting,
         "num_busy": queue.num_busy,
         "has_workers": queue.has_workers,
@@ -368,11 +375,14 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
     queue = look_at_queue([job]) if job.state in WAITING_STATES else None
     context = showing.live_context(job)
     attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
+    for attempt in attempts:
+        attempt.cost = cost_of_attempts([attempt], job.num_gpus)  # type: ignore[attr-defined]
     return {
         **context,
         **samples.samples_context(job, job.newest_sample_at),  # type: ignore[attr-defined]
         "row": job_row(job, queue),
         "attempts": attempts,
+        "cost": cost_of_attempts(attempts, job.num_gpus),
         "attempt_line": showing.attempt_line(job, attempts),
         "failure_actions": [action for action in actions_for(job) if action.name != "as_it_is"],
         "scores": _scores(job),
