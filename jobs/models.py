@@ -42,6 +42,9 @@ class JobKind(models.TextChoices):
     EVALUATE = "evaluate", "Evaluation"
 
 
+TRAINED = models.Q(kind=JobKind.TRAIN, state=JobState.SUCCEEDED)
+
+
 class Worker(models.Model):
     """A process that runs jobs on one device. Rows outlive their process; `last_seen` tells."""
 
@@ -222,6 +225,9 @@ class Job(models.Model):
             models.Index(fields=["team", "-created_at"], name="job_list"),
             models.Index(fields=["team"], name="job_active", condition=models.Q(state__in=ACTIVE_STATES)),
             models.Index(fields=["team", "-created_at"], name="job_failed", condition=models.Q(state=JobState.FAILED)),
+            # What the estimates learn from: the newest of a team, and of all teams.
+            models.Index(fields=["team", "-finished_at"], name="job_learned_team", condition=TRAINED),
+            models.Index(fields=["-finished_at"], name="job_learned", condition=TRAINED),
         ]
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import messages
+from django.core.exceptions import BadRequest
 from django.db.models import Count, F, OuterRef, Q, Subquery
 from django.db.models.functions import JSONObject
 from django.http import HttpResponse, JsonResponse
@@ -20,8 +21,8 @@ from django.views.decorators.http import require_GET, require_POST
 
 from jobs import samples, series, showing
 from jobs.buttons import mark_ends
-from jobs.estimating import Plan, estimate_values, plan_for
-from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
+from jobs.estimating import Plan, estimate_values, plan_for, suggestions_for
+from jobs.forms import GOALS, JobForm, bound_copy, fresh_form, with_changes
 from jobs.mending import actions_for
 from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
 from jobs.prices import cost_of_attempts, costs_of_jobs
@@ -33,10 +34,10 @@ from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
-from studio.costs import Cost
+from studio.costs import Cost, money_per_hour, money_range
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
-from workers.errors import ExplainedError
+from workers.errors import DoesNotFitError, ExplainedError
 from workers.methods import get_method
 
 MAX_LISTED = 50
@@ -159,11 +160,43 @@ def _make_plan(form: JobForm) -> Plan | None:
     if not form.is_valid():
         return None
     recipe = form.to_recipe()
+    base_model, version = form.cleaned_data["base_model"], form.cleaned_data["dataset_version"]
     try:
-        return plan_for(recipe, form.cleaned_data["base_model"], form.cleaned_data["dataset_version"])
+        plan = plan_for(recipe, base_model, version)
+        form.suggestions = plan.suggestions
+        return plan
+    except DoesNotFitError as error:
+        form.suggestions = suggestions_for(recipe, base_model, version)
+        form.add_explained(error)
     except ExplainedError as error:
         form.add_explained(error)
-        return None
+    return None
+
+
+@dataclass(frozen=True)
+class ShownSuggestion:
+    """A change with which a job fits, and the value of the button that fills it into the form."""
+
+    words: str
+    cost: str
+    memory: str
+    time: str
+    changes: str
+
+
+def _shown_suggestions(form: JobForm) -> list[ShownSuggestion]:
+    return [
+        ShownSuggestion(
+            one.words, one.cost, showing.gibibytes(one.num_bytes), _times_as_long(one.slowdown), json.dumps(changes)
+        )
+        for one, changes in form.suggested_changes()
+    ]
+
+
+def _times_as_long(slowdown: float) -> str:
+    if abs(slowdown - 1) < 0.05:
+        return "as fast"
+    return f"{significant(slowdown, 2)} times as long"
 
 
 def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, show_errors: bool) -> dict[str, Any]:
@@ -197,8 +230,13 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "problems": problems,
         "show_errors": show_errors,
     }
+    context["suggestions"] = _shown_suggestions(form)
     if plan is not None:
         context |= {
+            "cost_range": _cost_words(plan),
+            "price": money_per_hour(plan.price.amount, plan.price.currency) if plan.price is not None else "",
+            "free_there": showing.gibibytes(plan.device.free_bytes),
+            "arithmetic_memory": showing.gibibytes(plan.estimate.arithmetic_bytes),
             "memory_parts": _memory_parts(plan),
             "memory_needed": showing.gibibytes(plan.estimate.total_bytes),
             "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
@@ -212,6 +250,13 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
                 "instead_percent": significant(100 * plan.instead.estimate.trainable_share),
             }
     return context
+
+
+def _cost_words(plan: Plan) -> str:
+    """What a run will cost, "0.40 to 1.20 EUR"; empty where the team has set no price."""
+    if plan.cost_range is None or plan.price is None:
+        return ""
+    return money_range(*plan.cost_range, plan.price.currency)
 
 
 def _problems(form: JobForm, *, show_errors: bool) -> list[PanelProblem]:
@@ -248,6 +293,8 @@ MEMORY_COLOURS = ("fill-primary", "fill-secondary", "fill-accent", "fill-info", 
 def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     needed = plan.estimate
     whole = max(needed.total_bytes, plan.device.facts.memory_bytes, 1)
+    # The parts are arithmetic; what finished runs correct is spread over them, so that they add up to what is shown.
+    corrected = needed.total_bytes / max(1, needed.arithmetic_bytes)
     parts = [
         ("Base weights", needed.weights_bytes),
         (get_method(plan.recipe.method).product.noun.capitalize(), needed.adapter_bytes),
@@ -257,7 +304,8 @@ def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     ]
     found: list[dict[str, str]] = []
     left = 0.0
-    for index, (label, num_bytes) in enumerate(parts):
+    for index, (label, arithmetic_bytes) in enumerate(parts):
+        num_bytes = corrected * arithmetic_bytes
         if not num_bytes:
             continue  # full fine-tuning has no weights of a base beside its own
         width = 100 * num_bytes / whole
@@ -304,8 +352,14 @@ def new_job(request: TeamRequest) -> HttpResponse:
 
 def _queue(request: TeamRequest) -> HttpResponse:
     form = JobForm(request.POST, team=request.team)
+    if "apply" in request.POST:
+        try:
+            form = with_changes(form, json.loads(request.POST["apply"]))
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        messages.info(request, "The change is filled in. Nothing has started.")
     plan = _make_plan(form)
-    if "update" in request.POST:
+    if "update" in request.POST or "apply" in request.POST:
         return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True))
     if plan is None:
         return render(request, "jobs/new_job.html", _form_context(request, form, None, show_errors=True), status=422)
