@@ -84,6 +84,7 @@ def test_before_anything_has_finished_the_form_says_that_it_is_arithmetic(
 def test_finished_jobs_correct_memory_and_time_and_the_form_says_how_many(
     alice_client: Client, team: Team, alice: User, large: BaseModel, version: DatasetVersion, card: Worker
 ) -> None:
+    Worker.objects.update(memory_bytes=80 * GIB)  # room enough for as many rows at once with the correction
     before = make_plan(large, version)
     for minutes in (3, 2, 1):
         finish(team, alice, large, card, memory=1.2, time=2.0, minutes_ago=minutes)
@@ -101,6 +102,19 @@ def test_finished_jobs_correct_memory_and_time_and_the_form_says_how_many(
     panel = alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
     assert "Measured on 3 runs like this; by arithmetic alone" in panel
     assert "measured on 3 jobs like this" in panel
+
+
+def test_a_correction_is_heeded_by_what_the_studio_chooses_itself(
+    team: Team, alice: User, large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    """What would fit by arithmetic, and does not by what was measured, is given fewer rows at once."""
+    before = make_plan(large, version).recipe.training.micro_batch_size
+    finish(team, alice, large, card, memory=1.2)
+    after = make_plan(large, version)
+    assert isinstance(before, int)
+    assert isinstance(after.recipe.training.micro_batch_size, int)
+    assert after.recipe.training.micro_batch_size < before
+    assert after.estimate.verdict == "fits"
 
 
 def test_what_was_corrected_once_is_not_learned_again(
