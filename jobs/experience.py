@@ -85,6 +85,11 @@ def _experience(team_id: int, own: UUID | None, newest: UUID | None) -> Experien
     return Experience(learn(mine, finished[:MAX_LEARNED_FROM]), finished, team_id)
 
 
+def forget() -> None:
+    """Read anew what the next estimate needs, as after a job's end."""
+    _experience.cache_clear()
+
+
 def expected_seconds(team: Team, estimate: Mapping[str, Any], *, method: str, base_model: str) -> float | None:
     """Seconds that a job of the team should hold a device; None when it has no estimate to begin with.
 

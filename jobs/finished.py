@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db.models import F, FloatField, OuterRef, QuerySet, Subquery, Sum
-from django.db.models.fields.json import KT
+from django.db.models.fields.json import KT, KeyTextTransform
 from django.db.models.functions import Cast, Extract
 from django.utils import timezone
 
@@ -88,10 +88,10 @@ def finished_jobs(jobs: QuerySet[Job], *, limit: int = MAX_LEARNED_FROM) -> list
             seconds_high=Cast(KT("estimate__seconds_high"), FloatField()),
             method=KT("recipe__method"),
             precision=KT("recipe__precision"),
-            family=F("base_model__shape__family"),
-            layers=F("base_model__shape__num_layers"),
-            hidden=F("base_model__shape__hidden_size"),
-            vocabulary=F("base_model__shape__vocabulary_size"),
+            family=KeyTextTransform("family", "base_model__shape"),
+            layers=KeyTextTransform("num_layers", "base_model__shape"),
+            hidden=KeyTextTransform("hidden_size", "base_model__shape"),
+            vocabulary=KeyTextTransform("vocabulary_size", "base_model__shape"),
         )
         .filter(held_seconds__gt=0, seconds_low__gt=0, seconds_high__gt=0)
         .order_by("-finished_at")

@@ -40,7 +40,7 @@ from studio.accounts.models import ApiToken, Role, Scope, Team, User, record
 from studio.api.auth import ApiRequest, Token
 from studio.api.errors import ERRORS, ApiError
 from studio.api.schemas import Body, Out
-from studio.costs import MAX_CURRENCY_CHARACTERS, Cost, money_per_hour
+from studio.costs import MAX_CURRENCY_CHARACTERS, Cost, money_per_hour, plain_price
 
 FIELDS = (
     "share", "max_running_jobs", "max_gpu_hours", "window_days", "price_per_gpu_hour", "currency", "device_prices",
@@ -88,6 +88,12 @@ class QuotaForm(forms.ModelForm):
     class Meta:
         model = TeamQuota
         fields = FIELDS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # As it was written, without the decimal places of the column.
+        if (price := self.initial.get("price_per_gpu_hour")) is not None:
+            self.initial["price_per_gpu_hour"] = plain_price(Decimal(price))
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def limits(request: TeamRequest) -> HttpResponse:
             return refuse(request, Role.LEAD)
         if form.is_valid():
             change_quota(form.save(commit=False), by=request.user)
-            messages.success(request, "The limits are saved and hold from the next job that starts.")
+            messages.success(request, "Limits and prices are saved and hold from the next job that starts.")
             return redirect("jobs:limits")
     usage = usage_of(request.team, quota)
     context = {

@@ -213,7 +213,7 @@ def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
             "API adapters, searched": "/api/v1/adapters/?q=legal",
             "API jobs": "/api/v1/jobs/",
         }
-        print(f"{'page':<28}{'p50 ms':>8}{'p95 ms':>8}{'queries':>9}")
+        print(f"{'page':<40}{'p50 ms':>8}{'p95 ms':>8}{'queries':>9}")
         for name, url in pages.items():
             print_row(name, measure(lambda url=url: client.get(url), repeats))  # type: ignore[misc]
         for name, url in calls.items():
@@ -222,7 +222,7 @@ def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
 
 def print_row(name: str, found: tuple[float, float, int]) -> None:
     """One line of the table."""
-    print(f"{name:<28}{found[0]:>8.1f}{found[1]:>8.1f}{found[2]:>9}", flush=True)
+    print(f"{name:<40}{found[0]:>8.1f}{found[1]:>8.1f}{found[2]:>9}", flush=True)
 
 
 if __name__ == "__main__":

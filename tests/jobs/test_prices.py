@@ -88,7 +88,7 @@ def test_hours_before_there_was_a_price_are_said_and_in_no_sum(team: Team, bob: 
     page = bob_client.get(job.get_absolute_url()).text
     assert f"3.00{EUR}" in page
     assert "2.00 GPU-hours of them ran before your team had set a price" in page
-    assert "before a price was set" in bob_client.get("/jobs/limits/").text
+    assert "2.00 GPU-hours had no price yet" in bob_client.get("/jobs/limits/").text
 
 
 def test_a_changed_currency_leaves_what_was_paid_as_it_was(team: Team, bob: User) -> None:
@@ -184,7 +184,9 @@ def test_a_lead_sets_prices_on_the_page_and_a_viewer_reads_them(team: Team) -> N
     assert (quota.currency, quota.device_prices) == ("EUR", [["H100", "3.1"], ["CPU", "0.05"]])
     details = AuditEvent.objects.get(action="limits.changed").details
     assert details["device_prices"] == [[], [["H100", "3.1"], ["CPU", "0.05"]]]
-    assert "H100: 3.1\nCPU: 0.05" in lead.get("/jobs/limits/").text
+    page = lead.get("/jobs/limits/").text
+    assert "H100: 3.1\nCPU: 0.05" in page
+    assert 'name="price_per_gpu_hour" value="2.5"' in page
     page = viewer.get("/jobs/limits/").text
     assert f"3.10{EUR} an hour" in page
     assert f"2.50{EUR} an hour" in page

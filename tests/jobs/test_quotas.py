@@ -31,7 +31,7 @@ def call(client: Client, user: User, team: Team, body: object = None) -> tuple[i
 
 def test_an_admin_sets_the_limits_on_the_page_and_it_is_written_down(alice_client: Client, team: Team) -> None:
     answer = alice_client.post("/jobs/limits/", VALUES, follow=True)
-    assert "The limits are saved" in answer.content.decode()
+    assert "Limits and prices are saved" in answer.content.decode()
     quota = TeamQuota.objects.get(team=team)
     assert (quota.share, quota.max_running_jobs, quota.max_gpu_hours, quota.window_days) == (2, 3, 10.5, 14)
     event = AuditEvent.objects.get(action="limits.changed")
