@@ -200,6 +200,19 @@ def test_a_job_that_is_too_large_is_offered_changes_that_fill_themselves_in(
         assert as_qlora["settings.qlora.rank"] == "32", "what was chosen goes along"
 
 
+def test_enter_in_a_field_starts_the_job_and_fills_in_no_change(
+    alice_client: Client, large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    """A browser presses the first button of the form that sends it."""
+    Worker.objects.update(memory_bytes=12 * GIB)
+    page = alice_client.post(reverse("jobs:new"), form_data(large, version, update="1")).text
+    form = page[page.index('<form id="job-form"') :]
+    buttons = [part.split(">", 1)[0] for part in form.split("<button")[1:]]
+    sending = [one for one in buttons if 'type="button"' not in one]
+    assert 'name="start"' in sending[0]
+    assert any('name="apply"' in one for one in sending)
+
+
 @pytest.mark.parametrize("value", ["", "{", "[]", '{"no_such": "1"}', '{"training.epochs": 2}', '"x"'])
 def test_a_change_that_the_page_never_offered_is_a_bad_request(
     value: str, alice_client: Client, base_model: BaseModel, version: DatasetVersion, card: Worker
