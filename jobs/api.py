@@ -391,10 +391,7 @@ def estimate_job(request: ApiRequest, body: JobIn) -> dict[str, Any] | HttpRespo
     try:
         plan = plan_for(asked, base_model, version)
     except RecipeProblems as error:
-        return error_response(
-            422,
-            [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()],
-        )
+        return _problems(error)
     assert plan.time is not None, "plan_for says the time"
     cost = None
     if plan.cost_range is not None and plan.price is not None:
@@ -449,6 +446,12 @@ def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
     return version
 
 
+def _problems(error: RecipeProblems) -> HttpResponse:
+    """Everything that is wrong with a recipe."""
+    found = [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()]
+    return error_response(422, found)
+
+
 def _queue(
     request: ApiRequest, asked: Recipe, base_model: BaseModel, version: DatasetVersion, idempotency_key: str,
     parent: Job | None = None,
@@ -465,10 +468,7 @@ def _queue(
     try:
         plan = plan_for(asked, base_model, version)
     except RecipeProblems as error:
-        return error_response(
-            422,
-            [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()],
-        )
+        return _problems(error)
     job = queue_job(
         team=request.team,
         user=request.user,

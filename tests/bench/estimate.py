@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.catalogue import fill, measure, print_row
+from tests.bench.catalogue import fill, measure, plain_files, print_row
 from tests.bench.studio import bench_studio
 from tests.workers.test_resolving import SEVEN_B
 from workers.fitting import suggestions
@@ -90,7 +90,7 @@ def add_measurements(user: Any) -> None:
 
 def panel(folder: Path, num_jobs: int, repeats: int) -> None:
     """The server's time for the panel."""
-    from django.test import Client, override_settings
+    from django.test import Client
     from django.urls import reverse
 
     from jobs import experience
@@ -99,11 +99,7 @@ def panel(folder: Path, num_jobs: int, repeats: int) -> None:
     from studio.catalogue.models import BaseModel
     from studio.datasets.models import DatasetVersion
 
-    plain = {
-        "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
-        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
-    }
-    with override_settings(STORAGES=plain, ALLOWED_HOSTS=["*"], DATA_DIR=folder):
+    with plain_files(folder):
         user = fill(min(num_jobs, 10_000), num_jobs)
         add_measurements(user)
         base = BaseModel.objects.order_by("pk")[0]
