@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("datasets", "0005_scans"),
-        ("jobs", "0007_jobs_without_a_dataset"),
+        ("jobs", "0009_learned_from"),
     ]
 
     operations = [
