@@ -1,4 +1,4 @@
-"""Tables for spreadsheets, streamed."""
+"""Tables for spreadsheets. Every one is written here, so that no cell of any is a formula."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 
 from django.http import HttpRequest, StreamingHttpResponse
+from django.utils.http import content_disposition_header
 
 from studio.streaming import stream
+
+_BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class _Echo:
@@ -17,23 +20,37 @@ class _Echo:
         return line
 
 
-def guard_cell(text: object) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    cell = "" if text is None else str(text)
-    return f"'{cell}" if cell.lstrip(" ")[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
+_writer = csv.writer(_Echo())
+
+
+def guard_cell(value: object) -> object:
+    """A value as a cell that no spreadsheet takes for a formula; numbers stay numbers, None is an empty cell.
+
+    Text that begins like a formula, after whatever spaces, gets an apostrophe in front (OWASP, CSV injection).
+    """
+    if value is None or isinstance(value, int | float):
+        return "" if value is None else value
+    cell = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    # A tab or carriage return counts itself, so spaces and line feeds only are looked past.
+    return f"'{cell}" if cell.lstrip(" \n\xa0").startswith(_BEGINS_A_FORMULA) else cell
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """A line of CSV; a list is a cell with spaces between."""
+    line: str = _writer.writerow([guard_cell(value) for value in values])
+    return line
 
 
 def csv_response(
     request: HttpRequest, file_name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
 ) -> StreamingHttpResponse:
     """A file of comma-separated values to download, its rows read while they are sent."""
-    writer = csv.writer(_Echo())
 
     def lines() -> Iterator[str]:
-        yield writer.writerow(columns)
+        yield csv_line(columns)
         for row in rows:
-            yield writer.writerow([guard_cell(cell) for cell in row])
+            yield csv_line(row)
 
     response = stream(request, lines(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = f'attachment; filename="{file_name}"'
+    response["Content-Disposition"] = content_disposition_header(True, file_name) or "attachment"
     return response

@@ -10,7 +10,7 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
-from studio.datasets.csv_tables import csv_response
+from studio.csv_tables import csv_response
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding
 from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
 from studio.datasets.views import PAGE_SIZE, page_links, render_tab, version_or_404

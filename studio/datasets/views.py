@@ -19,10 +19,10 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
+from studio.csv_tables import csv_response
 from studio.datasets import exporting, showing
 from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
 from studio.datasets.changes import changes_of
-from studio.datasets.csv_tables import csv_response
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence

@@ -16,7 +16,7 @@ from jobs.models import Job
 from studio import streaming
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import Adapter, BaseModel
-from studio.datasets.csv_tables import guard_cell
+from studio.csv_tables import guard_cell
 from studio.datasets.models import Dataset, DatasetVersion
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 from tests.tiny import make_tiny_base
