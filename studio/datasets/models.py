@@ -145,7 +145,10 @@ class DatasetVersion(models.Model):
         ]
 
     def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
-        """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
+        """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut, longest_rows: [[line, num]]}.
+
+        None until counted; versions that were counted earlier have no `longest_rows`.
+        """
         found: dict[str, Any] | None = self.statistics.get("tokens", {}).get(base_revision)
         return found
 
