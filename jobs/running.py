@@ -176,7 +176,7 @@ def _data_options(job: Job) -> list[str]:
     if job.dataset_version is not None:
         return [
             "--dataset-file", str(files.dataset_file(job)),
-            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256, job.team_id)),
         ]  # fmt: skip
     assert job.suite is not None
     asked, folder = job.suite.evaluation, settings.TASKS_FOLDER
