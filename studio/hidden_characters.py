@@ -10,12 +10,19 @@ from types import TracebackType
 # Control, direction and zero-width characters, fillers and tags; line breaks and tabs stay. Variation selectors stay,
 # too: they only choose how the character before them is drawn.
 _HIDDEN = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f"
 )
-_IN_PAGES = re.compile(f"[{_HIDDEN}]")
+# Joiners are spelling between letters of scripts that join, and build emoji; anywhere else they only hide.
+_SCRIPTS = "\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u17ff"
+_EMOJI = "\u2190-\u2bff\ufe0f\U0001f000-\U0001faff"
+_JOINERS = (
+    f"(?<![{_SCRIPTS}{_EMOJI}])[\u200c\u200d]|[\u200c\u200d](?![{_SCRIPTS}{_EMOJI}])|(?<=[{_EMOJI}])\u200c"
+    f"|(?<=[{_SCRIPTS}])[\u200c\u200d](?![{_SCRIPTS}])|(?<=[{_EMOJI}])\u200d(?![{_EMOJI}])"
+)
+_IN_PAGES = re.compile(f"[{_HIDDEN}]|{_JOINERS}")
 # One line of a log is one entry, so that nobody's text can look like another.
-_IN_LOGS = re.compile(f"[\n{_HIDDEN}]")
+_IN_LOGS = re.compile(f"[\n{_HIDDEN}]|{_JOINERS}")
 
 
 def visible(text: str) -> str:

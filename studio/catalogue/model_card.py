@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 
-import nh3
 from django.db import transaction
-from django.utils.safestring import SafeString, mark_safe
-from markdown_it import MarkdownIt
+from django.utils.safestring import SafeString
 
 from studio.accounts.models import ApiToken, AuditEvent, User, record
 from studio.catalogue.models import Adapter, Score, Suite, TestSet
+from studio.markdown import render_markdown, without_front_matter
 from studio.storage import open_adapter_file
 from workers.errors import ExplainedError
 from workers.model_card import HELD_OUT_SPLIT, MeasuredOn, front_matter
@@ -20,9 +18,6 @@ CARD_FILE = "README.md"
 MAX_CARD_BYTES = 512 * 1024
 MAX_EDITED_CHARACTERS = 100_000
 EDITED = "adapter.card_edited"
-_FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
-TAGS = {"h1", "h2", "h3", "h4", "p", "ul", "ol", "li", "pre", "code", "em", "strong", "a", "table", "thead", "tbody",
-        "tr", "th", "td", "blockquote", "hr", "br"}  # fmt: skip
 
 
 class CardConflictError(ExplainedError):
@@ -37,19 +32,6 @@ class CardTooLongError(ExplainedError):
     code = "card_too_long"
 
 
-def render_markdown(source: str) -> SafeString:
-    """Markdown as HTML: raw HTML shown as text, no images, links that carry no referrer."""
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(_FRONT_MATTER.sub("", source, count=1))
-    clean = nh3.clean(
-        html,
-        tags=TAGS,
-        attributes={"a": {"href"}},
-        url_schemes={"http", "https"},
-        link_rel="noopener noreferrer nofollow",
-    )
-    return mark_safe(clean)  # noqa: S308  nh3 has just cleaned it
-
-
 def card_body(adapter: Adapter) -> str | None:
     """The card's text without front matter, as edited or else as generated; None when there is neither."""
     return adapter.card or generated_body(adapter)
@@ -62,7 +44,7 @@ def generated_body(adapter: Adapter) -> str | None:
             source = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    return _FRONT_MATTER.sub("", source, count=1).strip() + "\n"
+    return without_front_matter(source).strip() + "\n"
 
 
 def read_card(adapter: Adapter) -> SafeString | None:
@@ -129,7 +111,7 @@ def edit_card(adapter: Adapter, body: str, user: User, *, seen: str, token: ApiT
         CardConflictError: the card has another text by now.
         CardTooLongError: more than can be stored.
     """
-    body = _FRONT_MATTER.sub("", body.replace("\r\n", "\n"), count=1).strip()
+    body = without_front_matter(body.replace("\r\n", "\n")).strip()
     if len(body) > MAX_EDITED_CHARACTERS:
         raise CardTooLongError(
             f"The card has {len(body):,} characters; {MAX_EDITED_CHARACTERS:,} can be stored.",

@@ -28,6 +28,9 @@ from studio.hidden_characters import LineFormatter, log_safe, visible
         ("\x7f\x85", "[U+007F][U+0085]"),
         ("a\u2028b", "a[U+2028 LINE SEPARATOR]b"),
         ("\u3164", "[U+3164 HANGUL FILLER]"),
+        ("user\u200dname a\u200cb", "user[U+200D ZERO WIDTH JOINER]name a[U+200C ZERO WIDTH NON-JOINER]b"),
+        ("می\u200cروم 👩\u200d👧 🏳️\u200d🌈 क्\u200dष", "می\u200cروم 👩\u200d👧 🏳️\u200d🌈 क्\u200dष"),
+        ("👩\u200cx می\u200cx", "👩[U+200C ZERO WIDTH NON-JOINER]x می[U+200C ZERO WIDTH NON-JOINER]x"),
         ("ordinary\ttext\nÄ 你 ❤️ é", "ordinary\ttext\nÄ 你 ❤️ é"),
     ],
 )
