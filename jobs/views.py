@@ -32,6 +32,7 @@ from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
+from studio.reviews.scan_limits import blocking
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
@@ -184,6 +185,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
+        "dataset_blocks": blocking(version, request.team) if version is not None else [],
         "dataset_problem": " ".join(str(message) for message in dataset_errors),
         "name_text": form.text_of("name"),
         "missing": form.missing(),

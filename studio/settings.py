@@ -148,6 +148,7 @@ API_ROUTERS = [
     "studio.catalogue.views_api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
+    "studio.reviews.scan_api.router",
     "studio.webhooks.api.router",
     "jobs.api.router",
     "jobs.base_needs.router",

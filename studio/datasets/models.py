@@ -215,6 +215,9 @@ class DatasetScan(models.Model):
     attempt = models.PositiveIntegerField(default=0, help_text="Rises each time a worker takes it: the fencing token.")
     num_read = models.PositiveBigIntegerField(default=0, help_text="Rows that were read so far, in all passes.")
     num_findings = models.PositiveBigIntegerField(default=0, help_text="All of them, those that are not kept too.")
+    num_rows = models.PositiveBigIntegerField(
+        null=True, help_text="Rows with findings. Empty: not over, or from before these were counted."
+    )
     kinds = models.JSONField(default=dict, help_text="Kind of finding -> how many.")
     notes = models.JSONField(default=list, help_text="Sentences about the whole file.")
     error = models.TextField(blank=True, help_text="Why it failed or was skipped, for people.")
