@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-import nh3
 from django.utils.safestring import SafeString, mark_safe
-from markdown_it import MarkdownIt
 
 from studio.hidden_characters import visible
 
@@ -17,6 +15,10 @@ TAGS = {"h1", "h2", "h3", "h4", "p", "ul", "ol", "li", "pre", "code", "em", "str
 
 def render_markdown(source: str) -> SafeString:
     """Markdown as HTML: raw HTML shown as text, no images, hidden characters written out, links without a referrer."""
+    # Imported when something is shown: a web process that only takes uploads does without.
+    import nh3
+    from markdown_it import MarkdownIt
+
     # A browser ends the lines of a text field with two characters, which hide nothing.
     text = visible(without_front_matter(source).replace("\r\n", "\n"))
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
