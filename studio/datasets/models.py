@@ -220,6 +220,7 @@ class DatasetScan(models.Model):
     )
     kinds = models.JSONField(default=dict, help_text="Kind of finding -> how many.")
     notes = models.JSONField(default=list, help_text="Sentences about the whole file.")
+    counts = models.JSONField(default=dict, help_text="Rows by what the scan told them to be: languages.")
     error = models.TextField(blank=True, help_text="Why it failed or was skipped, for people.")
     seconds = models.FloatField(default=0.0, help_text="What it took.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When it was last asked for.")

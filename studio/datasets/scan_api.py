@@ -29,6 +29,7 @@ class ScanOut(Out):
     num_rows: int | None = Field(description="Rows with findings; null until it is done.")
     kinds: dict[str, int]
     notes: list[str]
+    counts: dict[str, int] = Field(description="Rows by what the scan told them to be: languages.")
     error: str
     seconds: float
 

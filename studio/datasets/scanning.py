@@ -103,6 +103,12 @@ def scan_again(scan: DatasetScan, *, user: User, token: ApiToken | None = None) 
         transaction.on_commit(lambda: send_task("scan_dataset", scan.version_id))
 
 
+def languages_of(version: DatasetVersion) -> dict[str, int]:
+    """Rows by language, the most frequent first; empty until the scan of languages is done. One query."""
+    found = version.scans.filter(name="language", state=ScanState.DONE).values_list("counts", flat=True).first() or {}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
 def known_scan(name: str) -> str:
     """The name of a scan that is installed; raises Http404."""
     if name not in scans():
@@ -191,7 +197,7 @@ def _run(scan: DatasetScan) -> None:
             else:
                 _finish(
                     scan, findings, state=ScanState.DONE, num_findings=event["num_findings"],
-                    num_rows=event["num_rows"], kinds=event["kinds"], notes=event["notes"],
+                    num_rows=event["num_rows"], kinds=event["kinds"], notes=event["notes"], counts=event["counts"],
                     seconds=time.monotonic() - started,
                 )  # fmt: skip
     except InspectionFailedError:
@@ -208,6 +214,10 @@ def _update(scan: DatasetScan, **values: Any) -> None:
 def _finish(scan: DatasetScan, findings: list[ScanFinding], **values: Any) -> None:
     """Store a scan's result in one transaction, in place of an earlier one."""
     with transaction.atomic():
-        _update(scan, heartbeat_at=None, **{"num_findings": 0, "num_rows": None, "kinds": {}, "notes": [], **values})
+        _update(
+            scan,
+            heartbeat_at=None,
+            **{"num_findings": 0, "num_rows": None, "kinds": {}, "notes": [], "counts": {}, **values},
+        )
         ScanFinding.objects.filter(scan=scan).delete()
         ScanFinding.objects.bulk_create(findings, batch_size=2000)

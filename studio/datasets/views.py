@@ -29,6 +29,7 @@ from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.repairing import NothingToRepairError, is_running, queue_repair
+from studio.datasets.scanning import languages_of
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -214,6 +215,7 @@ def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
             "answers": showing.histogram(found.get("answers", {}), "characters", "answers"),
             "turns": showing.turns(found),
             "roles": showing.roles(found),
+            "languages": showing.language_bars(languages_of(version)),
         },
     )  # fmt: skip
 
