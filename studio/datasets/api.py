@@ -16,8 +16,9 @@ from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
+from studio.cards import MAX_CHARACTERS, CardConflictError, card_version
 from studio.datasets import exporting, showing
-from studio.datasets.card import MAX_CHARACTERS, CardConflictError, card_version, edit_card
+from studio.datasets.card import edit_card
 from studio.datasets.changes import changes_of
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion

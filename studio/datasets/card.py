@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from django.db import transaction
 from django.utils.safestring import SafeString
 
-from studio.accounts.models import ApiToken, AuditEvent, User, record
+from studio.accounts.models import ApiToken, User, record
+from studio.cards import card_version, refuse_conflict, refuse_too_long
 from studio.datasets.models import Dataset
 from studio.markdown import render_markdown, without_front_matter
-from workers.errors import ExplainedError
 
-MAX_CHARACTERS = 100_000
 EDITED = "dataset.card_edited"
-
-
-class CardConflictError(ExplainedError):
-    """Somebody else changed the card since the person opened it."""
-
-    code = "card_conflict"
-
-
-class CardTooLongError(ExplainedError):
-    """A card beyond what is stored."""
-
-    code = "card_too_long"
-
-
-def card_version(body: str) -> str:
-    """Names a text, so that an edit knows what it began with."""
-    return hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()
 
 
 def cleaned(body: str) -> str:
@@ -57,18 +37,10 @@ def edit_card(dataset: Dataset, body: str, user: User, *, seen: str, token: ApiT
         CardTooLongError: more than can be stored.
     """
     body = cleaned(body)
-    if len(body) > MAX_CHARACTERS:
-        raise CardTooLongError(
-            f"The card has {len(body):,} characters; {MAX_CHARACTERS:,} can be stored.", next_step="Shorten it.",
-            field="body",
-        )  # fmt: skip
+    refuse_too_long(body)
     with transaction.atomic():
         held = Dataset.objects.select_for_update().only("pk", "description").get(pk=dataset.pk).description
-        if card_version(held) != seen:
-            raise CardConflictError(
-                "The card was changed by somebody else while you edited it. Nothing was saved.",
-                next_step="Look at both texts, then save yours again or take theirs.", field="body",
-            )  # fmt: skip
+        refuse_conflict(held, seen)
         if held == body:
             return False
         Dataset.objects.filter(pk=dataset.pk).update(description=body)
@@ -78,11 +50,3 @@ def edit_card(dataset: Dataset, body: str, user: User, *, seen: str, token: ApiT
             sha256=card_version(body), num_characters=len(body),
         )  # fmt: skip
     return True
-
-
-def card_edits(dataset: Dataset) -> list[AuditEvent]:
-    """Who edited the card when, the newest first; the last twenty."""
-    events = AuditEvent.objects.filter(
-        team=dataset.team_id, action=EDITED, object_type="dataset", object_id=str(dataset.pk)
-    )
-    return list(events.select_related("user", "token").order_by("-at")[:20])

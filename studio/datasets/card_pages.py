@@ -10,16 +10,9 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
+from studio.cards import MAX_CHARACTERS, CardConflictError, card_version, edits_of
 from studio.datasets import exporting
-from studio.datasets.card import (
-    MAX_CHARACTERS,
-    CardConflictError,
-    card_edits,
-    card_version,
-    cleaned,
-    edit_card,
-    read_card,
-)
+from studio.datasets.card import EDITED, cleaned, edit_card, read_card
 from studio.datasets.models import Dataset
 from studio.datasets.views import render_tab, version_or_404
 from studio.markdown import render_markdown
@@ -62,6 +55,8 @@ def edit(request: TeamRequest, dataset_id: int) -> HttpResponse:
                 messages.success(request, "The card is saved." if is_changed else "The card was not changed.")
                 newest = dataset.versions.order_by("-number").first()
                 return redirect("datasets:card", dataset.pk, newest.number) if newest else redirect(dataset)
-    context = {"dataset": dataset, "text": text, "seen": seen, "problem": problem, "theirs": theirs,
-               "preview": preview, "edits": card_edits(dataset), "max_characters": MAX_CHARACTERS}  # fmt: skip
+    context = {
+        "dataset": dataset, "text": text, "seen": seen, "problem": problem, "theirs": theirs, "preview": preview,
+        "edits": edits_of(request.team, EDITED, dataset), "max_characters": MAX_CHARACTERS,
+    }  # fmt: skip
     return render(request, "datasets/card_edit.html", context, status=status)

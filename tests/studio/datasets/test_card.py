@@ -10,7 +10,7 @@ import yaml
 from django.test import Client
 
 from studio.accounts.models import AuditEvent, Membership, Role, Team, User
-from studio.datasets.card import MAX_CHARACTERS, card_version
+from studio.cards import MAX_CHARACTERS, card_version
 from studio.datasets.models import Dataset, DatasetVersion
 from studio.datasets.scanning import scan_next
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
