@@ -9,8 +9,7 @@ from django.http import HttpRequest, StreamingHttpResponse
 from django.utils.http import content_disposition_header
 
 from studio.streaming import stream
-
-_BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+from workers.csv_cells import guard_cell
 
 
 class _Echo:
@@ -21,18 +20,6 @@ class _Echo:
 
 
 _writer = csv.writer(_Echo())
-
-
-def guard_cell(value: object) -> object:
-    """A value as a cell that no spreadsheet takes for a formula; numbers stay numbers, None is an empty cell.
-
-    Text that begins like a formula, after whatever spaces, gets an apostrophe in front (OWASP, CSV injection).
-    """
-    if value is None or isinstance(value, int | float):
-        return "" if value is None else value
-    cell = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    # A tab or carriage return counts itself, so spaces and line feeds only are looked past.
-    return f"'{cell}" if cell.lstrip(" \n\xa0").startswith(_BEGINS_A_FORMULA) else cell
 
 
 def csv_line(values: Iterable[object]) -> str:
