@@ -19,6 +19,7 @@ from jobs.prices import Price, price_of
 from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
+from workers.errors import RecipeError
 from workers.fitting import Suggestion, suggestions
 from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import get_method
@@ -55,6 +56,7 @@ class Plan:
     num_train_rows: int
     num_held_out_rows: int
     num_cut_rows: int
+    """Usable rows over the maximum length: cut, or left out when the recipe says so."""
     num_tokens: int
     """Tokens of the training rows over all epochs, after cutting."""
     is_counted: bool
@@ -92,6 +94,8 @@ class Plan:
     def cut_share(self) -> float:
         """Share of the dataset's usable rows that are longer than the maximum length."""
         total = self.num_train_rows + self.num_held_out_rows
+        if self.recipe.training.long_rows == "leave_out":
+            total += self.num_cut_rows
         return self.num_cut_rows / total if total else 0.0
 
 
@@ -165,6 +169,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         RecipeError: the recipe cannot work, with the field it belongs to.
         DatasetError: the dataset is too small to split, or its split lacks validation rows.
     """
+    num_longer = dataset.num_longer(recipe.training.max_length)
+    if recipe.training.long_rows == "leave_out":
+        dataset = _without_long_rows(recipe, dataset)
     if recipe.dataset.split is not None:
         check_validation(recipe)
         parts = count_parts(dataset.num_rows, recipe)
@@ -187,12 +194,23 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         device=device,
         num_train_rows=num_train,
         num_held_out_rows=num_held_out,
-        num_cut_rows=sum(rows for bound, rows in dataset.lengths.items() if bound > training.max_length),
+        num_cut_rows=num_longer,
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
         instead=next(iter(alternatives(recipe, shape, dataset, device.facts)), None),
         suggestions=() if fits else tuple(suggestions(recipe, shape, dataset, target)),
     )
+
+
+def _without_long_rows(recipe: Recipe, dataset: DatasetFacts) -> DatasetFacts:
+    kept = dataset.without_longer(recipe.training.max_length)
+    if dataset.num_rows and not kept.num_rows:
+        raise RecipeError(
+            f"Every row is longer than {recipe.training.max_length:,} tokens, and longer rows are left out.",
+            next_step=f"Raise the maximum length (the longest row has {dataset.longest:,}), or let rows be cut.",
+            field="training.max_length",
+        )
+    return kept
 
 
 def plan_for(recipe: Recipe, base_model: BaseModel, version: DatasetVersion) -> Plan:

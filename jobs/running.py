@@ -176,7 +176,7 @@ def _data_options(job: Job) -> list[str]:
     if job.dataset_version is not None:
         return [
             "--dataset-file", str(files.dataset_file(job)),
-            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256, job.team_id)),
             *(["--split-file", str(split)] if (split := files.split_file(job)) is not None else []),
         ]  # fmt: skip
     assert job.suite is not None

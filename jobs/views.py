@@ -35,6 +35,7 @@ from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
 from studio.costs import Cost, money_per_hour, money_range
+from studio.reviews.scan_limits import blocking
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import DoesNotFitError, ExplainedError
@@ -225,6 +226,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
+        "dataset_blocks": blocking(version, request.team) if version is not None else [],
         "splits": form.splits.rows,
         "chosen_split": form.text_of("dataset_split"),
         "test_saying": _test_saying(form),

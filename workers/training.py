@@ -294,7 +294,9 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
                 keys[row.line] = row_key(row)
             yield row
 
-    tokens, problems, num_cut = TokenRows.render(keyed_rows(), renderer, folders.out)
+    tokens, problems, num_cut = TokenRows.render(
+        keyed_rows(), renderer, folders.out, leaves_out_long=recipe.training.long_rows == "leave_out"
+    )
     bad_lines = {problem.line for problem in problems}
     if problems:
         first = problems[0]
