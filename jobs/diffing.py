@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 from django.db.models import QuerySet
-from django.http import HttpResponse
+from django.http import HttpResponseBase
 from django.shortcuts import get_object_or_404, render
 from django.views.decorators.http import require_GET
 
@@ -21,6 +19,7 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, Team
 from studio.catalogue.lineage import ByteComparison, compare_weights
 from studio.catalogue.recipe_table import recipe_sections
+from studio.csv_tables import csv_response
 from studio.templatetags.components import duration, gpu_hours, significant
 from workers.results import SourceRecord
 
@@ -144,7 +143,7 @@ def jobs_to_compare(team: Team) -> QuerySet[Job]:
 
 @require_GET
 @team_page(Role.VIEWER)
-def diff(request: TeamRequest) -> HttpResponse:
+def diff(request: TeamRequest) -> HttpResponseBase:
     """Two jobs side by side, differences only unless all is asked for; CSV with `format=csv`."""
     a, b = (_asked(request, name) for name in ("a", "b"))
     everything = request.GET.get("all") == "1"
@@ -152,7 +151,7 @@ def diff(request: TeamRequest) -> HttpResponse:
     if a is not None and b is not None:
         rows = diff_rows(a, b)
         if request.GET.get("format") == "csv":
-            return _as_csv(a, b, [row for row in rows if everything or row.is_different])
+            return _as_csv(request, a, b, [row for row in rows if everything or row.is_different])
         context |= {
             "sections": diff_sections(rows, everything=everything),
             "num_different": sum(row.is_different for row in rows),
@@ -178,16 +177,6 @@ def _asked(request: TeamRequest, name: str) -> Job | None:
     return found
 
 
-def _as_csv(a: Job, b: Job, rows: list[DiffRow]) -> HttpResponse:
-    written = io.StringIO()
-    writer = csv.writer(written)
-    writer.writerow(["section", "setting", _plain(f"{a.name} {a.pk}"), _plain(f"{b.name} {b.pk}")])
-    writer.writerows([_plain(cell) for cell in (row.section, row.label, row.a, row.b)] for row in rows)
-    response = HttpResponse(written.getvalue(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = 'attachment; filename="jobs-diff.csv"'
-    return response
-
-
-def _plain(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
+def _as_csv(request: TeamRequest, a: Job, b: Job, rows: list[DiffRow]) -> HttpResponseBase:
+    columns = ("section", "setting", f"{a.name} {a.pk}", f"{b.name} {b.pk}")
+    return csv_response(request, "jobs-diff.csv", columns, [(row.section, row.label, row.a, row.b) for row in rows])

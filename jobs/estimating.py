@@ -19,7 +19,7 @@ from jobs.prices import Price, price_of
 from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
-from workers.errors import DatasetError
+from workers.errors import DatasetError, RecipeError
 from workers.fitting import Suggestion, suggestions
 from workers.memory import DatasetFacts, DeviceFacts, Estimate, Part, estimate, mixed
 from workers.methods import get_method
@@ -86,6 +86,7 @@ class Plan:
     num_train_rows: int
     num_held_out_rows: int
     num_cut_rows: int
+    """Usable rows over the maximum length: cut, or left out when the recipe says so."""
     num_tokens: int
     """Tokens of the training rows over all epochs, after cutting."""
     is_counted: bool
@@ -134,6 +135,8 @@ class Plan:
     def cut_share(self) -> float:
         """Share of the dataset's usable rows that are longer than the maximum length."""
         total = self.num_train_rows + self.num_held_out_rows
+        if self.recipe.training.long_rows == "leave_out":
+            total += self.num_cut_rows
         return self.num_cut_rows / total if total else 0.0
 
 
@@ -216,6 +219,7 @@ def make_plan(
         DatasetError: a dataset is too small to split, or its split lacks validation rows.
     """
     every = [dataset, *mixed_facts]
+    num_longer = sum(one.num_longer(recipe.training.max_length) for one in every)
     dataset, sources = _mixture_of(recipe, every)
     splits, parts = [one.own for one in sources], [one.portion for one in sources]
     resolved = resolve(recipe, shape, dataset, device.facts)
@@ -233,7 +237,7 @@ def make_plan(
         device=device,
         num_train_rows=sum(one.num_train for one in splits),
         num_held_out_rows=sum(one.num_held_out for one in splits),
-        num_cut_rows=sum(rows for one in every for bound, rows in one.lengths.items() if bound > training.max_length),
+        num_cut_rows=num_longer,
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
         instead=next(iter(alternatives(recipe, shape, dataset, device.facts)), None),
@@ -252,6 +256,8 @@ class _Source:
 
 def _mixture_of(recipe: Recipe, every: Sequence[DatasetFacts]) -> tuple[DatasetFacts, list[_Source]]:
     """The facts of what an epoch takes of all datasets, and the part of each; raises DatasetError."""
+    if recipe.training.long_rows == "leave_out":
+        every = [_without_long_rows(recipe, one) for one in every]
     splits = [_parts_of(recipe, number, one) for number, one in enumerate(every)]
     found = portions([one.num_train for one in splits], [one.weight for one in recipe.mix])
     sources = [_Source(own, portion) for own, portion in zip(splits, found, strict=True)]
@@ -284,6 +290,17 @@ def _planned_sources(recipe: Recipe, parts: Sequence[Portion], epochs: float) ->
         PlannedSource(ref.name, weight, portion, portion.per_epoch / total, portion.passes(epochs))
         for ref, weight, portion in zip(recipe.sources, weights, parts, strict=True)
     )
+
+
+def _without_long_rows(recipe: Recipe, dataset: DatasetFacts) -> DatasetFacts:
+    kept = dataset.without_longer(recipe.training.max_length)
+    if dataset.num_rows and not kept.num_rows:
+        raise RecipeError(
+            f"Every row is longer than {recipe.training.max_length:,} tokens, and longer rows are left out.",
+            next_step=f"Raise the maximum length (the longest row has {dataset.longest:,}), or let rows be cut.",
+            field="training.max_length",
+        )
+    return kept
 
 
 def plan_for(

@@ -23,6 +23,8 @@ from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
 from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
+from studio.query_values import whole_number
+from studio.reviews.scan_limits import with_scan_facts
 from studio.setting_fields import SettingField, SettingManyField, SettingRow, form_name, make_field, setting_row
 from workers.errors import ExplainedError
 from workers.evaluations import choose_evaluations, evaluations
@@ -173,8 +175,10 @@ class JobForm(forms.Form):
     shown_dataset = forms.CharField(max_length=40, required=False, widget=forms.HiddenInput)
 
     def __init__(
-        self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None, **kwargs: Any
-    ) -> None:
+        self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None, dataset_version: str = "",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """A form for a team; `dataset_version` is the key of the one that is chosen before anything was sent."""
         super().__init__(data, **kwargs)
         self.team = team
         self.suggestions: Sequence[Suggestion] = ()
@@ -186,9 +190,13 @@ class JobForm(forms.Form):
         else:
             self.base_models.offer(BaseModel.objects.defer("files").order_by("name"))
             self.dataset_versions.offer(
-                with_experience(DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY))
-                .annotate(done_splits=_DONE_SPLITS)
-                .order_by("dataset__name", "-number"),
+                with_scan_facts(
+                    with_experience(DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY))
+                    .annotate(done_splits=_DONE_SPLITS)
+                    .order_by("dataset__name", "-number"),
+                    team,
+                    only=whole_number(data.get("dataset_version", "") if data is not None else dataset_version),
+                ),
                 why_not=DatasetVersion.why_not_trainable,
             )
         self._offer_splits(rows_of)
@@ -456,7 +464,8 @@ def fresh_form(
     Without a split of the dataset that is asked for it begins with the default one.
     `num_again` is how often `parent` was run again already; the new name counts on from there.
     """
-    form = JobForm(team=team)
+    chosen = str(parent.dataset_version_id or "") if parent is not None else dataset_version
+    form = JobForm(team=team, dataset_version=chosen)
     form.initial.update(idempotency_key=secrets.token_urlsafe(16), goal="balanced")
     if parent is not None:
         recipe = Recipe.from_dict(parent.asked_recipe)

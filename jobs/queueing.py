@@ -23,6 +23,7 @@ from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
 from studio.catalogue.models import Adapter, BaseModel, Suite
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
+from studio.reviews.scan_limits import refuse_blocked
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
 from workers.recipe import DatasetRef, Recipe
@@ -70,6 +71,7 @@ def queue_job(
 
     Raises:
         RecipeError: the dataset is not ready or not the team's, or has no such split.
+        BlockedByScanError: the team's policy does not let these rows be trained on as they are.
         IdempotencyConflictError: the key belongs to a job with another recipe.
     """
     if dataset_version is not None and dataset_version.dataset.team_id != team.pk:
@@ -88,6 +90,9 @@ def queue_job(
     known = Job.objects.filter(team=team, idempotency_key=idempotency_key).first()
     if known is not None:
         return _same_job(known, asked)
+    # Not before: what was queued under an older policy is the answer to the same request still.
+    if dataset_version is not None and kind == JobKind.TRAIN:
+        refuse_blocked(dataset_version, team)
     try:
         with transaction.atomic():
             for number, (ref, version) in enumerate(zip(recipe.sources, (dataset_version, *mixed), strict=True)):

@@ -177,7 +177,7 @@ def _data_options(job: Job) -> list[str]:
         return [
             "--dataset-file", str(files.dataset_file(job)),
             *(part for file in files.mix_files(job) for part in ("--mix-file", str(file))),
-            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+            "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256, job.team_id)),
             *(["--split-file", str(split)] if (split := files.split_file(job)) is not None else []),
             *(part for file in files.mix_split_files(job) for part in ("--mix-split-file", str(file))),
         ]  # fmt: skip

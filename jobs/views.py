@@ -37,6 +37,7 @@ from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
 from studio.costs import Cost, money_per_hour, money_range
+from studio.reviews.scan_limits import blocking
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import DoesNotFitError, ExplainedError
@@ -234,6 +235,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "mix_problems": form.errors.get("mix", []) if form.is_bound else [],
         "max_mixed": MAX_MIXED,
         "weight_setting": WEIGHT_SETTING,
+        "dataset_blocks": blocking(version, request.team) if version is not None else [],
         "splits": form.splits.rows,
         "chosen_split": form.text_of("dataset_split"),
         "test_saying": _test_saying(form),

@@ -43,6 +43,8 @@ def main(listener: socket.socket) -> None:
         # trusted, takes the first entry, which the visitor may have written.
         proxy_headers=False,
         server_header=False,
+        # Its lines go where ours go, in the same form.
+        log_config=None,
         # The one-time login links are in the paths.
         access_log=False,
     )

@@ -149,6 +149,7 @@ API_ROUTERS = [
     "studio.catalogue.views_api.router",
     "studio.catalogue.suite_api.router",
     "studio.reviews.api.router",
+    "studio.reviews.scan_api.router",
     "studio.webhooks.api.router",
     "jobs.api.router",
     "jobs.base_needs.router",
@@ -175,6 +176,7 @@ TEMPLATES = [
                 "django.contrib.messages.context_processors.messages",
                 "studio.accounts.context.shell",
             ],
+            "builtins": ["studio.templatetags.text"],
         },
     },
 ]
@@ -259,7 +261,12 @@ USE_I18N = False
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "formatters": {
+        "line": {
+            "()": "studio.hidden_characters.LineFormatter",
+            "format": "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        }
+    },
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["console"], "level": "INFO"},
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workers.examples import Example, Problem
 from workers.mixing import Portion
-from workers.rendering import Renderer
+from workers.rendering import Rendered, Renderer
 
 
 class TokenRows:
@@ -45,11 +45,12 @@ class TokenRows:
 
     @classmethod
     def render(
-        cls, rows: Iterable[Example | Problem], renderer: Renderer, folder: Path
+        cls, rows: Iterable[Example | Problem], renderer: Renderer, folder: Path, *, leaves_out_long: bool = False
     ) -> tuple[TokenRows, list[Problem], int]:
         """The usable rows, why the others are not, and how many of the usable ones were cut.
 
         Reads row by row; `folder` must exist and takes the nameless files. Raises OSError when its disk is full.
+        With `leaves_out_long` none is cut: a row over the renderer's length is a problem.
         """
         found = cls(folder)
         problems: list[Problem] = []
@@ -59,6 +60,9 @@ class TokenRows:
             if isinstance(rendered, Problem):
                 if rendered.level == "error":
                     problems.append(rendered)
+                continue
+            if leaves_out_long and rendered.num_cut:
+                problems.append(_too_long(row, rendered, renderer.max_length))
                 continue
             num_cut += rendered.num_cut > 0
             assert isinstance(row, Example)
@@ -107,6 +111,15 @@ class TokenRows:
     def length(self, row: int) -> int:
         """Tokens of a row."""
         return self.starts[row + 1] - self.starts[row]
+
+
+def _too_long(row: Example | Problem, rendered: Rendered, max_length: int) -> Problem:
+    return Problem(
+        rule="row_too_long",
+        message=f"The row has {len(rendered.ids) + rendered.num_cut:,} tokens, more than {max_length:,}.",
+        fix="Raise the maximum length, or let longer rows be cut.",
+        line=row.line,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ network of its own. It writes one JSON object per line to standard output and en
 from __future__ import annotations
 
 import argparse
+import heapq
 import resource
 import sys
 import time
@@ -48,6 +49,8 @@ MIN_USABLE = 10
 MIN_PAIRS, MUCH = 20, 0.9
 """Pairs from which a share of longer chosen answers says something, and the share that is remarked on."""
 CUTS = (512, 1024, 2048)
+NUM_LONGEST = 100
+"""Rows that are listed with their lengths: those that a maximum length cuts first."""
 TOKEN_BINS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768, 65536)
 CHARACTER_BINS = (100, 200, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 16000, 32000, 64000, 128_000)
 
@@ -292,6 +295,7 @@ def count_tokens(path: Path, format_name: str, columns: dict[str, str], folder: 
 
     renderer = Renderer(folder, max_length=2**31, loss_on="assistant")
     lengths = Histogram(TOKEN_BINS)
+    longest: list[tuple[int, int]] = []
     cut: Counter[int] = Counter()
     refused: Counter[str] = Counter()
     end = time.monotonic() + seconds
@@ -305,6 +309,8 @@ def count_tokens(path: Path, format_name: str, columns: dict[str, str], folder: 
             continue
         lengths.add(num)
         cut.update(bound for bound in CUTS if num > bound)
+        # The line negated: of two rows as long, the first is kept.
+        (heapq.heappush if len(longest) < NUM_LONGEST else heapq.heappushpop)(longest, (num, -example.line))
         now = time.monotonic()
         if now - shown_at > PROGRESS_SECONDS:
             shown_at = now
@@ -317,6 +323,7 @@ def count_tokens(path: Path, format_name: str, columns: dict[str, str], folder: 
         tokens={
             **lengths.to_dict(),
             "cut": {str(bound): cut[bound] for bound in CUTS},
+            "longest_rows": [[-line, num] for num, line in sorted(longest, reverse=True)],
             "refused": dict(refused),
             "is_whole": is_whole,
         },

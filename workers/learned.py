@@ -6,10 +6,13 @@ Rendering and cutting are the Renderer's own, which training uses; here they are
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from workers.examples import AnyExample, Example, PreferenceExample, UnpairedExample
-from workers.rendering import Rendered, Renderer, RenderingError
+
+if TYPE_CHECKING:
+    # The web process knows only the shape of the answer; a child process renders.
+    from workers.rendering import Rendered, Renderer
 
 TokenKind = Literal["trained", "context", "cut"]
 MAX_CHARACTERS = 1_000_000
@@ -97,6 +100,8 @@ def _unrendered(problem: str, label: str = "") -> Conversation:
 
 
 def _conversation(renderer: Renderer, example: Example, label: str, max_tokens: int) -> Conversation:
+    from workers.rendering import RenderingError
+
     try:
         kept = renderer.render(example)
         whole = renderer.with_limits(max_length=WHOLE, loss_on=renderer.loss_on).render(example)

@@ -90,6 +90,24 @@ class DatasetFacts:
             mean *= kept / max(1, sum(bound * rows for bound, rows in self.lengths.items()))
         return min(mean, max_length)
 
+    def num_longer(self, max_length: int) -> int:
+        """Rows of more tokens; the rows of a bin that the length lies in count, too."""
+        return sum(rows for bound, rows in self.lengths.items() if bound > max_length)
+
+    def without_longer(self, max_length: int) -> DatasetFacts:
+        """What is left when rows of more tokens are left out."""
+        kept = {bound: rows for bound, rows in self.lengths.items() if bound <= max_length}
+        # Bins give upper bounds, so they say which share of the tokens stays, not how many these are.
+        share = sum(bound * rows for bound, rows in kept.items()) / max(
+            1, sum(bound * rows for bound, rows in self.lengths.items())
+        )
+        return DatasetFacts(
+            num_rows=max(0, self.num_rows - self.num_longer(max_length)),
+            total_tokens=round(self.total_tokens * share) if self.lengths else self.total_tokens,
+            longest=min(self.longest, max_length),
+            lengths=kept,
+        )
+
 
 @dataclass(frozen=True)
 class Part:

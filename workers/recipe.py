@@ -195,6 +195,14 @@ class TrainingSettings(_Part):
         "their ends. Too high: one long row takes all the memory.",
         json_schema_extra={"unit": "tokens", "source": "rows of instruction datasets are rarely longer"},
     )
+    long_rows: Literal["cut", "leave_out"] = Field(
+        "cut",
+        title="Longer rows",
+        description="What becomes of rows over the maximum length: cut there, or left out as a whole, of training and "
+        "of the held-out rows. Cut answers have no end, so many of them teach not to stop; left out, the longest "
+        "questions are never learned.",
+        json_schema_extra={"source": "our own choice: no row is lost unless somebody asks for it"},
+    )
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
         "cosine",
         title="Schedule",
@@ -471,7 +479,7 @@ class EvaluationSettings(_Part):
         return tuple(one.name if isinstance(one, MetricChoice) and not one.settings else one for one in metrics)
 
 
-_LATER = {"evaluation": {"num_samples_shown": 3}}
+_LATER: dict[str, dict[str, Any]] = {"evaluation": {"num_samples_shown": 3}, "training": {"long_rows": "cut"}}
 """Settings that came when there were recipes already, with their defaults: these are left out of the digest."""
 
 

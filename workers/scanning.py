@@ -58,18 +58,22 @@ def run_scan(name: str, path: Path, format_name: str, columns: dict[str, str]) -
     rows = Rows(reader.rows, lambda: reader.show(ALIVE_SECONDS))
     kinds: Counter[str] = Counter()
     notes: list[str] = []
+    counts: dict[str, int] = {}
     kept: list[Finding] = []
+    lines: set[int] = set()
     for found in get_scan(name).find(rows):
         if isinstance(found, Note):
             notes.append(found.text)
+            counts |= found.counts
             continue
         kinds[found.kind] += 1
+        lines.add(found.line)
         if len(kept) < MAX_FINDINGS:
             kept.append(found)
     kept.sort(key=lambda finding: finding.line)
     for finding in _with_excerpts(kept, rows):
         emit("finding", finding=asdict(finding))
-    emit("done", num_findings=kinds.total(), kinds=dict(kinds), notes=notes)
+    emit("done", num_findings=kinds.total(), num_rows=len(lines), kinds=dict(kinds), notes=notes, counts=counts)
 
 
 def _with_excerpts(findings: list[Finding], rows: Rows) -> Iterator[Finding]:

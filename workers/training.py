@@ -330,7 +330,9 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
                 keys[row.line] = row_key(row)
             yield row
 
-    tokens, problems, num_cut = TokenRows.render(keyed_rows(), renderer, folders.out)
+    tokens, problems, num_cut = TokenRows.render(
+        keyed_rows(), renderer, folders.out, leaves_out_long=recipe.training.long_rows == "leave_out"
+    )
     if problems:
         report(MessageEvent(level="warning", text=left_out_sentence(problems, names)))
     train: list[list[int]] = []

@@ -4,6 +4,8 @@
 (() => {
   const RETRY_MILLISECONDS = [0, 1000, 2000, 4000, 8000, 15000, 15000, 15000, 30000, 30000, 60000, 60000, 60000];
   const RATE_SECONDS = 5;
+  // A connection that carries nothing any more is often not told to be broken for minutes.
+  const STALL_SECONDS = 10;
 
   const size = (bytes) => {
     // In units of 1024, as the pages say sizes.
@@ -59,6 +61,8 @@
     const value = (name) => form.elements[name]?.value ?? "";
     let upload = null;
     let isWaiting = false;
+    // When bytes last went out, or are to at the latest, in seconds; null while none are expected to.
+    let movedAt = null;
 
     drop.addEventListener("dragover", (event) => {
       event.preventDefault();
@@ -75,6 +79,7 @@
     const enter = (state, sentence) => {
       form.dataset.state = state;
       isWaiting = false;
+      movedAt = state === "sending" ? performance.now() / 1000 : null;
       submit.hidden = state !== "idle";
       pause.hidden = state !== "sending";
       resume.hidden = !["paused", "failed"].includes(state);
@@ -133,6 +138,8 @@
         onProgress: (sent, total) => {
           if (form.dataset.state !== "sending") return;
           isWaiting = false;
+          // When all is sent the studio checks and stores it, which takes as long as it takes.
+          movedAt = sent < total ? performance.now() / 1000 : null;
           const speed = rate.of(sent);
           bar.value = total ? (100 * sent) / total : 100;
           text.textContent =
@@ -140,10 +147,11 @@
               ? `${size(sent)} of ${size(total)}, ${size(speed)}/s${speed ? `, ${duration((total - sent) / speed)} left` : ""}`
               : `${size(total)} sent. Checking and storing the file.`;
         },
-        onShouldRetry: (error) => {
+        onShouldRetry: (error, attempt) => {
           if (!mayRetry(error)) return false;
           rate = new Rate();
           isWaiting = true;
+          movedAt = (performance.now() + RETRY_MILLISECONDS[attempt]) / 1000;
           text.textContent = "The connection broke. What was sent is kept; trying again.";
           return true;
         },
@@ -165,6 +173,18 @@
       complain(page.getElementById("name-problem")?.textContent ?? "This name cannot be used.", "name");
       return false;
     };
+
+    // Before it has an address, trying again would begin another upload beside it.
+    const lookForStall = async () => {
+      if (!upload?.url || movedAt === null || performance.now() / 1000 - movedAt < STALL_SECONDS) return;
+      const stalled = upload;
+      movedAt = performance.now() / 1000;
+      isWaiting = true;
+      text.textContent = `No bytes for ${STALL_SECONDS} s, trying again. What was sent is kept.`;
+      await stalled.abort();
+      if (upload === stalled && form.dataset.state === "sending") stalled.start();
+    };
+    setInterval(lookForStall, 1000);
 
     const go = async () => {
       const [earlier] = await upload.findPreviousUploads();

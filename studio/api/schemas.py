@@ -10,6 +10,10 @@ from pydantic_core import PydanticCustomError
 
 from workers.texts import find_unstorable
 
+# Each endpoint's models are built when it is first called: all of them together take 15 MiB, and a web process calls
+# few of them. On ninja's own class, because it wraps every answer in one of that kind.
+Schema.model_config["defer_build"] = True
+
 
 class Out(Schema):
     """What an endpoint answers; reads from model instances and from dicts."""
@@ -18,7 +22,7 @@ class Out(Schema):
 class Body(BaseModel):
     """A JSON body. A field that it does not declare is refused, so that a typing error never passes in silence."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -14,21 +14,12 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role
+from studio.cards import MAX_CHARACTERS, CardConflictError, card_version, edits_of
 from studio.catalogue import blind, listing
 from studio.catalogue.bundles import entries, folder_name, manifest_sha256
 from studio.catalogue.findings import Level, evaluation_of, findings_of, shown_details, thresholds_of
 from studio.catalogue.lineage import adapters_for_page, repeat_of, repeated_by, training_cost
-from studio.catalogue.model_card import (
-    MAX_EDITED_CHARACTERS,
-    CardConflictError,
-    card_body,
-    card_edits,
-    card_version,
-    edit_card,
-    generated_body,
-    read_card,
-    render_markdown,
-)
+from studio.catalogue.model_card import EDITED, card_body, edit_card, generated_body, read_card, render_markdown
 from studio.catalogue.models import Adapter, Sample, SampleChoice
 from studio.catalogue.recipe_table import recipe_sections
 from studio.catalogue.samples import DIFFS, LENGTHS, Filters, sample_page
@@ -196,9 +187,9 @@ def edit(request: TeamRequest, adapter_id: int) -> HttpResponse:
             "problem": problem,
             "theirs": theirs,
             "preview": render_markdown(text) if request.method == "POST" and problem is None else None,
-            "edits": card_edits(found),
+            "edits": edits_of(request.team, EDITED, found),
             "generated": generated_body(found),
-            "max_characters": MAX_EDITED_CHARACTERS,
+            "max_characters": MAX_CHARACTERS,
         },
         status=status,
     )

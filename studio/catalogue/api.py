@@ -15,6 +15,7 @@ from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of, require_cursor
 from studio.api.schemas import Body, Out
+from studio.cards import MAX_CHARACTERS, CardConflictError, card_version
 from studio.catalogue import blind, listing
 from studio.catalogue.base_checks import ask_for_check, check_of
 from studio.catalogue.bundles import manifest_sha256
@@ -22,14 +23,7 @@ from studio.catalogue.downloads import download_response
 from studio.catalogue.file_checks import check_now
 from studio.catalogue.findings import Finding, Level, findings_of, thresholds_of
 from studio.catalogue.importing import allowed_folder, register_base_model
-from studio.catalogue.model_card import (
-    MAX_EDITED_CHARACTERS,
-    CardConflictError,
-    adapter_front_matter,
-    card_body,
-    card_version,
-    edit_card,
-)
+from studio.catalogue.model_card import adapter_front_matter, card_body, edit_card
 from studio.catalogue.models import Adapter, BaseFileCheck, BaseModel, Sample
 from studio.keyset import read_page
 from workers.evaluations import evaluations
@@ -171,7 +165,7 @@ class CardOut(Out):
 class CardBody(Body):
     """A new text of a card."""
 
-    body: str = Field(max_length=MAX_EDITED_CHARACTERS, description="Markdown; empty brings the generated text back.")
+    body: str = Field(max_length=MAX_CHARACTERS, description="Markdown; empty brings the generated text back.")
     seen: str = Field(max_length=64, description="`version` of the text that the edit began with.")
 
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db.models import Exists, OuterRef
-from django.http import HttpResponse
+from django.http import HttpResponseBase
 from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.catalogue.comparing import NotComparableError, compare_runs, verdicts
-from studio.catalogue.list_pages import adapters_by_id, chosen_ids, csv_line
+from studio.catalogue.list_pages import adapters_by_id, chosen_ids
 from studio.catalogue.models import Adapter, EvaluationRun, RowCounts, RunComparison, Score, TestSet
+from studio.csv_tables import csv_response
 from studio.query_values import whole_number
 from workers.verdicts import Verdict
 
@@ -56,7 +57,7 @@ class Figure:
 
 @require_GET
 @team_page()
-def compare(request: TeamRequest) -> HttpResponse:
+def compare(request: TeamRequest) -> HttpResponseBase:
     """The adapters that the URL names, beside the baseline that it names; `all` shows equal settings too."""
     asked = chosen_ids(request.GET)
     found = adapters_by_id(request, asked[:MAX_COMPARED])
@@ -65,7 +66,7 @@ def compare(request: TeamRequest) -> HttpResponse:
     figures = score_figures(found, baseline) if baseline is not None else []
     rows = setting_rows(found)
     if request.GET.get("as") == "csv":
-        return _as_csv(found, figures, rows)
+        return _as_csv(request, found, figures, rows)
     shown = rows if "all" in request.GET else [row for row in rows if not row.is_same()]
     runs = ",".join(str(one.pk) for one in found)
     return render(
@@ -171,11 +172,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _as_csv(adapters: list[Adapter], figures: list[Figure], rows: list[Row]) -> HttpResponse:
-    lines = [csv_line(["", *(f"{one.name} v{one.version}" for one in adapters)])]
+def _as_csv(request: TeamRequest, adapters: list[Adapter], figures: list[Figure], rows: list[Row]) -> HttpResponseBase:
+    lines: list[list[object]] = []
     for figure in figures:
-        lines.append(csv_line([figure.name, *(cell.score.value if cell.score else None for cell in figure.cells)]))
-        lines.append(csv_line([f"{figure.name}: verdict", *(cell.verdict or "" for cell in figure.cells)]))
-    lines += [csv_line([row.name, *row.values]) for row in rows]
-    headers = {"Content-Disposition": 'attachment; filename="comparison.csv"'}
-    return HttpResponse("".join(lines), content_type="text/csv; charset=utf-8", headers=headers)
+        lines.append([figure.name, *(cell.score.value if cell.score else None for cell in figure.cells)])
+        lines.append([f"{figure.name}: verdict", *(cell.verdict or "" for cell in figure.cells)])
+    lines += [[row.name, *row.values] for row in rows]
+    columns = ["", *(f"{one.name} v{one.version}" for one in adapters)]
+    return csv_response(request, "comparison.csv", columns, lines)

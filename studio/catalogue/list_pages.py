@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from django.contrib import messages
 from django.db.models import Prefetch
-from django.http import HttpResponse, HttpResponseBase, QueryDict, StreamingHttpResponse
+from django.http import HttpResponse, HttpResponseBase, QueryDict
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
@@ -19,7 +17,9 @@ from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import record
 from studio.catalogue import listing, saved_views
 from studio.catalogue.models import Adapter, SavedView, Score, TestSet
+from studio.csv_tables import csv_response
 from studio.query_values import whole_number
+from studio.streaming import stream
 from workers.evaluations import evaluations
 
 EXPORTED_AT_ONCE = 500
@@ -69,16 +69,12 @@ def export(request: TeamRequest, kind: str) -> HttpResponseBase:
     rows = listing.filtered(request.team.adapters.all(), filters)
     root = request.build_absolute_uri("/").rstrip("/")
     record("catalogue.exported", team=request.team, user=request.user, kind=kind)
-    lines = (
-        _csv_lines(_exported(rows, filters.metric, root))
-        if kind == "csv"
-        else _json_lines(_exported(rows, filters.metric, root))
-    )
-    content_type = "text/csv; charset=utf-8" if kind == "csv" else "application/x-ndjson"
-    name = "adapters.csv" if kind == "csv" else "adapters.jsonl"
-    return StreamingHttpResponse(
-        lines, content_type=content_type, headers={"Content-Disposition": f'attachment; filename="{name}"'}
-    )
+    found = _exported(rows, filters.metric, root)
+    if kind == "csv":
+        return csv_response(request, "adapters.csv", COLUMNS, ([row[name] for name in COLUMNS] for row in found))
+    response = stream(request, _json_lines(found), content_type="application/x-ndjson")
+    response["Content-Disposition"] = 'attachment; filename="adapters.jsonl"'
+    return response
 
 
 @require_POST
@@ -154,28 +150,6 @@ def _figures(score: Score | None) -> dict[str, Any]:
     if score is None:
         return {**dict.fromkeys(names), "verdict": None}
     return {**{name: getattr(score, name) for name in names}, "verdict": str(score.verdict())}
-
-
-def _csv_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    yield csv_line(COLUMNS)
-    for row in rows:
-        yield csv_line([row[name] for name in COLUMNS])
-
-
-def csv_line(values: Any) -> str:
-    """A line of CSV in which no cell is a formula to a spreadsheet."""
-    out = io.StringIO()
-    csv.writer(out).writerow([_cell(value) for value in values])
-    return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    # What begins like a formula is text to a spreadsheet when an apostrophe stands before it (OWASP, "CSV injection").
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"
-    return "" if value is None else value
 
 
 def _json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-
-import nh3
 from django.db import transaction
-from django.utils.safestring import SafeString, mark_safe
-from markdown_it import MarkdownIt
+from django.utils.safestring import SafeString
 
-from studio.accounts.models import ApiToken, AuditEvent, User, record
+from studio.accounts.models import ApiToken, User, record
+from studio.cards import card_version, refuse_conflict, refuse_too_long
 from studio.catalogue.models import Adapter, Score, Suite, TestSet
+from studio.markdown import render_markdown, without_front_matter
 from studio.storage import open_adapter_file
-from workers.errors import ExplainedError
 from workers.model_card import HELD_OUT_SPLIT, MeasuredOn, front_matter
 from workers.results import SourceRecord
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 512 * 1024
-MAX_EDITED_CHARACTERS = 100_000
 EDITED = "adapter.card_edited"
-_FRONT_MATTER = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
-TAGS = {"h1", "h2", "h3", "h4", "p", "ul", "ol", "li", "pre", "code", "em", "strong", "a", "table", "thead", "tbody",
-        "tr", "th", "td", "blockquote", "hr", "br"}  # fmt: skip
-
-
-class CardConflictError(ExplainedError):
-    """Somebody else changed the card since the person opened it."""
-
-    code = "card_conflict"
-
-
-class CardTooLongError(ExplainedError):
-    """A card beyond what is stored."""
-
-    code = "card_too_long"
-
-
-def render_markdown(source: str) -> SafeString:
-    """Markdown as HTML: raw HTML shown as text, no images, links that carry no referrer."""
-    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(_FRONT_MATTER.sub("", source, count=1))
-    clean = nh3.clean(
-        html,
-        tags=TAGS,
-        attributes={"a": {"href"}},
-        url_schemes={"http", "https"},
-        link_rel="noopener noreferrer nofollow",
-    )
-    return mark_safe(clean)  # noqa: S308  nh3 has just cleaned it
 
 
 def card_body(adapter: Adapter) -> str | None:
@@ -63,18 +30,13 @@ def generated_body(adapter: Adapter) -> str | None:
             source = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    return _FRONT_MATTER.sub("", source, count=1).strip() + "\n"
+    return without_front_matter(source).strip() + "\n"
 
 
 def read_card(adapter: Adapter) -> SafeString | None:
     """The adapter's card as safe HTML; None when there is none."""
     body = card_body(adapter)
     return render_markdown(body) if body is not None else None
-
-
-def card_version(body: str | None) -> str:
-    """What tells one text of a card from another: its sha256."""
-    return hashlib.sha256((body or "").encode()).hexdigest()
 
 
 def adapter_front_matter(adapter: Adapter) -> str:
@@ -135,22 +97,14 @@ def edit_card(adapter: Adapter, body: str, user: User, *, seen: str, token: ApiT
         CardConflictError: the card has another text by now.
         CardTooLongError: more than can be stored.
     """
-    body = _FRONT_MATTER.sub("", body.replace("\r\n", "\n"), count=1).strip()
-    if len(body) > MAX_EDITED_CHARACTERS:
-        raise CardTooLongError(
-            f"The card has {len(body):,} characters; {MAX_EDITED_CHARACTERS:,} can be stored.",
-            next_step="Shorten it.", field="body",
-        )  # fmt: skip
+    body = without_front_matter(body.replace("\r\n", "\n")).strip()
+    refuse_too_long(body)
     generated = generated_body(adapter)
     stored = "" if not body or body + "\n" == generated else body + "\n"
     with transaction.atomic():
         locked = Adapter.objects.select_for_update().only("pk", "card").get(pk=adapter.pk)
         before = locked.card or generated
-        if card_version(before) != seen:
-            raise CardConflictError(
-                "The card was changed by somebody else while you edited it. Nothing was saved.",
-                next_step="Look at both texts, then save yours again or take theirs.", field="body",
-            )  # fmt: skip
+        refuse_conflict(before, seen)
         if stored == locked.card:
             return False
         Adapter.objects.filter(pk=adapter.pk).update(card=stored)
@@ -160,11 +114,3 @@ def edit_card(adapter: Adapter, body: str, user: User, *, seen: str, token: ApiT
             sha256=card_version(card_body(adapter)), num_characters=len(stored), is_generated=not stored,
         )  # fmt: skip
     return True
-
-
-def card_edits(adapter: Adapter) -> list[AuditEvent]:
-    """Who edited the card when, the newest first; the last twenty."""
-    events = AuditEvent.objects.filter(
-        team=adapter.team, action=EDITED, object_type="adapter", object_id=str(adapter.pk)
-    )
-    return list(events.select_related("user", "token").order_by("-at")[:20])

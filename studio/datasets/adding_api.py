@@ -98,7 +98,9 @@ def import_hub_dataset(request: ApiRequest, body: HubBody) -> Status[Upload]:
 def _started(request: ApiRequest, body: TargetBody, start: Callable[..., Upload]) -> Status[Upload]:
     values = body.model_dump(exclude={"dataset_id"})
     try:
-        upload = start(team=request.team, user=request.user, dataset=body.dataset(request), **values)
+        upload = start(
+            team=request.team, user=request.user, dataset=body.dataset(request), token=request.token, **values
+        )
     except TooManyUploadsError as error:
         raise too_many_uploads() from error
     return Status(202, upload)

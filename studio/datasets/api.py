@@ -16,7 +16,9 @@ from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
+from studio.cards import MAX_CHARACTERS, CardConflictError, card_version
 from studio.datasets import exporting, showing
+from studio.datasets.card import edit_card
 from studio.datasets.changes import changes_of
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion
@@ -175,6 +177,20 @@ class LicenceBody(Body):
     licence: Literal[tuple(identifier for identifier, _ in choices())]  # type: ignore[valid-type]
 
 
+class CardOut(Out):
+    """A dataset's card: what people wrote, and a name of this very text."""
+
+    body: str
+    version: str = Field(description="What `seen` is to be when the card is edited.")
+
+
+class CardBody(Body):
+    """A new text of a card, in Markdown. Front matter in it is dropped: each export has its own."""
+
+    body: str = Field(max_length=MAX_CHARACTERS)
+    seen: str = Field(max_length=64, description="`version` of the card that was read.")
+
+
 class MappingBody(Body):
     """Which column is which: {"prompt": "question", "completion": "answer"}."""
 
@@ -250,6 +266,31 @@ def change_dataset(request: ApiRequest, dataset_id: int, body: LicenceBody) -> D
     dataset = get_object_or_404(_datasets(request), pk=dataset_id)
     set_licence(dataset, body.licence, user=request.user, token=request.token)
     return dataset
+
+
+@router.get("datasets/{int:dataset_id}/card/", response={200: CardOut, **ERRORS}, summary="A dataset's card")
+def get_card(request: ApiRequest, dataset_id: int) -> dict[str, str]:
+    return _card(get_object_or_404(request.team.datasets, pk=dataset_id))
+
+
+@router.put(
+    "datasets/{int:dataset_id}/card/",
+    response={200: CardOut, **ERRORS},
+    auth=may_write,
+    summary="Edit a dataset's card, unless somebody else did since it was read",
+)
+def put_card(request: ApiRequest, dataset_id: int, body: CardBody) -> dict[str, str]:
+    dataset = get_object_or_404(request.team.datasets.select_related("team"), pk=dataset_id)
+    try:
+        edit_card(dataset, body.body, request.user, seen=body.seen, token=request.token)
+    except CardConflictError as error:
+        again = "Read the card again and send yours with its version."
+        raise ApiError(409, error.code, error.message, field="seen", help=again) from error
+    return _card(dataset)
+
+
+def _card(dataset: Dataset) -> dict[str, str]:
+    return {"body": dataset.description, "version": card_version(dataset.description)}
 
 
 @router.delete("datasets/{int:dataset_id}/", response={204: None, **ERRORS}, auth=may_write)

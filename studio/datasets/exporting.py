@@ -16,9 +16,11 @@ from django.utils.http import content_disposition_header
 
 from studio.accounts.models import ApiToken, User, record
 from studio.datasets.models import DatasetVersion
+from studio.datasets.scanning import languages_of
 from studio.streaming import CHUNK_BYTES, stream
 from workers.exporting import DATA_FILE, SET_ASIDE_FILE, Kind
 from workers.licences import UNKNOWN
+from workers.scans.language import own_languages
 
 KINDS: dict[Kind, str] = {"parquet": "Parquet", "jsonl": "JSON Lines"}
 # As the Hub names them: up to this many rows.
@@ -49,9 +51,10 @@ def response(
     return answer
 
 
-def card(version: DatasetVersion, kind: Kind) -> str:
-    """README.md of the folder: front matter as the Hub reads it, and in words what the rows are."""
+def front_matter(version: DatasetVersion, kind: Kind) -> str:
+    """What the Hub reads of a card: name, licence, languages, size and where the rows are."""
     dataset = version.dataset
+    languages = own_languages(languages_of(version))
     size = next((name for most, name in _SIZES if version.num_usable < most), "n>1T")
     licence = dataset.licence or UNKNOWN
     front = [
@@ -59,6 +62,7 @@ def card(version: DatasetVersion, kind: Kind) -> str:
         # JSON is YAML, and a name may hold anything.
         f"pretty_name: {orjson.dumps(dataset.name).decode()}",
         f"license: {licence}",
+        *(["language:", *(f"- {code}" for code in languages)] if languages else []),
         "task_categories:",
         "- text-generation",
         "size_categories:",
@@ -70,6 +74,12 @@ def card(version: DatasetVersion, kind: Kind) -> str:
         f"    path: {DATA_FILE}.{kind}",
         "---",
     ]
+    return "\n".join(front)
+
+
+def card(version: DatasetVersion, kind: Kind) -> str:
+    """README.md of the folder: front matter, what people wrote of the dataset, and in words what the rows are."""
+    dataset = version.dataset
     set_aside = (
         f"\n{version.num_quarantined:,} of {version.num_rows:,} rows cannot be used; `{SET_ASIDE_FILE}` has "
         "their lines and what is wrong with each.\n"
@@ -77,11 +87,11 @@ def card(version: DatasetVersion, kind: Kind) -> str:
         else ""
     )
     body = (
-        f"# {dataset.name}\n\n{dataset.description or ''}\n\nVersion {version.number}: {version.num_usable:,} rows.\n"
+        f"# {dataset.name}\n\n{dataset.description}\n\nVersion {version.number}: {version.num_usable:,} rows.\n"
         f"{set_aside}\nColumns: {_COLUMNS[version.example_type()]} `tools`, where it is there, is the JSON list of the "
         f"functions that may be called.\n\nMade from `{version.file_name}`, sha256 `{version.sha256}`.\n"
     )
-    return "\n".join(front) + "\n\n" + body
+    return f"{front_matter(version, kind)}\n\n{body}"
 
 
 def archive(version: DatasetVersion, kind: Kind) -> Iterator[bytes]:

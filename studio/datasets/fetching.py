@@ -29,7 +29,7 @@ from django.db.models import Q
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from studio.accounts.models import Team, User
+from studio.accounts.models import ApiToken, Team, User, record
 from studio.datasets.folders import allowed_file, open_allowed
 from studio.datasets.models import Dataset, Upload, UploadState
 from studio.datasets.resumable import (
@@ -62,8 +62,9 @@ Opened: TypeAlias = AbstractContextManager[tuple[BinaryIO, dict[str, Any]]]
 
 
 def start_folder_import(
-    *, team: Team, user: User, path: str, dataset: Dataset | None = None, name: str = "", licence: str = ""
-) -> Upload:
+    *, team: Team, user: User, path: str, dataset: Dataset | None = None, name: str = "", licence: str = "",
+    token: ApiToken | None = None,
+) -> Upload:  # fmt: skip
     """Have a file of the server's folders become a dataset version; raises DatasetError and what `_start` does."""
     file = allowed_file(path)
     num_bytes = file.stat().st_size
@@ -72,7 +73,7 @@ def start_folder_import(
         raise TooLargeError(f"The file is larger than the {limit:.1f} GB that are accepted.")
     refuse_without_space(num_bytes)
     return _start(
-        team, user, dataset, name, licence, file_name=file.name, num_bytes=num_bytes,
+        team, user, dataset, name, licence, token, file_name=file.name, num_bytes=num_bytes,
         source={"kind": "folder", "path": str(file)},
     )  # fmt: skip
 
@@ -88,6 +89,7 @@ def start_hub_import(
     dataset: Dataset | None = None,
     name: str = "",
     licence: str = "",
+    token: ApiToken | None = None,
 ) -> Upload:
     """Have a split of a dataset of the Hugging Face Hub become a dataset version; what it takes is said in
     workers.hub_dataset. Raises DatasetError and what `_start` does.
@@ -100,21 +102,30 @@ def start_hub_import(
         if not _HUB_WORD.fullmatch(value) and (value or field == "split"):
             raise DatasetError(f'"{value}" cannot be a {field}.', next_step="Check the spelling.", field=field)
     return _start(
-        team, user, dataset, name, licence, file_name=f"{hub_id.rpartition('/')[2]} {split}.jsonl", num_bytes=None,
+        team, user, dataset, name, licence, token,
+        file_name=f"{hub_id.rpartition('/')[2]} {split}.jsonl", num_bytes=None,
         source={"kind": "hub", "id": hub_id, "revision": revision, "config": config, "split": split},
     )  # fmt: skip
 
 
-def _start(team: Team, user: User, dataset: Dataset | None, name: str, licence: str, **values: Any) -> Upload:
+def _start(
+    team: Team, user: User, dataset: Dataset | None, name: str, licence: str, token: ApiToken | None, **values: Any
+) -> Upload:
     refuse_unknown_licence(licence)
     refuse_taken_name(team, dataset, name)
     if team.uploads.filter(state=UploadState.RECEIVING).count() >= MAX_UNFINISHED:
         raise TooManyUploadsError
     values["file_name"] = clean_file_name(values["file_name"])
-    upload = Upload.objects.create(
-        team=team, created_by=user, dataset=dataset, name=clean_name(name), licence=licence, **values
-    )
-    transaction.on_commit(lambda: queue_fetch(upload))
+    with transaction.atomic():
+        upload = Upload.objects.create(
+            team=team, created_by=user, dataset=dataset, name=clean_name(name), licence=licence, **values
+        )
+        # Whoever asks is noted now: what becomes of it, a worker notes when it is there.
+        record(
+            "dataset.import_asked", team=team, user=user, token=token, target=dataset or upload,
+            source=upload.source, upload=str(upload.pk),
+        )  # fmt: skip
+        transaction.on_commit(lambda: queue_fetch(upload))
     return upload
 
 

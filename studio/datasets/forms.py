@@ -7,6 +7,7 @@ from typing import Any
 
 from django import forms
 
+from studio.hidden_characters import visible
 from workers.formats import get_format
 from workers.licences import choices
 
@@ -81,7 +82,9 @@ class MappingForm(forms.Form):
             is_required = name in plugin.required_fields
             none = [] if is_required else [("", "none")]
             self.fields[name] = forms.ChoiceField(
-                label=label, required=is_required, choices=[*none, *((column, column) for column in column_names)]
+                label=label,
+                required=is_required,
+                choices=[*none, *((column, visible(column)) for column in column_names)],
             )
 
     def clean(self) -> dict[str, Any]:

@@ -145,7 +145,10 @@ class DatasetVersion(models.Model):
         ]
 
     def tokens_of(self, base_revision: str) -> dict[str, Any] | None:
-        """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut}; None until counted."""
+        """Lengths in tokens of one base model: {num_rows, total, longest, histogram, cut, longest_rows: [[line, num]]}.
+
+        None until counted; versions that were counted earlier have no `longest_rows`.
+        """
         found: dict[str, Any] | None = self.statistics.get("tokens", {}).get(base_revision)
         return found
 
@@ -212,8 +215,12 @@ class DatasetScan(models.Model):
     attempt = models.PositiveIntegerField(default=0, help_text="Rises each time a worker takes it: the fencing token.")
     num_read = models.PositiveBigIntegerField(default=0, help_text="Rows that were read so far, in all passes.")
     num_findings = models.PositiveBigIntegerField(default=0, help_text="All of them, those that are not kept too.")
+    num_rows = models.PositiveBigIntegerField(
+        null=True, help_text="Rows with findings. Empty: not over, or from before these were counted."
+    )
     kinds = models.JSONField(default=dict, help_text="Kind of finding -> how many.")
     notes = models.JSONField(default=list, help_text="Sentences about the whole file.")
+    counts = models.JSONField(default=dict, help_text="Rows by what the scan told them to be: languages.")
     error = models.TextField(blank=True, help_text="Why it failed or was skipped, for people.")
     seconds = models.FloatField(default=0.0, help_text="What it took.")
     queued_at = models.DateTimeField(default=timezone.now, help_text="When it was last asked for.")

@@ -12,7 +12,7 @@ from studio.api.auth import ApiRequest, may_write
 from studio.api.errors import ERRORS, ApiError
 from studio.api.schemas import Out, QueryFields
 from studio.datasets.models import DatasetScan, DatasetVersion
-from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
+from studio.datasets.scanning import ScanRunsError, ask_for_scan, known_scan, scans_of
 
 router = Router(tags=["datasets"])
 
@@ -26,8 +26,10 @@ class ScanOut(Out):
     state: Literal["waiting", "running", "done", "failed", "skipped"]
     percent: int = Field(description="Of the rows to read, while it runs.")
     num_findings: int
+    num_rows: int | None = Field(description="Rows with findings; null until it is done.")
     kinds: dict[str, int]
     notes: list[str]
+    counts: dict[str, int] = Field(description="Rows by what the scan told them to be: languages.")
     error: str
     seconds: float
 
@@ -98,10 +100,10 @@ def list_findings(
     auth=may_write,
 )
 def run_scan(request: ApiRequest, dataset_id: int, number: int, name: str) -> Status[DatasetScan]:
-    """Run a scan that is over once more."""
-    scan = _scan(request, dataset_id, number, name)
+    """Run a scan that is over once more, or one that the version has never had."""
+    version = _version(request, dataset_id, number)
     try:
-        scan_again(scan, user=request.user, token=request.token)
+        scan = ask_for_scan(version, known_scan(name), user=request.user, token=request.token)
     except ScanRunsError as error:
         raise ApiError(409, "scan_not_over", str(error), help="Wait until its state changes.") from error
     scan.refresh_from_db()

@@ -10,9 +10,9 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
-from studio.datasets.csv_tables import csv_response
+from studio.csv_tables import csv_response
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding
-from studio.datasets.scanning import ScanRunsError, scan_again, scans_of
+from studio.datasets.scanning import ScanRunsError, ask_for_scan, known_scan, scans_of
 from studio.datasets.views import PAGE_SIZE, page_links, render_tab, version_or_404
 
 NUM_FIRST = 5
@@ -86,7 +86,7 @@ def run_scan_again(request: TeamRequest, dataset_id: int, number: int, name: str
     """Ask for a scan once more."""
     version = version_or_404(request, dataset_id, number)
     try:
-        scan_again(_scan(version, name), user=request.user)
+        ask_for_scan(version, known_scan(name), user=request.user)
     except ScanRunsError as error:
         messages.error(request, str(error))
     return redirect("datasets:scans", dataset_id, number)

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 from django.db import transaction
 from django.db.models import Count, F, Q, QuerySet
+from django.http import Http404
 from django.utils import timezone
 
 from studio.accounts.models import ApiToken, User, record
@@ -102,6 +103,36 @@ def scan_again(scan: DatasetScan, *, user: User, token: ApiToken | None = None) 
         transaction.on_commit(lambda: send_task("scan_dataset", scan.version_id))
 
 
+def languages_of(version: DatasetVersion) -> dict[str, int]:
+    """Rows by language, the most frequent first; empty until the scan of languages is done. One query."""
+    found = version.scans.filter(name="language", state=ScanState.DONE).values_list("counts", flat=True).first() or {}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def known_scan(name: str) -> str:
+    """The name of a scan that is installed; raises Http404."""
+    if name not in scans():
+        raise Http404
+    return name
+
+
+def ask_for_scan(version: DatasetVersion, name: str, *, user: User, token: ApiToken | None = None) -> DatasetScan:
+    """Ask for a scan of a ready version, also for one that it has never had; raises ScanRunsError."""
+    if not version.is_ready() or not version.num_usable:
+        raise ScanRunsError(f"{version} has no usable rows that could be scanned.")
+    known = version.scans.filter(name=name)
+    if not known.exists():
+        with transaction.atomic():
+            prepare(version)
+            record("dataset.scan_asked", team=version.dataset.team, user=user, token=token, target=version, scan=name)
+            transaction.on_commit(lambda: send_task("scan_dataset", version.pk))
+        return known.get()
+    scan = known.get()
+    scan.version = version
+    scan_again(scan, user=user, token=token)
+    return scan
+
+
 def scans_of(version: DatasetVersion) -> list[DatasetScan]:
     """A version's scans in the order of the page. Those of plug-ins that are gone are left out."""
     places = {name: place for place, name in enumerate(scans())}
@@ -165,8 +196,9 @@ def _run(scan: DatasetScan) -> None:
                 _finish(scan, [], state=ScanState.FAILED, error=f"{event['message']} {event['next_step']}".strip())
             else:
                 _finish(
-                    scan, findings, state=ScanState.DONE, num_findings=event["num_findings"], kinds=event["kinds"],
-                    notes=event["notes"], seconds=time.monotonic() - started,
+                    scan, findings, state=ScanState.DONE, num_findings=event["num_findings"],
+                    num_rows=event["num_rows"], kinds=event["kinds"], notes=event["notes"], counts=event["counts"],
+                    seconds=time.monotonic() - started,
                 )  # fmt: skip
     except InspectionFailedError:
         logger.warning("Scan %s of version %s ended without a result.", scan.name, version.pk, exc_info=True)
@@ -182,6 +214,10 @@ def _update(scan: DatasetScan, **values: Any) -> None:
 def _finish(scan: DatasetScan, findings: list[ScanFinding], **values: Any) -> None:
     """Store a scan's result in one transaction, in place of an earlier one."""
     with transaction.atomic():
-        _update(scan, heartbeat_at=None, **{"num_findings": 0, "kinds": {}, "notes": [], **values})
+        _update(
+            scan,
+            heartbeat_at=None,
+            **{"num_findings": 0, "num_rows": None, "kinds": {}, "notes": [], "counts": {}, **values},
+        )
         ScanFinding.objects.filter(scan=scan).delete()
         ScanFinding.objects.bulk_create(findings, batch_size=2000)

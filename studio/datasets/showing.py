@@ -150,6 +150,23 @@ def roles(statistics: dict[str, Any]) -> Drawing | None:
     return drawing(counts, what="Role", counted="Turns", description="Turns by who speaks")
 
 
+MAX_LANGUAGES = 12
+
+
+def language_bars(counts: dict[str, int]) -> Drawing | None:
+    """How many rows are in which language, rare ones together; None when that is not known."""
+    if not counts:
+        return None
+    shown = list(counts.items())[:MAX_LANGUAGES]
+    others = sum(counts.values()) - sum(num for _, num in shown)
+    if others:
+        shown.append((f"{len(counts) - MAX_LANGUAGES} others", others))
+    return drawing(
+        [(name, name, num, None) for name, num in shown], what="Language", counted="Rows",
+        description="Rows by their language",
+    )  # fmt: skip
+
+
 def problem_groups(version: DatasetVersion) -> list[dict[str, Any]]:
     """Problems by rule with exact counts, the most frequent first."""
     ordered = sorted(version.problem_counts.items(), key=lambda item: (-item[1], item[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,6 +24,7 @@ from workers.failpoints import failpoint
 from workers.inspection import no_rows
 
 MAX_FILE_NAME = 120
+_DEVICE = re.compile(r"CON|PRN|AUX|NUL|(?:COM|LPT)[0-9¹²³]", re.IGNORECASE)
 # A file up to this size is read through before it is registered, so that a damaged one is refused at once.
 READ_THROUGH_BYTES = 4 * 1024**2
 
@@ -195,9 +197,12 @@ def check_file(path: Path, file_name: str) -> None:
 
 
 def clean_file_name(file_name: str) -> str:
-    """A file name for display: no folders, control or direction characters, at most MAX_FILE_NAME characters."""
+    """A file name for display: no folders, devices, control or direction characters, at most MAX_FILE_NAME long."""
     last = PurePosixPath(file_name.replace("\\", "/")).name
     kept = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip(" .")
+    # A person who downloads it may have a system that opens a device by such a name, whatever the ending.
+    if _DEVICE.fullmatch(kept.partition(".")[0].rstrip()):
+        kept = f"_{kept}"
     if len(kept) > MAX_FILE_NAME:
         suffix = PurePosixPath(kept).suffix[:16]
         kept = kept[: MAX_FILE_NAME - len(suffix)] + suffix
@@ -207,7 +212,7 @@ def clean_file_name(file_name: str) -> str:
 def clean_name(name: str) -> str:
     """A dataset's name without control characters and surplus spaces; raises DatasetError when it is too long."""
     kept = " ".join("".join(c if unicodedata.category(c)[0] != "C" else " " for c in name).split())
-    if len(kept) > MAX_FILE_NAME:
+    if len(kept) >= MAX_FILE_NAME:
         raise DatasetError(
             f"The name has {len(kept)} characters; at most {MAX_FILE_NAME} are kept.",
             next_step="Choose a shorter name.",

@@ -1,6 +1,14 @@
 from django.urls import path
 
-from studio.datasets import adding_views, learning_pages, scan_views, split_views, upload_views, views
+from studio.datasets import (
+    adding_views,
+    card_pages,
+    learning_pages,
+    scan_views,
+    split_views,
+    upload_views,
+    views,
+)
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
@@ -16,10 +24,12 @@ urlpatterns = [
     path("uploads/<uuid:upload_id>/target/", upload_views.upload_target, name="upload_target"),
     path("uploads/<uuid:upload_id>/cancel/", upload_views.upload_cancel, name="upload_cancel"),
     path("<int:dataset_id>/", views.detail, name="detail"),
+    path("<int:dataset_id>/card/", card_pages.edit, name="edit_card"),
     path("<int:dataset_id>/licence/", views.change_licence, name="licence"),
     path("<int:dataset_id>/delete/", views.delete, name="delete"),
     path(_VERSION, views.version_page, name="version"),
     path(_VERSION + "inspection/", views.inspection, name="inspection"),
+    path(_VERSION + "card/", card_pages.card, name="card"),
     path(_VERSION + "learned/", learning_pages.learned, name="learned"),
     path(_VERSION + "statistics/", views.statistics, name="statistics"),
     path(_VERSION + "problems/", views.problems, name="problems"),

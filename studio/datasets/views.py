@@ -19,16 +19,17 @@ from django.views.decorators.http import require_GET, require_POST
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, record
+from studio.csv_tables import csv_response
 from studio.datasets import exporting, showing
 from studio.datasets.adding_views import adding_context, chosen_dataset, explain_in
 from studio.datasets.changes import changes_of
-from studio.datasets.csv_tables import csv_response
 from studio.datasets.forms import LicenceForm, MappingForm, UploadForm
 from studio.datasets.inspecting import queue_inspection, waiting_versions
 from studio.datasets.licensing import set_licence
 from studio.datasets.models import Dataset, DatasetVersion, VersionState
 from studio.datasets.removing import DatasetInUseError, delete_dataset
 from studio.datasets.repairing import NothingToRepairError, is_running, queue_repair
+from studio.datasets.scanning import languages_of
 from studio.datasets.upload_handlers import SpoolingUploadHandler
 from studio.datasets.uploads import receive_upload
 from studio.query_values import whole_number
@@ -214,6 +215,7 @@ def statistics(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
             "answers": showing.histogram(found.get("answers", {}), "characters", "answers"),
             "turns": showing.turns(found),
             "roles": showing.roles(found),
+            "languages": showing.language_bars(languages_of(version)),
         },
     )  # fmt: skip
 

@@ -47,6 +47,7 @@ class PolicyOut(Out):
     version: int
     approvals: int
     gates: dict[str, dict[str, Any]] = Field(description="Settings of the gates that are on, by name.")
+    scans: dict[str, dict[str, Any]] = Field(description="Scans that block training, and above what.")
     note: str
     created_by: str | None
     created_at: datetime | None = Field(description="null: the defaults, which nobody has changed")
@@ -60,6 +61,10 @@ class PolicyOut(Out):
         return PolicySettings.from_dict(policy.settings).gates
 
     @staticmethod
+    def resolve_scans(policy: Policy) -> dict[str, dict[str, Any]]:
+        return PolicySettings.from_dict(policy.settings).to_dict()["scans"]
+
+    @staticmethod
     def resolve_created_by(policy: Policy) -> str | None:
         return policy.created_by.username if policy.created_by else None
 
@@ -69,6 +74,11 @@ class PolicyBody(Body):
 
     approvals: int = 1
     gates: dict[str, dict[str, Any]]
+    scans: dict[str, dict[str, Any]] | None = Field(
+        None,
+        description='Scans that block training, by name: {"secrets": {"most": 0, "unit": "rows"}}; the unit may be '
+        '"percent". A scan that is left out blocks nothing; without the field all stay as they are.',
+    )
     note: str = Field("", max_length=200)
 
 
@@ -338,7 +348,10 @@ def get_policy(request: ApiRequest) -> Policy:
 @router.post("policies/", response={201: PolicyOut, **ERRORS}, auth=may_lead, summary="A new version of the policy")
 def post_policy(request: ApiRequest, body: PolicyBody) -> tuple[int, Policy]:
     """Reviews that run keep theirs. Needs a token of a lead or an admin."""
-    settings = PolicySettings.cleaned(body.approvals, body.gates)
+    scans = body.scans
+    if scans is None:
+        scans = PolicySettings.from_dict(current_policy(request.team).settings).to_dict()["scans"]
+    settings = PolicySettings.cleaned(body.approvals, body.gates, scans)
     return 201, change_policy(request.team, settings, by=request.user, note=body.note, token=request.token)
 
 

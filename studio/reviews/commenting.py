@@ -10,7 +10,7 @@ from django.utils import timezone
 from django.utils.safestring import SafeString
 
 from studio.accounts.models import Membership, record
-from studio.catalogue.model_card import render_markdown
+from studio.markdown import render_markdown
 from studio.reviews.models import Comment, Review
 from studio.reviews.reviewing import Action, Actor, NotAllowedError, NotTheirsError, ReviewError, require
 

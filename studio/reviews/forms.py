@@ -8,7 +8,8 @@ from typing import Any
 from django import forms
 
 from studio.reviews.gates import Threshold, gates
-from studio.reviews.policies import PolicySettings, at_first
+from studio.reviews.policies import PolicySettings, ScanLimit, at_first
+from workers.scans import scans
 
 
 class SubmitForm(forms.Form):
@@ -57,6 +58,18 @@ def policy_sections(settings: PolicySettings, typed: Mapping[str, str] | None = 
     return sections
 
 
+def scan_rows(settings: PolicySettings, typed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The scans as rows of a form: whether each blocks, and above what; `typed` as in `policy_sections`."""
+    rows = []
+    for name, scan in scans().items():
+        limit = settings.scans.get(name, ScanLimit())
+        stored = {"most": f"{limit.most:g}", "unit": limit.unit}
+        values = stored if typed is None else {key: typed.get(f"scan.{name}.{key}", stored[key]) for key in stored}
+        blocks = name in settings.scans if typed is None else f"scan.{name}.blocks" in typed
+        rows.append({"name": name, "label": scan.label, "blocks": blocks, **values})
+    return rows
+
+
 def _field(name: str, threshold: Threshold, value: Any) -> dict[str, Any]:
     kind = {"choice": "select", "slug": "text"}.get(threshold.kind, "number")
     shown: dict[str, Any] = {
@@ -81,7 +94,19 @@ def typed_policy(sent: Mapping[str, str]) -> PolicySettings:
         approvals: Any = int(sent.get("approvals", ""))
     except ValueError:
         approvals = None
-    return PolicySettings.cleaned(approvals, asked)
+    limits = {
+        name: {"most": _figure(sent.get(f"scan.{name}.most", "")), "unit": sent.get(f"scan.{name}.unit", "")}
+        for name in scans()
+        if f"scan.{name}.blocks" in sent
+    }
+    return PolicySettings.cleaned(approvals, asked, limits)
+
+
+def _figure(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # `cleaned` says what is wrong with it
 
 
 def _number(threshold: Threshold, text: str) -> Any:

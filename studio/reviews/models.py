@@ -11,6 +11,7 @@ from django.urls import reverse
 
 from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, Sample
+from studio.datasets.models import DatasetScan
 
 
 class Policy(models.Model):
@@ -223,3 +224,21 @@ class Comment(models.Model):
 
     def __str__(self) -> str:
         return f"comment {self.pk} on review {self.review_id}"
+
+
+class ScanWaiver(models.Model):
+    """A lead lets rows be trained on although a scan found more in them than the policy allows.
+
+    It holds for what was found then: it goes with the scan, and does not cover more rows than these.
+    """
+
+    scan = models.OneToOneField(DatasetScan, on_delete=models.CASCADE, related_name="waiver")
+    num_rows = models.PositiveBigIntegerField(null=True, help_text="Rows with findings. Empty: the scan had failed.")
+    reason = models.TextField()
+    waived_by = models.ForeignKey(
+        django_settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="+"
+    )
+    waived_at = models.DateTimeField(auto_now_add=True)
+
+    def __str__(self) -> str:
+        return f"waiver of {self.scan}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from django.db import IntegrityError, connection, transaction
 
@@ -13,8 +13,10 @@ from studio.catalogue.findings import Thresholds
 from studio.reviews.gates import Gate, Threshold, gates
 from studio.reviews.models import Policy
 from workers.errors import ExplainedError
+from workers.scans import scans as scan_plugins
 
 MAX_APPROVALS = 10
+MAX_ROWS = 1_000_000_000
 _SLUG = re.compile(r"[-a-zA-Z0-9_]{1,40}")
 
 
@@ -25,14 +27,35 @@ class PolicyError(ExplainedError):
 
 
 @dataclass(frozen=True)
+class ScanLimit:
+    """How many rows with findings of one scan training data may have: a number, or a share of its usable rows."""
+
+    most: float = 0
+    unit: Literal["rows", "percent"] = "rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"most": self.most, "unit": self.unit}
+
+    def allows(self, num_found: int, num_rows: int) -> bool:
+        """Whether so many of the usable rows may have findings."""
+        return num_found <= (self.most if self.unit == "rows" else self.most * num_rows / 100)
+
+    def __str__(self) -> str:
+        return f"{self.most:g} %" if self.unit == "percent" else f"{self.most:g} row{'' if self.most == 1 else 's'}"
+
+
+@dataclass(frozen=True)
 class PolicySettings:
-    """How many approvals an adapter needs, and the settings of the gates that are on, by name."""
+    """How many approvals an adapter needs, the settings of the gates that are on, and what scans block, by name."""
 
     approvals: int
     gates: dict[str, dict[str, Any]]
+    scans: dict[str, ScanLimit] = field(default_factory=dict)
+    """Scans of training data that block a job. Any other only shows what it found."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"approvals": self.approvals, "gates": self.gates}
+        scans = {name: limit.to_dict() for name, limit in self.scans.items()}
+        return {"approvals": self.approvals, "gates": self.gates, "scans": scans}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PolicySettings:
@@ -42,10 +65,13 @@ class PolicySettings:
         return cls(
             approvals=values["approvals"],
             gates={name: at_first(known[name]) | settings for name, settings in stored.items()},
+            scans={
+                name: ScanLimit(**limit) for name, limit in values.get("scans", {}).items() if name in scan_plugins()
+            },
         )
 
     @classmethod
-    def cleaned(cls, approvals: Any, asked: dict[str, Any]) -> PolicySettings:
+    def cleaned(cls, approvals: Any, asked: dict[str, Any], scans: dict[str, Any] | None = None) -> PolicySettings:
         """Settings that somebody typed or sent; raises PolicyError with the field's name."""
         if isinstance(approvals, bool) or not isinstance(approvals, int) or not 1 <= approvals <= MAX_APPROVALS:
             raise PolicyError(f"An adapter needs 1 to {MAX_APPROVALS} approvals.", field="approvals")
@@ -55,7 +81,8 @@ class PolicySettings:
                 f'There is no gate called "{unknown[0]}".', next_step=f"Choose among: {', '.join(known)}.",
                 field=f"gates.{unknown[0]}",
             )  # fmt: skip
-        return cls(approvals, {name: _clean_gate(known[name], asked[name]) for name in known if name in asked})
+        gates_asked = {name: _clean_gate(known[name], asked[name]) for name in known if name in asked}
+        return cls(approvals, gates_asked, _clean_scans(scans or {}))
 
 
 def at_first(gate: Gate) -> dict[str, Any]:
@@ -115,7 +142,9 @@ def change_policy(
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended('policy', %s))", [team.pk])
             before = stored_policy(team)
-            if before.settings == settings.to_dict():
+            # As this version writes it: one that was stored earlier has no scans.
+            held = PolicySettings.from_dict(before.settings).to_dict()
+            if held == settings.to_dict():
                 return before
             policy = Policy.objects.create(
                 team=team, version=before.version + 1, settings=settings.to_dict(), note=note.strip()[:200],
@@ -123,7 +152,7 @@ def change_policy(
             )  # fmt: skip
             record(
                 "review.policy_changed", team=team, user=by, token=token, target=policy, version=policy.version,
-                note=policy.note, changed=_differences(before.settings, policy.settings),
+                note=policy.note, changed=_differences(held, policy.settings),
             )  # fmt: skip
             return policy
     except IntegrityError as error:
@@ -140,7 +169,41 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             changed.append(f"{name} {'on' if was is None else 'off'}")
             continue
         changed += [f"{name}.{key} {was.get(key)} → {value}" for key, value in now.items() if was.get(key) != value]
+    for name in sorted(set(before["scans"]) | set(after["scans"])):
+        limits = [_limit_words(one["scans"].get(name)) for one in (before, after)]
+        changed += [f"scan {name} {limits[0]} → {limits[1]}"] * (limits[0] != limits[1])
     return changed
+
+
+def _limit_words(limit: dict[str, Any] | None) -> str:
+    return f"blocks above {ScanLimit(**limit)}" if limit else "shows"
+
+
+def _clean_scans(asked: dict[str, Any]) -> dict[str, ScanLimit]:
+    known = scan_plugins()
+    if unknown := sorted(set(asked) - set(known)):
+        raise PolicyError(
+            f'There is no scan called "{unknown[0]}".', next_step=f"Choose among: {', '.join(known)}.",
+            field=f"scans.{unknown[0]}",
+        )  # fmt: skip
+    return {name: _clean_limit(name, asked[name]) for name in known if name in asked}
+
+
+def _clean_limit(name: str, asked: Any) -> ScanLimit:
+    label, where = scan_plugins()[name].label, f"scans.{name}"
+    if not isinstance(asked, dict) or set(asked) - {"most", "unit"}:
+        raise PolicyError(f'{label}: its limit is an object with "most" and "unit".', field=where)
+    most, unit = asked.get("most", 0), asked.get("unit", "rows")
+    if unit not in ("rows", "percent"):
+        raise PolicyError(
+            f'{label}: the unit cannot be "{unit}".', next_step='Choose "rows" or "percent".', field=where
+        )
+    is_number = isinstance(most, int | float) and not isinstance(most, bool)
+    largest = 100 if unit == "percent" else MAX_ROWS
+    if not is_number or not 0 <= most <= largest or (unit == "rows" and most != int(most)):
+        what = "a number from 0 to 100" if unit == "percent" else f"a whole number from 0 to {MAX_ROWS:,}"
+        raise PolicyError(f"{label}: what is allowed is {what}.", field=where)
+    return ScanLimit(int(most) if unit == "rows" else float(most), unit)
 
 
 def _clean_gate(gate: Gate, asked: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from django.views.decorators.http import require_http_methods
 from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role
 from studio.query_values import whole_number
-from studio.reviews.forms import policy_sections, typed_policy
+from studio.reviews.forms import policy_sections, scan_rows, typed_policy
 from studio.reviews.policies import MAX_APPROVALS, PolicyError, PolicySettings, change_policy, current_policy
 
 MAX_VERSIONS = 50
@@ -32,7 +32,7 @@ def policy(request: TeamRequest) -> HttpResponse:
         try:
             changed = change_policy(request.team, typed_policy(sent), by=request.user, note=sent.get("note", ""))
         except PolicyError as error:
-            name = (error.field or "").removeprefix("gates.")
+            name = (error.field or "").removeprefix("gates.").replace("scans.", "scan.")
             errors = {name: f"{error.message} {error.next_step}".strip()}
         else:
             messages.success(request, f"The policy is version {changed.version} now; reviews that run keep theirs.")
@@ -53,6 +53,7 @@ def policy(request: TeamRequest) -> HttpResponse:
             "note": "" if sent is None else sent.get("note", ""),
             "max_approvals": MAX_APPROVALS,
             "sections": policy_sections(settings, sent),
+            "scan_rows": scan_rows(settings, sent),
             "versions": request.team.policies.select_related("created_by").order_by("-version")[:MAX_VERSIONS],
             "may_edit": may_edit and shown.version == newest,
             "errors": errors,

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.reviews import blind_pages, policy_pages, thread_pages, views
+from studio.reviews import blind_pages, policy_pages, scan_pages, thread_pages, views
 
 app_name = "reviews"
 
@@ -8,6 +8,8 @@ urlpatterns = [
     path("", views.inbox, name="inbox"),
     path("count/", views.count, name="count"),
     path("policy/", policy_pages.policy, name="policy"),
+    path("scan-limits/<int:dataset_id>/v/<int:number>/", scan_pages.limits, name="scan_limits"),
+    path("scan-limits/<int:dataset_id>/v/<int:number>/<slug:name>/", scan_pages.waive, name="waive_scan"),
     path("submit/<int:adapter_id>/", views.submit, name="submit"),
     path("of-adapter/<int:adapter_id>/", views.adapter_review, name="adapter_review"),
     path("<int:review_id>/", views.review, name="review"),

@@ -104,14 +104,18 @@ class IncomingBlob(StoredBlob):
     path: Path
 
     def share(self) -> None:
-        """Bring the bytes into the storage, where there is one: that takes longer than a transaction may stay open."""
-        if is_remote() and backend().size(_blob_key(self.sha256)) != self.num_bytes:
+        """Bring the bytes into the storage, where there is one: that takes longer than a transaction may stay open.
+
+        Also when they are there already: an upload that ended sooner would tell that another team has this very file.
+        """
+        if is_remote():
             backend().put(_blob_key(self.sha256), self.path)
 
     def keep(self) -> None:
         """Put the blob in its place; the same content is kept once."""
-        # Again, for what was shared before may have been removed by whoever deleted the same bytes meanwhile.
-        self.share()
+        # What was shared before may have been removed by whoever deleted the same bytes meanwhile.
+        if is_remote() and backend().size(_blob_key(self.sha256)) != self.num_bytes:
+            self.share()
         target = blob_path(self.sha256)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -211,15 +215,18 @@ def quantised_folder() -> Path:
     return settings.DATA_DIR / "quantised"
 
 
-def base_scores_folder(sha256: str) -> Path:
-    """Where workers keep what base models were measured at on a dataset's rows (workers/base_scores.py)."""
+def base_scores_folder(sha256: str, team_id: int) -> Path:
+    """Where workers keep what base models were measured at on a dataset's rows (workers/base_scores.py).
+
+    Every team has its own: a job that found another's would tell, by its speed, that they have the same file.
+    """
     assert len(sha256) == 64, "a dataset is named by its digest"
-    return settings.DATA_DIR / "base_scores" / sha256
+    return settings.DATA_DIR / "base_scores" / sha256 / str(team_id)
 
 
 def remove_base_scores(sha256: str) -> None:
     """Forget what base models were measured at on a dataset's rows: their questions and answers stand in it."""
-    shutil.rmtree(base_scores_folder(sha256), ignore_errors=True)
+    shutil.rmtree(settings.DATA_DIR / "base_scores" / sha256, ignore_errors=True)
 
 
 def adapter_folder(key: str) -> Path:

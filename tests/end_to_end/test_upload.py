@@ -120,6 +120,25 @@ def test_an_upload_goes_on_after_a_pause_a_cut_connection_and_a_killed_server(
     assert [one for one in browser.complaints if not any(text in one for text in expected)] == []
 
 
+def test_an_upload_that_stalls_says_so_and_tries_again_until_it_gets_on(
+    way: TcpProxy, browser: Browser, bob: User, file: Path
+) -> None:
+    page = browser.page
+    browser.sign_in(LoginLink.create_for(bob))
+    network = begin(browser, file)
+    expect_progress(page)
+    received = Upload.objects.filter(num_received__gt=0)
+    wait_for(lambda: page.wait_for_timeout(50) or received.exists(), what="the first bytes")
+    # Nobody is told that the connection is dead: it only takes nothing any more.
+    way.stick()
+    expect(page.locator("[data-progress-text]")).to_contain_text("No bytes for 10 s, trying again", timeout=60 * SECOND)
+    assert Upload.objects.get().num_received > 0
+    way.mend()
+    expect_progress(page)
+    network.may_send(-1)
+    expect_stored(browser, file)
+
+
 def test_a_reloaded_page_goes_on_with_the_same_file_and_a_cancelled_one_is_gone(
     browser: Browser, bob: User, file: Path
 ) -> None:

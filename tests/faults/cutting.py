@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from pathlib import Path
 
 
@@ -27,7 +28,7 @@ class Proxy:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._other: dict[socket.socket, socket.socket] = {}
         self._lock = threading.Lock()
-        self._is_cut = self._is_silent = self._is_over = False
+        self._is_cut = self._is_silent = self._is_stuck = self._is_over = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -42,11 +43,16 @@ class Proxy:
         with self._lock:
             self._is_silent = True
 
+    def stick(self) -> None:
+        """Take nothing more from either side: what is sent stays with whoever sends it."""
+        with self._lock:
+            self._is_stuck = True
+
     def mend(self) -> None:
         """Carry on; what was silent is closed, as by the system that finds it dead."""
         with self._lock:
             self._close_all()
-            self._is_cut = self._is_silent = False
+            self._is_cut = self._is_silent = self._is_stuck = False
 
     def close(self) -> None:
         self._is_over = True
@@ -60,8 +66,10 @@ class Proxy:
                 with self._lock:
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif key.fileobj in self._other:
+                    elif key.fileobj in self._other and not self._is_stuck:
                         self._carry(key.fileobj)  # type: ignore[arg-type]
+            if self._is_stuck:
+                time.sleep(0.05)  # what waits there is ready all the time
 
     def _accept(self) -> None:
         near, _ = self._listener.accept()

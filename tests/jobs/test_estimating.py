@@ -7,7 +7,7 @@ import pytest
 from jobs.estimating import Device, make_plan
 from tests.tiny import make_tiny_base
 from workers.base_folders import read_base_folder
-from workers.errors import DatasetError
+from workers.errors import DatasetError, RecipeError
 from workers.memory import DatasetFacts, DeviceFacts
 from workers.recipe import Recipe
 
@@ -29,3 +29,22 @@ def test_a_job_that_chooses_on_too_few_held_out_rows_is_refused_before_it_is_que
         with pytest.raises(DatasetError, match="3 are held out") as caught:
             make_plan(recipe(**choosing), shape, rows, DEVICE, is_counted=True)
         assert caught.value.field == "split.held_out_share"
+
+
+def test_long_rows_are_cut_or_left_out_as_the_recipe_says_and_the_plan_counts_them(tmp_path: Path) -> None:
+    shape = read_base_folder(make_tiny_base(tmp_path)).shape
+    rows = DatasetFacts(num_rows=100, total_tokens=4_000, longest=300, lengths={32: 80, 64: 15, 384: 5})
+
+    def recipe(**training: object) -> Recipe:
+        asked = {"name": "x", "base_model": {"name": "b"}, "dataset": {"name": "d", "format": "alpaca"}}
+        return Recipe.from_dict(asked | {"training": {"max_length": 64, **training}})
+
+    cut = make_plan(recipe(), shape, rows, DEVICE, is_counted=True)
+    left_out = make_plan(recipe(long_rows="leave_out"), shape, rows, DEVICE, is_counted=True)
+    assert (cut.num_train_rows + cut.num_held_out_rows, cut.num_cut_rows, cut.cut_share) == (100, 5, 0.05)
+    assert (left_out.num_train_rows + left_out.num_held_out_rows, left_out.num_cut_rows) == (95, 5)
+    assert left_out.cut_share == 0.05
+    assert left_out.num_tokens < cut.num_tokens
+    with pytest.raises(RecipeError, match="Every row is longer than 16 tokens") as caught:
+        make_plan(recipe(max_length=16, long_rows="leave_out"), shape, rows, DEVICE, is_counted=True)
+    assert (caught.value.field, "300" in caught.value.next_step) == ("training.max_length", True)

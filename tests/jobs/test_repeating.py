@@ -134,7 +134,7 @@ def test_two_jobs_differ_in_what_is_shown_and_in_nothing_else(job: Job, other_jo
 def test_the_diff_comes_as_csv_that_no_spreadsheet_runs(job: Job, other_job: Job, bob_client: Client) -> None:
     answer = diff(bob_client, job, other_job, format="csv")
     assert answer["Content-Type"].startswith("text/csv")
-    head, *lines = answer.content.decode().splitlines()
+    head, *lines = b"".join(answer.streaming_content).decode().splitlines()
     assert head == f"section,setting,support {job.pk},'=other {other_job.pk}"
     assert "Method,Rank,16,8" in lines
     assert not any(line.startswith("Versions,") for line in lines)

@@ -92,6 +92,36 @@ def test_no_url_and_no_module_of_the_web_process_imports_torch() -> None:
     assert int(done.stdout.split()[-1]) > 30
 
 
+IDLE = """
+import os, sys
+import studio.asgi, studio.serving
+from django.urls import get_resolver
+
+def walk(resolver):
+    for one in resolver.url_patterns:
+        if hasattr(one, "url_patterns"):
+            walk(one)
+
+walk(get_resolver())
+with open("/proc/self/statm") as file:
+    print(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2)
+RARE = {"cryptography.fernet", "tokenizers", "nh3", "markdown_it", "numpy", "pyarrow", "boto3"}
+print(sorted(RARE & set(sys.modules)))
+"""
+MOST_IDLE_MIB = 130
+"""An upload of any size takes some 10 more; the process is to stay below 150 MB."""
+
+
+def test_an_idle_web_process_is_small_and_has_no_rare_library_loaded() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    resident, loaded = done.stdout.splitlines()[-2:]
+    assert loaded == "[]"
+    assert float(resident) < MOST_IDLE_MIB
+
+
 def test_the_tripwire_would_trip() -> None:
     mined = SCRIPT.replace("import studio.asgi", "import studio.asgi; import transformers")
     done = subprocess.run(

@@ -99,6 +99,19 @@ def test_rows_are_rendered_in_a_stream_and_bad_ones_are_reported(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "nothing is left in the folder"
 
 
+def test_rows_that_are_too_long_are_left_out_with_their_lines_when_that_is_asked_for(tmp_path: Path) -> None:
+    renderer = Renderer(make_tiny_base(tmp_path / "base"), max_length=24, loss_on="assistant")
+    stream = [
+        Example(1, (Message("user", "Hi"), Message("assistant", "Hello"))),
+        Example(2, (Message("user", "Hi"), Message("assistant", "long " * 40))),
+    ]
+    rows, problems, num_cut = TokenRows.render(iter(stream), renderer, tmp_path, leaves_out_long=True)
+    assert (rows.lines, num_cut) == ([1], 0)
+    num = len(renderer.with_limits(max_length=10_000, loss_on="assistant").render(stream[1]).ids)
+    assert [(one.line, one.rule) for one in problems] == [(2, "row_too_long")]
+    assert problems[0].message == f"The row has {num} tokens, more than 24."
+
+
 def test_the_micro_batches_of_a_step_hold_all_its_tokens(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [3, 9, 5, 7, 2])
     for packing in (False, True):

@@ -82,6 +82,8 @@ def test_a_recipe_from_before_answers_were_shown_keeps_its_digest() -> None:
     """Checkpoints and adapters name their recipe by it; the figure is what the version before gave."""
     assert recipe_of().sha256() == "f7e948bd69ca44da4e817dbf682b872fc3d7c8ec87e84909b7a91c98b6f38468"
     assert recipe_of().evaluation.num_samples_shown == 3
+    assert recipe_of().training.long_rows == "cut"
+    assert recipe_of(long_rows="leave_out").sha256() != recipe_of().sha256()
     off = Recipe.from_dict(recipe_of().to_dict() | {"evaluation": {"num_samples_shown": 0}})
     assert off.sha256() != recipe_of().sha256()
     assert Recipe.from_dict(off.to_dict()) == off

@@ -572,6 +572,20 @@ def test_a_length_beyond_the_bases_context_is_refused(tiny: Folders, tmp_path: P
     assert product is not None, "a limit that no row reaches harms nothing"
 
 
+def test_rows_over_the_length_are_cut_or_left_out_as_the_recipe_says_and_never_in_silence(
+    tiny: Folders, tmp_path: Path
+) -> None:
+    rows = [*tiny_rows(38), *({"instruction": f"Why {n}?", "output": "word " * 150} for n in range(2))]
+    folders = Folders(tiny.base_model, write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out")
+    _, cut = run(folders, tmp_path / "cut", recipe_of(max_steps=1))
+    _, left_out = run(folders, tmp_path / "left_out", recipe_of(max_steps=1, long_rows="leave_out"))
+    facts = [(one.num_train_rows + one.num_held_out_rows, one.num_cut_rows, one.num_skipped_rows)
+             for log in (cut, left_out) for one in log.of(PlanEvent)]  # fmt: skip
+    assert facts == [(40, 2, 0), (38, 0, 2)]
+    said = [one.text for one in left_out.of(MessageEvent) if one.level == "warning"]
+    assert any(text.startswith("2 rows are left out. Line 39: The row has ") for text in said)
+
+
 def test_a_dataset_that_is_too_small_is_refused_before_anything_is_loaded(tiny: Folders, tmp_path: Path) -> None:
     dataset = write_rows(tmp_path / "data.jsonl", tiny_rows(5))
     log = Log()

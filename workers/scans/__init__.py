@@ -7,8 +7,8 @@ imported inside `find`, because the web process knows every scan's label.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
 from workers.examples import EXAMPLE_TYPE_LABELS, AnyExample, ExampleType
@@ -31,9 +31,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence about the whole file, shown above the findings."""
+    """A sentence about the whole file, shown above the findings; `counts` are the rows of each kind behind it."""
 
     text: str
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Rows:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from workers.examples import AnyExample, TextExample
 from workers.scans import Finding, Note, Rows, Scan
@@ -28,6 +28,18 @@ MAX_CHARACTERS = 2000
 MAX_TOLD = 8
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+", re.S)
 _NO_TEXT = re.compile("[^\\S\n]+|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufff0-\uffff]+")
+
+
+def own_languages(counts: Mapping[str, int]) -> list[str]:
+    """ISO codes of the languages that a dataset has by the rows of each, the most frequent first."""
+    if not counts:
+        return []
+    import pycld2
+
+    codes = {_name(name): {"iw": "he"}.get(code, code) for name, code in pycld2.LANGUAGES}
+    least = OWN_SHARE * sum(counts.values())
+    own = sorted((-num, name) for name, num in counts.items() if num >= least and name in codes)
+    return [codes[name] for _, name in own]
 
 
 class Language(Scan):
@@ -60,7 +72,8 @@ class Language(Scan):
             yield Note("No row is long enough to tell its language.")
             return
         counts = Counter(languages)
-        yield Note(_shares([(names[place], num) for place, num in counts.most_common()], len(lines), num_rows))
+        found = [(names[place], num) for place, num in counts.most_common()]
+        yield Note(_shares(found, len(lines), num_rows), counts=dict(found))
         main = names[counts.most_common(1)[0][0]]
         rare = {place for place, num in counts.items() if num < OWN_SHARE * len(lines)}
         for line, place in zip(lines, languages, strict=True):

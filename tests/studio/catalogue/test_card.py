@@ -13,8 +13,9 @@ from django.urls import reverse
 from huggingface_hub import ModelCard
 
 from studio.accounts.models import ApiToken, AuditEvent, Role, Team, User
+from studio.cards import MAX_CHARACTERS, card_version
 from studio.catalogue.bundles import entries, manifest_sha256, stream_zip, zip_size
-from studio.catalogue.model_card import MAX_EDITED_CHARACTERS, card_version, generated_body
+from studio.catalogue.model_card import generated_body
 from studio.catalogue.models import Adapter, EvaluationRun
 from studio.storage import adapter_folder
 from tests.conftest import make_member, signed_in
@@ -104,10 +105,10 @@ def test_the_generated_text_comes_back(adapter: Adapter, bob_client: Client) -> 
 
 
 def test_a_card_that_is_too_long_is_kept_in_the_form(adapter: Adapter, bob_client: Client) -> None:
-    answer = save(bob_client, adapter, "x" * (MAX_EDITED_CHARACTERS + 1))
+    answer = save(bob_client, adapter, "x" * (MAX_CHARACTERS + 1))
     assert answer.status_code == 422
     assert "100,000 can be stored" in answer.content.decode()
-    assert "x" * (MAX_EDITED_CHARACTERS + 1) in answer.content.decode()
+    assert "x" * (MAX_CHARACTERS + 1) in answer.content.decode()
 
 
 def test_viewers_do_not_edit_and_other_teams_see_nothing(adapter: Adapter, team: Team, charlie_client: Client) -> None:

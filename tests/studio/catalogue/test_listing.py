@@ -235,7 +235,7 @@ def test_the_comparison_shows_what_differs_and_says_what_cannot_be_compared(
     assert "training.seed" in alice_client.get(f"/models/compare/?runs={one.pk},{other.pk}&all").text
     assert "Not comparable with other v1" in page, "their rows were not recorded"
     answer = alice_client.get(f"/models/compare/?runs={one.pk},{other.pk}&as=csv")
-    assert "settings.rank,64,16" in answer.text
+    assert "settings.rank,64,16" in b"".join(answer.streaming_content).decode()
 
 
 def test_at_most_ten_are_compared_and_only_the_teams(

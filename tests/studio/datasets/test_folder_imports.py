@@ -13,7 +13,7 @@ from django.test import Client
 from django.utils import timezone
 
 from jobs.celery import app
-from studio.accounts.models import ApiToken, Team, User
+from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.datasets import fetching
 from studio.datasets.fetching import fetch, fetch_waiting, start_folder_import
 from studio.datasets.models import DatasetVersion, Upload
@@ -71,6 +71,9 @@ def test_a_chosen_file_becomes_a_dataset(
     upload = Upload.objects.get()
     assert answer["Location"] == upload.get_absolute_url()
     assert queued == [str(upload.pk)]
+    event = AuditEvent.objects.get(action="dataset.import_asked")
+    assert (event.user.username, event.token_id, event.details["upload"]) == ("alice", None, str(upload.pk))
+    assert event.details["source"] == upload.source
     assert "Waiting for a worker" in alice_client.get(upload.get_absolute_url()).content.decode()
     fetch(queued[0])
     version = DatasetVersion.objects.get()
@@ -151,6 +154,7 @@ def test_the_api_does_what_the_page_does(team: Team, alice: User, bob: User, roo
     put: Any = {"content_type": "application/json"}
     made = client.post("/api/v1/datasets/from-server/", {"path": files[0]["path"], "name": "FAQ"}, **put)
     assert (made.status_code, made.json()["state"]) == (202, "receiving")
+    assert AuditEvent.objects.get(action="dataset.import_asked").token_id is not None
     # What a worker fetches is nobody's to send.
     tus = client.head(f"/api/v1/uploads/{made.json()['id']}/", headers={"Tus-Resumable": "1.0.0"})
     assert tus.status_code == 404

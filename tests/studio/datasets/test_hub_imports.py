@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 from django.test import Client
 
-from studio.accounts.models import ApiToken, Role, Team, User
+from studio.accounts.models import ApiToken, AuditEvent, Role, Team, User
 from studio.datasets import fetching
 from studio.datasets.fetching import fetch, start_hub_import
 from studio.datasets.models import DatasetVersion, Upload
@@ -131,6 +131,8 @@ def test_the_api_starts_it_too(team: Team, bob: User, hub: HubServer) -> None:
     body = {"hub_id": "acme/faq", "split": "test", "name": "FAQ test"}
     made = api.post("/api/v1/datasets/from-hub/", body, content_type="application/json")
     assert made.status_code == 202, made.content
+    event = AuditEvent.objects.get(action="dataset.import_asked")
+    assert (event.token_id is not None, event.details["source"]["id"]) == (True, "acme/faq")
     fetch(made.json()["id"])
     found = api.get(f"/api/v1/uploads/{made.json()['id']}/").json()
     assert (found["state"], found["version"]["source"]["revision"]) == ("finished", COMMIT)

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from django.test import Client
 from django.utils import timezone
 
 from studio.catalogue.models import BaseModel
@@ -39,6 +40,25 @@ def test_it_counts_tokens_for_each_base_model(upload: Upload, tmp_path: Path) ->
     assert sum(rows for _, rows in tokens["histogram"]) == 12
     assert tokens["cut"] == {"512": 0, "1024": 0, "2048": 0}
     assert tokens["is_whole"]
+
+
+def test_it_lists_the_longest_rows_with_their_lines(upload: Upload, tmp_path: Path, bob_client: Client) -> None:
+    BaseModel.objects.create(name="tiny", folder=str(make_tiny_base(tmp_path / "base")), revision="r" * 64)
+    rows = good_rows(120)
+    rows[7]["completion"] = "word " * 300
+    rows[90]["completion"] = "word " * 400
+    version = upload(jsonl(rows))
+    tokens = version.tokens_of("r" * 64)
+    assert tokens is not None
+    longest = tokens["longest_rows"]
+    assert [line for line, _ in longest[:2]] == [91, 8]
+    assert longest[0][1] == tokens["longest"]
+    assert len(longest) == 100
+    assert [num for _, num in longest] == sorted((num for _, num in longest), reverse=True)
+    page = bob_client.get(f"{version.get_absolute_url()}statistics/").content.decode()
+    assert "The 100 longest rows" in page
+    assert f"{version.get_absolute_url()}learned/?base=" in page
+    assert "&amp;line=91" in page
 
 
 def test_unknown_columns_wait_for_a_mapping(upload: Upload) -> None:

@@ -127,6 +127,10 @@ def test_a_file_over_the_limit_and_a_full_disk_leave_nothing(
         ("..", "upload"),
         ("", "upload"),
         ("🦜.jsonl", "🦜.jsonl"),
+        ("CON", "_CON"),
+        ("nul.jsonl", "_nul.jsonl"),
+        ("com1.tar.gz", "_com1.tar.gz"),
+        ("console.jsonl", "console.jsonl"),
     ],
 )
 def test_it_cleans_file_names(file_name: str, cleaned: str) -> None:

@@ -16,10 +16,10 @@ from jobs.models import Job
 from studio import streaming
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.models import Adapter, BaseModel
-from studio.datasets.csv_tables import guard_cell
 from studio.datasets.models import Dataset, DatasetVersion
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 from tests.tiny import make_tiny_base
+from workers.csv_cells import guard_cell
 
 TABS = ("", "learned/", "statistics/", "problems/", "versions/", "used-by/", "inspection/", "file/", "problems.csv")
 HOSTILE = ["<script>alert(1)</script>", "{{7*7}}", '<div hx-get="/x" hx-trigger="load">', "\x1b[31m", "a\u202eb"]

@@ -196,7 +196,10 @@ def test_a_lead_changes_the_policy_on_its_page_and_a_trainer_reads_it(
     form = {"approvals": "2", "overlap.is_on": "on", "overlap.max_percent": "0.5", "note": "Stricter."}
     assert client.post("/reviews/policy/", form).status_code == 302
     policy = current_policy(team)
-    assert (policy.version, policy.settings) == (2, {"approvals": 2, "gates": {"overlap": {"max_percent": 0.5}}})
+    assert (policy.version, policy.settings) == (
+        2,
+        {"approvals": 2, "gates": {"overlap": {"max_percent": 0.5}}, "scans": {}},
+    )
     wrong = client.post("/reviews/policy/", form | {"overlap.max_percent": "much"})
     assert wrong.status_code == 422
     assert "is a number from 0 to 100" in wrong.text

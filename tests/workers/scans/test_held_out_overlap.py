@@ -47,6 +47,7 @@ def test_too_few_rows_to_split_are_said_so(tmp_path: Path) -> None:
     events = scan("held_out_overlap", clean_rows(8), tmp_path)
     assert events == [
         {"kind": "done", "num_findings": 0, "kinds": {},
+         "num_rows": 0, "counts": {},
          "notes": ["Only 8 rows are usable; at least 10 are needed to train and to measure."]}
     ]  # fmt: skip
 

@@ -49,8 +49,20 @@ def test_code_names_and_short_answers_have_no_language(tmp_path: Path) -> None:
     assert found("language", rows, tmp_path) == {}
 
 
+def test_it_counts_the_rows_of_each_language(tmp_path: Path) -> None:
+    *_, done = scan("language", clean_rows(30), tmp_path)
+    assert done["counts"] == {"English": 30}
+
+
 def test_a_file_of_short_rows_says_so(tmp_path: Path) -> None:
     events = scan("language", [{"prompt": f"{n}?", "completion": str(n)} for n in range(12)], tmp_path)
     assert events == [
-        {"kind": "done", "num_findings": 0, "kinds": {}, "notes": ["No row is long enough to tell its language."]}
+        {
+            "kind": "done",
+            "num_findings": 0,
+            "num_rows": 0,
+            "kinds": {},
+            "counts": {},
+            "notes": ["No row is long enough to tell its language."],
+        }
     ]

@@ -51,6 +51,14 @@ def test_a_row_with_several_of_a_kind_is_one_finding(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_rows_are_counted_once_however_much_is_found_in_them(tmp_path: Path) -> None:
+    rows = clean_rows(20)
+    rows[2]["completion"] += f" {SECRETS['AWS Access Key']} and {SECRETS['GitHub token']}."
+    rows[9]["completion"] += f" {SECRETS['GitHub token']}"
+    *_, done = scan("secrets", rows, tmp_path)
+    assert (done["num_findings"], done["num_rows"]) == (3, 2)
+
+
 def test_words_addresses_and_code_are_no_secrets(tmp_path: Path) -> None:
     rows = clean_rows(12)
     rows[1]["completion"] += " APPROXIMATELY and APARTHEIDISM are words in capitals."

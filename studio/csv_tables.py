@@ -1,4 +1,4 @@
-"""Tables for spreadsheets, streamed."""
+"""Tables for spreadsheets. Every one is written here, so that no cell of any is a formula."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 
 from django.http import HttpRequest, StreamingHttpResponse
+from django.utils.http import content_disposition_header
 
 from studio.streaming import stream
 from workers.csv_cells import guard_cell
@@ -18,17 +19,25 @@ class _Echo:
         return line
 
 
+_writer = csv.writer(_Echo())
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """A line of CSV; a list is a cell with spaces between."""
+    line: str = _writer.writerow([guard_cell(value) for value in values])
+    return line
+
+
 def csv_response(
     request: HttpRequest, file_name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
 ) -> StreamingHttpResponse:
     """A file of comma-separated values to download, its rows read while they are sent."""
-    writer = csv.writer(_Echo())
 
     def lines() -> Iterator[str]:
-        yield writer.writerow(columns)
+        yield csv_line(columns)
         for row in rows:
-            yield writer.writerow([guard_cell(cell) for cell in row])
+            yield csv_line(row)
 
     response = stream(request, lines(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = f'attachment; filename="{file_name}"'
+    response["Content-Disposition"] = content_disposition_header(True, file_name) or "attachment"
     return response
