@@ -54,8 +54,8 @@ SPAN_GROUPS = 512
 MAX_TEXT, MAX_TURNS = 8000, 100
 """Characters of a text, and turns of a row, that are given."""
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_SAMPLE = 64
-"""Texts with a hit after which it is clear whether most have one."""
+_SAMPLE, _MANY, _NEARLY_ALL = 64, 0.1, 0.9
+"""Texts with a hit, after which it is clear whether many or nearly all texts have one: by their share."""
 
 Order = Literal["line", "longest", "shortest"]
 State = Literal["", "usable", "set_aside"]
@@ -244,24 +244,46 @@ def _apply_text(
 
 
 def rows_with(texts: Any, needle: bytes) -> Mask:
-    """Which of these texts, each of which ends in a line break, hold the needle, which has none."""
+    """Which of these texts, each of which ends in a line break, hold the needle, which has none.
+
+    A needle that few texts hold is looked for by the C library; once it is clear that many or nearly all do, in ways
+    whose cost does not grow with the hits.
+    """
     data = texts.buffers()[2]
-    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    at, last = data.address + offsets[0], data.address + offsets[-1]
-    rows: list[int] = []
-    row = 0
-    while (place := _memmem(at, last - at, needle, len(needle))) is not None:
-        row = bisect_right(offsets, place - data.address, row) - 1
-        rows.append(row)
-        row += 1
-        at = data.address + offsets[row]
-        if len(rows) == _SAMPLE and row * 9 < 10 * _SAMPLE:
-            break
+    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    starts = offsets.tolist()
+    at, last = data.address + starts[0], data.address + starts[-1]
     found = np.zeros(len(texts), np.bool_)
-    found[rows] = True
-    if place is not None:  # nearly every text has it: looking into one after the other is faster
-        found[row:] = pc.match_substring(texts.slice(row), needle.decode()).to_numpy(zero_copy_only=False)
+    row = 0
+    for num_found in range(len(texts)):
+        if num_found == _SAMPLE and num_found > _NEARLY_ALL * row:
+            found[row:] = pc.match_substring(texts.slice(row), needle.decode()).to_numpy(zero_copy_only=False)
+            break
+        if num_found == _SAMPLE and num_found > _MANY * row:
+            found[_rows_of_places(np.frombuffer(data, np.uint8), offsets[row:], needle) + row] = True
+            break
+        place = _memmem(at, last - at, needle, len(needle))
+        if place is None:
+            break
+        row = bisect_right(starts, place - data.address, row)
+        found[row - 1] = True
+        at = data.address + starts[row]
     return found
+
+
+def _rows_of_places(characters: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int32], needle: bytes) -> Numbers:
+    """Which texts, between neighbouring offsets, hold the needle: all of its places at once, one byte after another."""
+    part = characters[offsets[0] : offsets[-1]]
+    num = len(part) - len(needle) + 1
+    if num <= 0:
+        return np.zeros(0, np.int64)
+    is_hit = part[:num] == needle[0]
+    for index in range(1, min(4, len(needle))):
+        is_hit &= part[index : num + index] == needle[index]
+    places = np.flatnonzero(is_hit)
+    for index in range(4, len(needle)):
+        places = places[part[places + index] == needle[index]]
+    return np.searchsorted(offsets, places + offsets[0], "right") - 1
 
 
 def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
@@ -387,7 +409,7 @@ class _Reader:
 
 def _shown(example: AnyExample) -> dict[str, Any]:
     """An example as JSON, without what is too long to show."""
-    found: dict[str, Any] = _cut(asdict(example))
+    found: dict[str, Any] = _cut({**asdict(example), "messages": [asdict(message) for message in example.messages]})
     return found
 
 

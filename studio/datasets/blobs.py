@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.db import connection, transaction
 
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import DatasetVersion, RowTable
 from studio.storage import remove_base_scores, remove_blob
 
 
@@ -18,9 +18,12 @@ def lock_blob(sha256: str) -> None:
 
 
 def remove_unused_blob(sha256: str) -> None:
-    """Delete a blob that no version of any team holds."""
+    """Delete a blob that no version of any team holds, nor the rows of one."""
     with transaction.atomic():
         lock_blob(sha256)
-        if not DatasetVersion.objects.filter(sha256=sha256).exists():
+        is_used = (
+            DatasetVersion.objects.filter(sha256=sha256).exists() or RowTable.objects.filter(sha256=sha256).exists()
+        )
+        if not is_used:
             remove_blob(sha256)
             remove_base_scores(sha256)

@@ -5,7 +5,8 @@
 `statistics` then holds {"turns": [[turns, rows]], "roles": {role: turns}, "characters": {...}, "answers": {...},
 "tokens": {base revision: {...}}}, where each {...} is {"num_rows", "total", "longest", "histogram": [[upper bound,
 rows]]}, for answers with turns in the place of rows; tokens also have "cut": {"512": rows longer than that, ...}.
-Tokens are a second step, so that a version is ready before it is over; scans (scanning.py) are a third, on their own.
+Tokens are a second step, so that a version is ready before it is over; the rows at rest (row_tables.py) and scans
+(scanning.py) are others, on their own.
 Versions that were read long ago may lack roles and answers.
 """
 
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from django.db.models import Q
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from studio.datasets.models import DatasetProblem, DatasetVersion, VersionState
+from studio.datasets.blobs import remove_unused_blob
+from studio.datasets.models import DatasetProblem, DatasetVersion, RowTable, VersionState
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,7 @@ def inspect(version_id: int) -> None:
             _finish(version, state=VersionState.UNREADABLE, error=str(error), error_next_step=_SPLIT_FILE)
         version.refresh_from_db()
         if version.state == VersionState.READY:
+            send_task("prepare_rows", version_id)
             send_task("scan_dataset", version_id)
     if version.state == VersionState.READY and version.num_usable:
         _count_tokens(version)
@@ -189,6 +193,10 @@ def _finish(version: DatasetVersion, problems: list[DatasetProblem] | None = Non
         if still.update(heartbeat_at=None, progress={}, **values) == 1:
             version.problems.all().delete()
             version.scans.all().delete()  # they were of other columns
+            made = RowTable.objects.filter(version=version)
+            for sha256 in made.exclude(sha256="").values_list("sha256", flat=True):
+                transaction.on_commit(partial(remove_unused_blob, sha256))
+            made.delete()
             DatasetProblem.objects.bulk_create(problems or [], batch_size=1000)
 
 

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.datasets import adding_views, learning_pages, scan_views, upload_views, views
+from studio.datasets import adding_views, learning_pages, row_pages, scan_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
@@ -18,7 +18,7 @@ urlpatterns = [
     path("<int:dataset_id>/", views.detail, name="detail"),
     path("<int:dataset_id>/licence/", views.change_licence, name="licence"),
     path("<int:dataset_id>/delete/", views.delete, name="delete"),
-    path(_VERSION, views.version_page, name="version"),
+    path(_VERSION, row_pages.version_page, name="version"),
     path(_VERSION + "inspection/", views.inspection, name="inspection"),
     path(_VERSION + "learned/", learning_pages.learned, name="learned"),
     path(_VERSION + "statistics/", views.statistics, name="statistics"),
@@ -34,7 +34,9 @@ urlpatterns = [
     path(_VERSION + "changes/", views.changes, name="changes"),
     path(_VERSION + "used-by/", views.used_by, name="used_by"),
     path(_VERSION + "mapping/", views.mapping, name="mapping"),
-    path(_VERSION + "rows/<int:line>/", views.row, name="row"),
+    path(_VERSION + "rows/", row_pages.row_table, name="row_table"),
+    path(_VERSION + "rows/prepare/", row_pages.prepare_again, name="prepare_rows"),
+    path(_VERSION + "rows/<int:line>/", row_pages.row, name="row"),
     path(_VERSION + "file/", views.file, name="file"),
     path(_VERSION + "export/", views.export, name="export"),
 ]
