@@ -307,6 +307,15 @@ class RowTable(models.Model):
     def column_names(self) -> list[str]:
         return [column["name"] for column in self.columns]
 
+    def frequent_values(self) -> list[tuple[str, str, int]]:
+        """(column, value, rows) of the most frequent values that a form can offer: those that can be seen and typed."""
+        return [
+            (column["name"], value, rows)
+            for column in self.columns
+            for value, rows in column["values"]
+            if value.isprintable() and value.strip()
+        ]
+
 
 class UploadState(models.TextChoices):
     """How far a file that arrives bit by bit has come."""
