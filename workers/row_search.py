@@ -54,6 +54,7 @@ SPAN_GROUPS = 512
 MAX_TEXT, MAX_TURNS = 8000, 100
 """Characters of a text, and turns of a row, that are given."""
 _NUM_THREADS = min(4, os.cpu_count() or 1)
+_SHOWN = ["line", "usable", "rules", "turns", "characters", "raw"]
 _SAMPLE, _MANY, _NEARLY_ALL = 64, 0.1, 0.9
 """Texts with a hit, after which it is clear whether many or nearly all texts have one: by their share."""
 
@@ -130,15 +131,14 @@ class RowFile:
         return pq.ParquetFile(self._path, memory_map=False, metadata=self._file.metadata)
 
     def rows(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at places counted from 0, in that order, without what is searched."""
-        names = [name for name in self._file.schema_arrow.names if name not in {"text", "grams"}]
+        """The rows at places counted from 0, in that order: of their columns those that are shown."""
         found: dict[int, dict[str, Any]] = {}
         groups: dict[int, list[int]] = {}
         for place in places:
             groups.setdefault(int(np.searchsorted(self.ends, place, "right")), []).append(place)
         for group, wanted in groups.items():
             start = int(self.ends[group - 1]) if group else 0
-            table = self._file.read_row_group(group, columns=names, use_threads=False)
+            table = self._file.read_row_group(group, columns=_SHOWN, use_threads=False)
             shown = table.take([place - start for place in wanted]).to_pylist()
             found.update(zip(wanted, shown, strict=True))
         return [found[place] for place in places]
@@ -290,9 +290,10 @@ def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
     """A page of rows, or one row.
 
     A request holds path, names (of the columns that one may filter by), format and columns (as the inspection has
-    them), filters, order, and either `line` (one row) or limit with `after` or `before`: [value of the order, line] of
-    a row at the edge of the page before. The answer to a page holds num_matches, is_whole, rows, has_before and
-    has_after; the one to a line holds row (None: there is none), previous and next (lines beside it in the order).
+    them), filters and order. With `line` it asks for the row there, with `or_next` for the first one that fits there or
+    behind: the answer holds row (None: there is none), previous and next (lines of those beside it that fit, in the
+    order). Without, it asks for at most `limit` rows, `after` or `before` a row at the edge of another page, given as
+    [value of the order, line]: the answer holds num_matches, num_rows, is_whole, rows, has_before and has_after.
 
     Raises:
         DatasetError: there is no such column or rule of order, or the file cannot be read.
@@ -307,7 +308,14 @@ def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
     places = np.flatnonzero(mask)
     read = _Reader(request["format"], request["columns"])
     if "line" in request:
-        return {"is_whole": is_whole, **_one_row(file, places, lines, keys, request["line"], read)}
+        line = request["line"]
+        if request.get("or_next"):
+            fitting = lines[places]
+            behind = fitting[fitting >= line]
+            if not len(behind):
+                return {"row": None, "previous": int(fitting[-1]) if len(fitting) else None, "next": None}
+            line = int(behind[0])
+        return {"is_whole": is_whole, **_one_row(file, places, lines, keys, line, read)}
     limit = request["limit"]
     before, after = request.get("before"), request.get("after")
     shown = _beyond(places, lines, keys, before or after, is_backwards=bool(before), most=limit + 1)

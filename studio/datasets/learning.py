@@ -7,11 +7,14 @@ A chat template comes with a base model and may do anything within its sandbox, 
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from studio.datasets.kept_child import KeptChild, Sentences
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import DatasetVersion, RowTable, RowTableState
+from studio.datasets.row_searching import RowSearchError, usable_row
+from studio.storage import StorageError
 from workers.errors import ExplainedError
 
 SECONDS = 10.0
@@ -42,11 +45,24 @@ def learn_row(
     """
     return _child.ask(
         {
-            "path": str(version.path()), "format": version.format, "columns": version.columns, "line": line,
+            **_row_at(version, line), "format": version.format, "columns": version.columns, "line": line,
             "folder": base_model.folder, "revision": base_model.revision, "max_length": max_length,
             "loss_on": loss_on, "max_tokens": max_tokens,
         }
     )  # fmt: skip
+
+
+def _row_at(version: DatasetVersion, line: int) -> dict[str, Any]:
+    """The row as it lies prepared, which is found in a moment; or the file, which is read up to its line."""
+    table = RowTable.objects.filter(version=version, state=RowTableState.DONE).first()
+    if table is not None:
+        table.version = version
+        # Else it is found in the file all the same.
+        with contextlib.suppress(RowSearchError, StorageError):
+            found = usable_row(table, line)
+            row = found.row and {"line": found.row["line"], "raw": found.row["raw"]}
+            return {"row": row, "previous": found.previous, "next": found.next}
+    return {"path": str(version.path())}
 
 
 def learn_turns(folder: str, revision: str, turns: Sequence[tuple[str, str]], *, max_length: int) -> dict[str, Any]:

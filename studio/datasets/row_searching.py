@@ -100,6 +100,12 @@ def find_row(table: RowTable, line: int, filters: dict[str, Any], *, order: str)
     return FoundRow(found["row"], found["previous"], found["next"])
 
 
+def usable_row(table: RowTable, line: int) -> FoundRow:
+    """The first usable row at a line or behind it, and the usable rows beside it. Raises like `find_rows`."""
+    found = _child.ask({**_request(table, {"state": "usable"}, "line"), "line": line, "or_next": True})
+    return FoundRow(found["row"], found["previous"], found["next"])
+
+
 def _request(table: RowTable, filters: dict[str, Any], order: str) -> dict[str, Any]:
     version = table.version
     return {

@@ -218,6 +218,18 @@ def test_rows_that_are_set_aside_are_found_with_what_is_wrong_and_as_the_file_ha
     assert ask(content, line=99) == ask(content, line=99) | {"row": None, "previous": None, "next": None}
 
 
+def test_the_first_row_that_fits_at_a_line_or_behind_it_is_found(ask: Ask) -> None:
+    content = jsonl([*rows_of(12), b"{broken", *rows_of(3), b"{broken"])
+
+    def at(line: int) -> tuple[Any, ...]:
+        found = ask(content, {"state": "usable"}, line=line, or_next=True)
+        return found["row"] and found["row"]["line"], found["previous"], found["next"]
+
+    assert [at(line) for line in (1, 13, 14, 16, 17, 99)] == [
+        (1, None, 2), (14, 12, 15), (14, 12, 15), (16, 15, None), (None, 16, None), (None, 16, None),
+    ]  # fmt: skip
+
+
 def parquet_of(rows: list[dict[str, Any]], path: Path) -> bytes:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path.read_bytes()
