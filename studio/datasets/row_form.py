@@ -104,9 +104,11 @@ class Asked:
         return self.values["show"] or SHAPES[0][0]
 
     def query(self, **changed: Any) -> str:
-        """The URL's query, with some values changed; what is empty is left out."""
+        """The URL's query, with some values changed; what asks for nothing, or for what is so anyway, is left out."""
         values = {name: self.values.get(name) for name in _KEYS} | changed
-        return urlencode({name: value for name, value in values.items() if value not in (None, "")})
+        usual = {"order": ORDERS[0][0], "show": SHAPES[0][0]}
+        said = {name: value for name, value in values.items() if value not in (None, "", usual.get(name))}
+        return urlencode(said)
 
     def narrowing(self) -> list[dict[str, str]]:
         """The filters that are set, for people: {label, query without it}."""

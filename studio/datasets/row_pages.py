@@ -48,7 +48,11 @@ def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResp
     elif version.num_usable:
         context["examples"] = showing.preview(version)
     if request.htmx:  # type: ignore[attr-defined]
-        return render(request, "datasets/_rows.html", {"version": version, **context}, status=status)
+        response = render(request, "datasets/_rows.html", {"version": version, **context}, status=status)
+        if "asked" in context:  # the address of what is shown, without the fields that ask for nothing
+            query = context["asked"].query()
+            response["HX-Push-Url"] = f"{version.get_absolute_url()}?{query}" if query else version.get_absolute_url()
+        return response
     return render_tab(request, version, "preview", context, status=status)
 
 
