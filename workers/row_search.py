@@ -20,7 +20,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -53,6 +53,8 @@ SPAN_GROUPS = 512
 """Row groups whose short columns are in memory at a time."""
 MAX_TEXT, MAX_TURNS = 8000, 100
 """Characters of a text, and turns of a row, that are given."""
+MAX_ROW, MAX_WHOLE_ROW = 40_000, 400_000
+"""Characters of a row's turns after which no further turn is given: of a row among others, and of one alone."""
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _SHOWN = ["line", "usable", "rules", "turns", "characters", "raw"]
 _SAMPLE, _MANY, _NEARLY_ALL = 64, 0.1, 0.9
@@ -130,8 +132,8 @@ class RowFile:
         """The file opened once more, for another thread."""
         return pq.ParquetFile(self._path, memory_map=False, metadata=self._file.metadata)
 
-    def rows(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at places counted from 0, in that order: of their columns those that are shown."""
+    def rows(self, places: Sequence[int], read: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `read` makes of the rows at places counted from 0, in that order; a row group's are held at a time."""
         found: dict[int, dict[str, Any]] = {}
         groups: dict[int, list[int]] = {}
         for place in places:
@@ -140,7 +142,7 @@ class RowFile:
             start = int(self.ends[group - 1]) if group else 0
             table = self._file.read_row_group(group, columns=_SHOWN, use_threads=False)
             shown = table.take([place - start for place in wanted]).to_pylist()
-            found.update(zip(wanted, shown, strict=True))
+            found.update(zip(wanted, map(read, shown), strict=True))
         return [found[place] for place in places]
 
 
@@ -324,8 +326,8 @@ def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
     if before:
         shown = shown[::-1]
     rows = [
-        {**read.row(row), "key": int(keys[place])}
-        for place, row in zip(shown.tolist(), file.rows(shown.tolist()), strict=True)
+        {**row, "key": int(keys[place])}
+        for place, row in zip(shown.tolist(), file.rows(shown.tolist(), read.row), strict=True)
     ]
     return {
         "num_matches": len(places),
@@ -384,9 +386,8 @@ def _one_row(
         found = _beyond(places, lines, keys, cursor, is_backwards=is_backwards, most=1)
         return int(lines[found[0]]) if len(found) else None
 
-    row = file.rows([place])[0]
     return {
-        "row": {**read.row(row), "raw": row["raw"]},
+        "row": file.rows([place], read.whole_row)[0],
         "previous": beside(is_backwards=True),
         "next": beside(is_backwards=False),
     }
@@ -399,7 +400,11 @@ class _Reader:
         self._plugin = get_format(format_name)
         self._columns = columns
 
-    def row(self, row: dict[str, Any]) -> dict[str, Any]:
+    def whole_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The same with more of its texts, and `raw`: all of it."""
+        return {**self.row(row, most=MAX_WHOLE_ROW), "raw": row["raw"]}
+
+    def row(self, row: dict[str, Any], most: int = MAX_ROW) -> dict[str, Any]:
         """{line, is_usable, rules, num_turns, num_characters, example (None where it is set aside), excerpt}."""
         example = None
         if row["usable"]:
@@ -410,27 +415,34 @@ class _Reader:
             "rules": [rule for rule in row["rules"].split(",") if rule],
             "num_turns": row["turns"],
             "num_characters": row["characters"],
-            "example": _shown(example) if example is not None else None,
+            "example": _shown(example, most) if example is not None else None,
             "excerpt": "" if example is not None else row["raw"][:MAX_TEXT],
         }
 
 
-def _shown(example: AnyExample) -> dict[str, Any]:
+def _shown(example: AnyExample, most: int) -> dict[str, Any]:
     """An example as JSON, without what is too long to show."""
-    found: dict[str, Any] = _cut({**asdict(example), "messages": [asdict(message) for message in example.messages]})
-    return found
+    values = {**asdict(example), "messages": [asdict(message) for message in example.messages]}
+    return {name: _Cut(most).of(value) for name, value in values.items()}
 
 
-def _cut(value: Any) -> Any:
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            value = value[: MAX_TEXT - 1] + "…"
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {key: _cut(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_cut(child) for child in value[:MAX_TURNS]]
-    return value
+class _Cut:
+    """Cuts texts that are too long, and leaves out turns once there are too many characters or turns."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if len(value) > MAX_TEXT:
+                value = value[: MAX_TEXT - 1] + "…"
+            self._left -= len(value)
+            return value if value.isascii() else value.encode("utf-8", "replace").decode()
+        if isinstance(value, dict):
+            return {key: self.of(child) for key, child in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(child) for child in value[:MAX_TURNS] if self._left > 0]
+        return value
 
 
 def _replies(lines: Iterable[bytes], seconds: float) -> Iterable[bytes]:
@@ -446,6 +458,12 @@ def _replies(lines: Iterable[bytes], seconds: float) -> Iterable[bytes]:
                 "kind": "refused",
                 "message": "Looking through these rows takes more memory than a search may use.",
                 "next_step": "Narrow the filters.",
+            }
+        except (OSError, pa.ArrowException):
+            found = {
+                "kind": "refused",
+                "message": "The rows that were prepared for looking through are damaged.",
+                "next_step": "The file itself can be downloaded. Ask whoever runs the studio to look at its disk.",
             }
         signal.setitimer(signal.ITIMER_REAL, 0)
         yield orjson.dumps(found) + b"\n"

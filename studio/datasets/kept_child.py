@@ -21,6 +21,9 @@ from django.conf import settings
 
 from workers.errors import ExplainedError
 
+START_SECONDS = 20.0
+"""What a process may take to start, on a machine that has other work."""
+
 
 @dataclass(frozen=True)
 class Sentences:
@@ -36,7 +39,7 @@ class KeptChild:
 
     Args:
         module: it takes --seconds and --memory-bytes, and answers each line of JSON with one.
-        seconds: for one question; a line that takes twice as long is given up.
+        seconds: for one question; what takes twice as long is given up, but for the start of the process.
         memory_bytes: of address space.
         error: raised when there is no answer; of `busy` when others' questions take too long.
     """
@@ -77,7 +80,8 @@ class KeptChild:
         try:
             process.stdin.write(request)
             process.stdin.flush()
-            line = _read_line(process.stdout.fileno(), time.monotonic() + 2 * self._seconds)
+            patience = 2 * self._seconds + (START_SECONDS if is_new else 0.0)
+            line = _read_line(process.stdout.fileno(), time.monotonic() + patience)
         except OSError:
             line = b""
         if line.endswith(b"\n"):

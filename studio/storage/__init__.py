@@ -2,8 +2,8 @@
 
 Layout below the data folder: `blobs/<aa>/<sha256>` (uploads, and rows at rest), `uploads/` (those on their way,
 parts.py), `base_models/<name>/`, `jobs/<job id>/` (recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (the
-finished products) and `quantised/<revision>/` (bases that workers have quantised, made again when they are gone). All is
-written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
+finished products) and `quantised/<revision>/` (bases that workers have quantised, made again when they are gone). All
+is written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
 share (STUDIO_S3_BUCKET) the same paths are its keys, and each machine's data folder is a cache of it.
 """
 

@@ -230,6 +230,34 @@ def test_the_first_row_that_fits_at_a_line_or_behind_it_is_found(ask: Ask) -> No
     ]  # fmt: skip
 
 
+def test_what_is_too_long_to_show_is_cut_and_the_row_itself_is_whole(ask: Ask) -> None:
+    long = [("user" if n % 2 == 0 else "assistant", f"turn {n} " + "x" * 3000) for n in range(300)]
+    rows = [chat(*long), chat(("user", "y" * 20_000), ("assistant", "z" * 20_000)), *rows_of(10)]
+    first, second = ask(jsonl(rows))["rows"][:2]
+    assert len(first["example"]["messages"]) == 14
+    assert first["num_turns"] == 300
+    assert [len(message["content"]) for message in second["example"]["messages"]] == [8000, 8000]
+    whole = ask(jsonl(rows), line=1)["row"]
+    assert len(whole["example"]["messages"]) == 100
+    assert json.loads(whole["raw"]) == rows[0]
+
+
+def test_a_damaged_file_is_said_to_be_one(ask: Ask, tmp_path: Path) -> None:
+    known = ask(jsonl(rows_of(300)))
+    content = bytearray(Path(known["path"]).read_bytes())
+    content[100:-6000] = b"x" * (len(content) - 6100)
+    (tmp_path / "damaged").write_bytes(content)
+    request = {"path": str(tmp_path / "damaged"), "names": [], "format": "messages", "columns": {}, "order": "line",
+               "limit": 2, "filters": {}}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.row_search"],
+        input=orjson.dumps(request) + b"\n",
+        capture_output=True,
+        check=True,
+    )
+    assert "damaged" in orjson.loads(done.stdout)["message"]
+
+
 def parquet_of(rows: list[dict[str, Any]], path: Path) -> bytes:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path.read_bytes()

@@ -151,6 +151,18 @@ def test_search_and_filters_are_the_query_of_the_url(
     assert f'<strong class="tabular-nums">{num}</strong>' in fragment
 
 
+def test_the_bars_of_the_statistics_lead_to_the_rows_that_they_count(
+    prepared: DatasetVersion, bob_client: Client
+) -> None:
+    page = read(bob_client, prepared, "statistics/")
+    links = re.findall(
+        rf'href="{prepared.get_absolute_url()}([?]state=usable[^"]*)">[^<]*</a></td><td[^>]*>(\d+)<', page
+    )
+    assert len(links) >= 3
+    for query, num in links:
+        assert f'<strong class="tabular-nums">{num}</strong> of 62 rows fit' in read(bob_client, prepared, query)
+
+
 def test_hits_are_marked_in_the_table_and_in_the_chat(prepared: DatasetVersion, bob_client: Client) -> None:
     assert 'What <mark class="hit">is 7</mark> and 7?' in read(bob_client, prepared, "?q=IS+7")
     chat = read(bob_client, prepared, "?q=IS+7&show=chat")
