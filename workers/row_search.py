@@ -151,6 +151,8 @@ def open_rows_file(path: str, columns: tuple[str, ...]) -> RowFile:
     """A file of rows; raises DatasetError when it cannot be read."""
     try:
         return RowFile(path, columns)
+    except MemoryError:
+        raise
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(
             "The rows that were prepared for looking through cannot be read.", next_step="Prepare them again."
