@@ -37,8 +37,8 @@ _MEANT = PAIR_FIELDS | {*MEDIA, "messages", "conversations", "conversation", "te
                         "kto_tag", "label", "completion"}  # fmt: skip
 """Fields that change what a row means where they stand beside its turns."""
 
-CountRow = Callable[[int, Sequence[str], int, int, Sequence[int]], None]
-"""Takes an ordinary row's line, roles, characters, fingerprint, and the characters of each answer."""
+CountRow = Callable[[int, dict[str, Any], Sequence[str], int, int, Sequence[int]], None]
+"""Takes an ordinary row's line, the row, its roles, characters, fingerprint, and the characters of each answer."""
 KeepRow = Callable[[int, dict[str, Any], Sequence[str], Sequence[str], bytes], None]
 """Takes an ordinary row's line, the row itself, its roles and texts, and its bytes with their line end."""
 
@@ -72,11 +72,17 @@ def ordinary_rows(
                 if type(row) is dict:
                     found = _ordinary(row, num_keys[index], field, role_key, text_key, roles, known)
                     if found is not None:
-                        count(number + index, found[0], *found[2:])
+                        count(number + index, row, found[0], *found[2:])
                         if keep is not None:
                             keep(number + index, row, found[0], found[1], raw)
                         continue
             yield number + index, offset + begins, raw
+
+
+def texts_of(row: dict[str, Any], format_name: str) -> list[str]:
+    """What each turn of an ordinary row says."""
+    field, _, text_key, _ = _SHAPES[format_name]
+    return [turn[text_key] for turn in row[field]]
 
 
 def _ordinary(

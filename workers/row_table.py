@@ -264,7 +264,7 @@ def _rows_as_written(
         if format_name in FAST_FORMATS and path.stat().st_size >= FAST_FROM_BYTES:
             from workers.fast_rows import ordinary_rows  # numpy takes longer to load than small files to read
 
-            lines = ordinary_rows(path, format_name, remarks.add_usable, keep)
+            lines = ordinary_rows(path, format_name, lambda line, _, *of: remarks.add_usable(line, *of), keep)
         else:
             lines = numbered_lines(stack.enter_context(open_unpacked(path)))
         for number, offset, line in lines:

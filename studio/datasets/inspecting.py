@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from django.db.models import Q
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from studio.datasets.blobs import remove_unused_blob
-from studio.datasets.models import DatasetProblem, DatasetVersion, RowTable, VersionState
+from studio.datasets.blobs import remove_row_table, remove_splits
+from studio.datasets.models import DatasetProblem, DatasetVersion, VersionState
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +191,10 @@ def _finish(version: DatasetVersion, problems: list[DatasetProblem] | None = Non
         still = DatasetVersion.objects.filter(pk=version.pk, state=VersionState.INSPECTING)
         if still.update(heartbeat_at=None, progress={}, **values) == 1:
             version.problems.all().delete()
-            version.scans.all().delete()  # they were of other columns
-            made = RowTable.objects.filter(version=version)
-            for sha256 in made.exclude(sha256="").values_list("sha256", flat=True):
-                transaction.on_commit(partial(remove_unused_blob, sha256))
-            made.delete()
+            # These were of other columns; jobs would have kept the version from being read with others.
+            version.scans.all().delete()
+            remove_splits(version)
+            remove_row_table(version)
             DatasetProblem.objects.bulk_create(problems or [], batch_size=1000)
 
 

@@ -7,7 +7,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("datasets", "0005_scans"),
+        ("datasets", "0006_splits"),
     ]
 
     operations = [
