@@ -455,20 +455,23 @@ def _replies(lines: Iterable[bytes], seconds: float) -> Iterable[bytes]:
             found = {"kind": "done", **answer(orjson.loads(line), time.monotonic() + seconds)}
         except ExplainedError as error:
             found = {"kind": "refused", "message": error.message, "next_step": error.next_step}
-        except (MemoryError, pa.ArrowMemoryError):
-            found = {
-                "kind": "refused",
-                "message": "Looking through these rows takes more memory than a search may use.",
-                "next_step": "Narrow the filters.",
-            }
-        except (OSError, pa.ArrowException):
-            found = {
-                "kind": "refused",
-                "message": "The rows that were prepared for looking through are damaged.",
-                "next_step": "The file itself can be downloaded. Ask whoever runs the studio to look at its disk.",
-            }
+        except (MemoryError, OSError, pa.ArrowException) as error:
+            found = {"kind": "refused", **_failure(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         yield orjson.dumps(found) + b"\n"
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    # Those who unpack say it in words only.
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return {
+            "message": "Looking through these rows takes more memory than a search may use.",
+            "next_step": "Narrow the filters.",
+        }
+    return {
+        "message": "The rows that were prepared for looking through are damaged.",
+        "next_step": "The file itself can be downloaded. Ask whoever runs the studio to look at its disk.",
+    }
 
 
 def _requests() -> Iterable[bytes]:

@@ -370,7 +370,7 @@ def test_a_search_that_is_too_slow_or_too_large_gets_a_sentence(
         started = time.monotonic()
         page = read(bob_client, prepared, "?q=what")
         child.close()
-        assert sentence in page or "takes longer than" in page, page.split("_rows")[-1][:900]
+        assert sentence in page or "takes longer than" in page
         assert time.monotonic() - started < 20
 
 
