@@ -462,8 +462,8 @@ def _replies(lines: Iterable[bytes], seconds: float) -> Iterable[bytes]:
 
 
 def _failure(error: Exception) -> dict[str, str]:
-    # Those who unpack say it in words only.
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    # Others say it in words only: those who unpack, and those who start a thread, whose stack is memory.
+    if isinstance(error, MemoryError) or any(word in str(error) for word in ("memory", "thread")):
         return {
             "message": "Looking through these rows takes more memory than a search may use.",
             "next_step": "Narrow the filters.",
