@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -21,6 +22,7 @@ from jobs.estimating import estimate_values, plan_for
 from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
 from jobs.models import Job, JobSample, JobState, Worker
+from jobs.prices import CostOut, cost_of_attempts, cost_values
 from jobs.queueing import (
     cancel_job,
     may_order,
@@ -135,6 +137,9 @@ class JobDetailOut(JobOut):
     waits: str
     failure_actions: list[FailureActionOut] = Field(description="What /again/ takes for this job.")
     likely_start: datetime | None = Field(description="Of a waiting job; null when nothing can be said.")
+    gpu_hours: float = Field(description="Of all attempts, failed and interrupted ones too; a running one until now.")
+    costs: list[CostOut] = Field(description="Of these, at the price that held when each attempt began.")
+    unpriced_gpu_hours: float = Field(description="Those of `gpu_hours` that ran without a price; in none of `costs`.")
 
 
 class JobEventOut(Out):
@@ -278,6 +283,54 @@ class MethodOut(Out):
     settings: dict[str, Any]
 
 
+class SuggestionOut(Out):
+    """A change with which a job fits."""
+
+    words: str
+    cost: str = Field(description="What is given up beside time.")
+    num_bytes: int = Field(description="The peak with it.")
+    slowdown: float = Field(description="How many times as long the run takes.")
+    recipe: dict[str, Any] = Field(description="As it would be asked for.")
+
+
+class CostEstimateOut(Out):
+    """What a job will cost, from the shortest to the longest expected time."""
+
+    low: float
+    high: float
+    currency: str
+    price_per_gpu_hour: float = Field(description="The team's, of `device`.")
+
+
+class EstimateOut(Out):
+    """What a job would need. Bytes at the peak of training."""
+
+    recipe: dict[str, Any] = Field(description='With every "auto" resolved.')
+    device: str = Field(description="What it was estimated for: the largest device that runs.")
+    device_bytes: int
+    free_bytes: int | None = Field(description="The most that a job could have on any device now; null: unknown.")
+    verdict: str = Field(description="fits, tight or too_large")
+    total_bytes: int
+    arithmetic_bytes: int = Field(description="The same without what finished runs correct.")
+    measured: str = Field(description="Which runs correct the memory: arithmetic (none), device, method or like.")
+    num_measured: int
+    weights_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    runtime_bytes: int
+    num_steps: int
+    num_tokens: int
+    num_trainable: int
+    seconds: float
+    seconds_low: float = Field(description="Four of five such jobs should end between this and `seconds_high`.")
+    seconds_high: float
+    time_measured: str = Field(description="Which jobs correct the time: arithmetic (none), device, team or like.")
+    num_time_measured: int
+    cost: CostEstimateOut | None = Field(description="null where the team has set no price for the device.")
+    suggestions: list[SuggestionOut] = Field(description="Where it does not fit, or not now: what would.")
+
+
 class JobFilters(PageQuery):
     """What a list of jobs can be narrowed to."""
 
@@ -317,6 +370,12 @@ def create_job(
 ) -> Status | HttpResponse:
     """Queue a training job. A second call with the same Idempotency-Key answers 200 with the job of the first."""
     _check_key(idempotency_key)
+    asked, base_model, version = _asked(request, body)
+    return _queue(request, asked, base_model, version, idempotency_key)
+
+
+def _asked(request: ApiRequest, body: JobIn) -> tuple[Recipe, BaseModel, DatasetVersion]:
+    """The recipe that a body asks for, and the rows that it names."""
     base_model = _base_model(body.base_model)
     version = _dataset_version(request, body.dataset_version)
     asked = Recipe.from_dict(
@@ -326,7 +385,39 @@ def create_job(
             "dataset": _dataset_of(version, _split(version, body.dataset_split)),
         }
     )
-    return _queue(request, asked, base_model, version, idempotency_key)
+    return asked, base_model, version
+
+
+@router.post(
+    "jobs/estimate/", response={200: EstimateOut, **ERRORS}, auth=may_write, summary="What a job would need and cost"
+)
+def estimate_job(request: ApiRequest, body: JobIn) -> dict[str, Any] | HttpResponse:
+    """Memory, time and cost of a job as the New job form shows them, and what would make it fit. Queues nothing."""
+    asked, base_model, version = _asked(request, body)
+    try:
+        plan = plan_for(asked, base_model, version)
+    except RecipeProblems as error:
+        return _problems(error)
+    assert plan.time is not None, "plan_for says the time"
+    cost = None
+    if plan.cost_range is not None and plan.price is not None:
+        low, high = (round(float(amount), 4) for amount in plan.cost_range)
+        price = float(plan.price.amount)
+        cost = {"low": low, "high": high, "currency": plan.price.currency, "price_per_gpu_hour": price}
+    return {
+        **asdict(plan.estimate), "device": plan.device.facts.name, "device_bytes": plan.device.facts.memory_bytes,
+        "free_bytes": plan.device.free_bytes, "arithmetic_bytes": plan.estimate.arithmetic_bytes,
+        "num_tokens": plan.num_tokens, "recipe": plan.recipe.to_dict(), "cost": cost,
+        "seconds_low": plan.time.low, "seconds_high": plan.time.high, "seconds": plan.time.expected,
+        "time_measured": plan.time.basis, "num_time_measured": plan.time.num_jobs,
+        "suggestions": [
+            {
+                "words": one.words, "cost": one.cost, "num_bytes": one.num_bytes, "slowdown": one.slowdown,
+                "recipe": one.asked.to_dict(),
+            }
+            for one in plan.suggestions
+        ],
+    }  # fmt: skip
 
 
 def _check_key(idempotency_key: str) -> None:
@@ -361,6 +452,12 @@ def _dataset_version(request: ApiRequest, version_id: int) -> DatasetVersion:
     return version
 
 
+def _problems(error: RecipeProblems) -> HttpResponse:
+    """Everything that is wrong with a recipe."""
+    found = [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()]
+    return error_response(422, found)
+
+
 def _queue(
     request: ApiRequest, asked: Recipe, base_model: BaseModel, version: DatasetVersion, idempotency_key: str,
     parent: Job | None = None,
@@ -377,10 +474,7 @@ def _queue(
     try:
         plan = plan_for(asked, base_model, version)
     except RecipeProblems as error:
-        return error_response(
-            422,
-            [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()],
-        )
+        return _problems(error)
     job = queue_job(
         team=request.team,
         user=request.user,
@@ -748,4 +842,5 @@ def _detail(job: Job) -> dict[str, Any]:
         "waits": explain_wait(job, queue),
         "failure_actions": [{"name": one.name, "label": one.label} for one in actions_for(job)],
         "likely_start": queue.starts_at(job),
+        **cost_values(cost_of_attempts(job.attempts.all() if job.attempt else (), job.num_gpus)),
     }

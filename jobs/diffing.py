@@ -16,11 +16,12 @@ from django.views.decorators.http import require_GET
 
 from jobs import showing
 from jobs.models import Job, JobKind
+from jobs.prices import cost_of_attempts
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role, Team
 from studio.catalogue.lineage import ByteComparison, compare_weights
 from studio.catalogue.recipe_table import recipe_sections
-from studio.templatetags.components import duration, significant
+from studio.templatetags.components import duration, gpu_hours, significant
 
 MAX_CHOICES = 50
 _NOTHING = "\N{EN DASH}"
@@ -100,6 +101,11 @@ def _values(job: Job) -> Iterator[tuple[tuple[str, str], str]]:
         yield ("Versions", name), str(version)
     elapsed = showing.elapsed_seconds(job)
     yield ("Costs", "Time on a device"), duration(elapsed)
+    if attempts := list(job.attempts.all()):
+        cost = cost_of_attempts(attempts, job.num_gpus)
+        yield ("Costs", "Devices, all attempts"), gpu_hours(cost.gpu_hours)
+        if cost.amounts:
+            yield ("Costs", "Cost"), f"{cost.words}{', in part' if cost.is_partial else ''}"
     for name, label in (("train_seconds", "Training"), ("wall_seconds", "The last attempt in all")):
         if facts.get(name):
             yield ("Costs", label), duration(facts[name])
@@ -122,7 +128,7 @@ def jobs_to_compare(team: Team) -> QuerySet[Job]:
     """A team's jobs with all that `diff_rows` reads of them."""
     return team.jobs.select_related(
         "base_model", "dataset_version__dataset", "worker", "adapter", "created_by"
-    ).prefetch_related("adapter__scores")
+    ).prefetch_related("adapter__scores", "attempts")
 
 
 @require_GET

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from django.conf import settings
 
+from jobs.durations import ExpectedTime
+from jobs.experience import Experience, quota_and_experience
+from jobs.finished import Features
 from jobs.models import Worker
+from jobs.prices import Price, price_of
 from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
+from workers.fitting import Suggestion, suggestions
 from workers.memory import DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import get_method
 from workers.recipe import Recipe, SplitSettings
@@ -28,10 +34,15 @@ ROWS_SPLIT_FOR_REAL = 5_000
 
 @dataclass(frozen=True)
 class Device:
-    """What a job would run on. `is_live` is False when no worker has been heard of lately."""
+    """What a job would run on. `is_live` is False when no worker has been heard of lately.
+
+    `free_bytes` is the most memory that a job could have on any live device now, beside what others hold there; None
+    where nobody has said.
+    """
 
     facts: DeviceFacts
     is_live: bool
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,32 @@ class Plan:
     """Whether the dataset was counted in this base model's tokens; else they are guessed from characters."""
     instead: Alternative | None = None
     """The first of the cheaper methods that the recipe's own names, on the same rows."""
+    suggestions: tuple[Suggestion, ...] = ()
+    """What would make it fit, where it does not."""
+    time: ExpectedTime | None = None
+    """The engine's time as finished jobs correct it."""
+    price: Price | None = None
+    """What the team pays for the device; None where it has set no price."""
 
     @property
     def product_bytes(self) -> int:
         """Size of what the run leaves: the trained weights and, in a whole model, those that were not trained."""
         is_whole = get_method(self.recipe.method).product.is_whole_model
         return self.estimate.adapter_bytes + (self.estimate.weights_bytes if is_whole else 0)
+
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether it fits the device, and not beside what others hold on each of them now."""
+        free = self.device.free_bytes
+        return self.estimate.verdict != "too_large" and free is not None and self.estimate.total_bytes > free
+
+    @property
+    def cost_range(self) -> tuple[Decimal, Decimal] | None:
+        """What it will cost, from the shortest to the longest expected time; None without a price."""
+        if self.price is None or self.time is None:
+            return None
+        low, high = (Decimal(seconds / 3600) * self.price.amount for seconds in (self.time.low, self.time.high))
+        return low, high
 
     @property
     def cut_share(self) -> float:
@@ -75,7 +106,9 @@ def choose_device() -> Device:
     live = live_devices()
     worker = live[0] if live else Worker.objects.order_by("-last_seen").first()
     if worker is not None:
-        return Device(facts_of(worker), is_live=bool(live))
+        free = [one.memory_bytes if one.free_memory_bytes is None else one.free_memory_bytes for one in live]
+        # A worker of an older version may not have said how much memory its device has.
+        return Device(facts_of(worker), is_live=bool(live), free_bytes=max(free) or None if free else None)
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(DeviceFacts("cpu", "CPU of this machine", memory_bytes, os.cpu_count() or 1), is_live=False)
 
@@ -142,6 +175,10 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
             num_validation_rows(num_held_out, recipe.split)
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
+    target = device.facts
+    if needed.verdict != "too_large" and device.free_bytes is not None:
+        target = replace(target, memory_bytes=min(target.memory_bytes, device.free_bytes))
+    fits = needed.verdict == "fits" and needed.total_bytes <= target.memory_bytes
     training = resolved.training
     rows_seen = min(needed.num_steps * training.batch_size, training.epochs * num_train)
     return Plan(
@@ -154,17 +191,47 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,
         instead=next(iter(alternatives(recipe, shape, dataset, device.facts)), None),
+        suggestions=() if fits else tuple(suggestions(recipe, shape, dataset, target)),
     )
 
 
 def plan_for(recipe: Recipe, base_model: BaseModel, version: DatasetVersion) -> Plan:
-    """`make_plan` from rows; raises what it raises."""
+    """`make_plan` from rows, with time and memory as finished jobs correct them, and the team's price; raises what it
+    raises."""
     facts, is_counted = dataset_facts(version, base_model)
-    return make_plan(recipe, base_model.model_shape(), facts, choose_device(), is_counted=is_counted)
+    quota, experience = quota_and_experience(version)
+    device = _with_experience(choose_device(), experience)
+    plan = make_plan(recipe, base_model.model_shape(), facts, device, is_counted=is_counted)
+    needed, name = plan.estimate, device.facts.name
+    features = Features(
+        (needed.seconds_low + needed.seconds_high) / 2,
+        max(1, plan.num_tokens),
+        plan.recipe.method,
+        base_model.name,
+        name,
+    )
+    return replace(
+        plan,
+        time=experience.prediction.time_of(features, needed.seconds_low, needed.seconds_high),
+        price=price_of(quota, name),
+    )
+
+
+def suggestions_for(recipe: Recipe, base_model: BaseModel, version: DatasetVersion) -> list[Suggestion]:
+    """What would make a recipe fit that its method refuses because it does not; nothing for one that cannot work."""
+    facts, _ = dataset_facts(version, base_model)
+    _, experience = quota_and_experience(version)
+    device = _with_experience(choose_device(), experience)
+    return suggestions(recipe, base_model.model_shape(), facts, device.facts)
+
+
+def _with_experience(device: Device, experience: Experience) -> Device:
+    return replace(device, facts=replace(device.facts, measured=experience.memory_on(device.facts.name)))
 
 
 def estimate_values(plan: Plan) -> dict[str, Any]:
-    """A plan's estimate as JSON types, for the job's row and the API."""
+    """A plan's estimate as JSON types, for the job's row and the API. Its seconds are the engine's own, which later
+    jobs learn from."""
     values = {**asdict(plan.estimate), "device": plan.device.facts.name, "num_tokens": plan.num_tokens}
     if plan.instead is not None:
         other = plan.instead.estimate

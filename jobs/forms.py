@@ -15,6 +15,7 @@ from django.http import QueryDict
 from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
 
+from jobs.experience import with_experience
 from jobs.models import Job
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
@@ -23,6 +24,7 @@ from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metr
 from studio.setting_fields import SettingField, SettingManyField, SettingRow, form_name, make_field, setting_row
 from workers.errors import ExplainedError
 from workers.evaluations import choose_evaluations, evaluations
+from workers.fitting import Suggestion
 from workers.methods import Method, methods
 from workers.recipe import EvaluationSettings, MetricChoice, Recipe, SplitSettings, TrainingSettings, problems_by_field
 from workers.resolving import read_settings
@@ -173,6 +175,8 @@ class JobForm(forms.Form):
     ) -> None:
         super().__init__(data, **kwargs)
         self.team = team
+        self.suggestions: Sequence[Suggestion] = ()
+        """What would make the job fit."""
         self.methods = methods()
         if rows_of is not None:
             self.base_models.rows, self.dataset_versions.rows = rows_of.base_models.rows, rows_of.dataset_versions.rows
@@ -180,8 +184,7 @@ class JobForm(forms.Form):
         else:
             self.base_models.offer(BaseModel.objects.defer("files").order_by("name"))
             self.dataset_versions.offer(
-                DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
-                .select_related("dataset")
+                with_experience(DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY))
                 .annotate(done_splits=_DONE_SPLITS)
                 .order_by("dataset__name", "-number"),
                 why_not=DatasetVersion.why_not_trainable,
@@ -262,6 +265,13 @@ class JobForm(forms.Form):
         assert self.is_valid(), "ask is_valid() first"
         assert self._recipe is not None
         return self._recipe
+
+    def suggested_changes(self) -> list[tuple[Suggestion, dict[str, str]]]:
+        """`suggestions`, each with the fields that it fills in otherwise."""
+        if not self.suggestions:
+            return []
+        assert self._recipe is not None, "only a recipe has suggestions"
+        return [(one, changed_fields(self._recipe, one.asked)) for one in self.suggestions]
 
     def _make_recipe(self, values: dict[str, Any]) -> Recipe | None:
         base_model: BaseModel = values["base_model"]
@@ -463,6 +473,26 @@ def fresh_form(
     form.initial["shown_method"] = form.initial["method"]
     form.initial["shown_dataset"] = to_text(form.initial.get("dataset_version"))
     return form
+
+
+def changed_fields(asked: Recipe, wanted: Recipe) -> dict[str, str]:
+    """The fields of the form, as text, that a recipe with a few settings changed fills in otherwise."""
+    before = resolved_values(asked, asked.method) | {"method": asked.method}
+    after = resolved_values(wanted, wanted.method) | {"method": wanted.method}
+    return {name: to_text(value) for name, value in after.items() if name not in before or value != before[name]}
+
+
+def with_changes(form: JobForm, changes: object) -> JobForm:
+    """The form as it was sent, with what `changed_fields` gave; raises ValueError for what it cannot have given."""
+    if not isinstance(changes, dict) or not all(isinstance(one, str) for one in changes.values()):
+        raise ValueError("Changes are texts by the names of fields.")
+    if unknown := sorted(set(changes) - set(form.fields)):
+        raise ValueError(f"The form has no field {unknown[0]!r}.")
+    assert isinstance(form.data, QueryDict), "changes are for a form that was sent"
+    data = form.data.copy()
+    for name, text in changes.items():
+        data[name] = text
+    return JobForm(data, team=form.team, rows_of=form)
 
 
 def bound_copy(form: JobForm) -> JobForm:

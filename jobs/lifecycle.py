@@ -33,6 +33,7 @@ from jobs.models import (
     MetricPoint,
     Worker,
 )
+from jobs.prices import frozen_price
 from jobs.products import remove_unregistered
 from jobs.waking import wake_workers
 from studio.accounts.models import User, record
@@ -109,7 +110,10 @@ def claim(job: Job, worker: Worker) -> Job | None:
             return None
         Job.objects.filter(pk=job.pk, started_at=None).update(started_at=Now())
         claimed = Job.objects.select_related("team", "created_by", "base_model", "dataset_version").get(pk=job.pk)
-        JobAttempt.objects.create(job=claimed, number=claimed.attempt, worker=worker, started_at=Now())
+        JobAttempt.objects.create(
+            job=claimed, number=claimed.attempt, worker=worker, started_at=Now(),
+            **frozen_price(claimed.team_id, worker.device),
+        )  # fmt: skip
         add_event(claimed.pk, claimed.attempt, f"Started on {worker.device} ({worker}), attempt {claimed.attempt}.")
         failpoint("claim.before_commit")
     return claimed

@@ -42,6 +42,9 @@ class JobKind(models.TextChoices):
     EVALUATE = "evaluate", "Evaluation"
 
 
+TRAINED = models.Q(kind=JobKind.TRAIN, state=JobState.SUCCEEDED)
+
+
 class Worker(models.Model):
     """A process that runs jobs on one device. Rows outlive their process; `last_seen` tells."""
 
@@ -222,6 +225,9 @@ class Job(models.Model):
             models.Index(fields=["team", "-created_at"], name="job_list"),
             models.Index(fields=["team"], name="job_active", condition=models.Q(state__in=ACTIVE_STATES)),
             models.Index(fields=["team", "-created_at"], name="job_failed", condition=models.Q(state=JobState.FAILED)),
+            # What the estimates learn from: the newest of a team, and of all teams.
+            models.Index(fields=["team", "-finished_at"], name="job_learned_team", condition=TRAINED),
+            models.Index(fields=["-finished_at"], name="job_learned", condition=TRAINED),
         ]
 
     def __str__(self) -> str:
@@ -256,6 +262,9 @@ class JobAttempt(models.Model):
     signal = models.PositiveIntegerField(null=True, help_text="Number of the signal that ended its trainer.")
     micro_batch_size = models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known.")
     accumulation = models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step.")
+    # As they were when it began: later prices do not change what was paid.
+    price_per_gpu_hour = models.DecimalField(max_digits=10, decimal_places=4, null=True)
+    currency = models.CharField(max_length=8, blank=True, default="")
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["job", "number"], name="one_row_per_attempt")]
@@ -338,7 +347,7 @@ class JobSample(models.Model):
 
 
 class TeamQuota(models.Model):
-    """A team's share of the devices, its limits and what a GPU-hour costs it. A team without a row has the defaults."""
+    """A team's share of the devices, its limits and what devices cost it. A team without a row has the defaults."""
 
     team = models.OneToOneField(Team, on_delete=models.CASCADE, primary_key=True, related_name="quota")
     share = models.PositiveIntegerField(default=1, help_text="Weight among the teams: 2 gets twice what 1 gets.")
@@ -346,6 +355,10 @@ class TeamQuota(models.Model):
     max_gpu_hours = models.FloatField(null=True, blank=True, help_text="Within the window.")
     window_days = models.PositiveSmallIntegerField(default=7)
     price_per_gpu_hour = models.DecimalField(max_digits=10, decimal_places=4, null=True, blank=True)
+    currency = models.CharField(max_length=8, blank=True, default="")
+    device_prices = models.JSONField(
+        default=list, blank=True, help_text='[["H100", "2.5"], ...]: a part of a device\'s name and its price.'
+    )
 
     class Meta:
         constraints: ClassVar = [
@@ -373,14 +386,19 @@ class Usage(models.Model):
 
 
 class UsageHour(models.Model):
-    """Device seconds of a team in one hour, for limits on GPU-hours."""
+    """Device seconds of a team in one hour and currency, for limits on GPU-hours, and what they cost."""
 
     team = models.ForeignKey(Team, on_delete=models.CASCADE, related_name="usage_hours")
     hour = models.DateTimeField()
+    currency = models.CharField(max_length=8, blank=True, default="")
     device_seconds = models.FloatField()
+    priced_seconds = models.FloatField(default=0, help_text="Those for which the team had set a price.")
+    cost = models.DecimalField(max_digits=18, decimal_places=6, default=0)
 
     class Meta:
-        constraints: ClassVar = [models.UniqueConstraint(fields=["team", "hour"], name="one_row_per_team_and_hour")]
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["team", "hour", "currency"], name="one_row_per_team_hour_and_currency")
+        ]
 
     def __str__(self) -> str:
         return f"{self.device_seconds:.0f} s of {self.team} at {self.hour}"

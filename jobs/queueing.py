@@ -12,7 +12,7 @@ from django.db.models.functions import Now
 
 from jobs import lifecycle
 from jobs.actions import KEEP, STOP_MODES, ActionError
-from jobs.durations import expected_seconds
+from jobs.experience import expected_seconds
 from jobs.models import FINAL_STATES, Job, JobKind, JobState
 from jobs.ranking import PRIORITIES, TEAM_PRIORITIES, moved_ranks, team_priority, top_rank
 from jobs.retrying import tried_again

@@ -1,4 +1,4 @@
-"""A team's share of the devices and its limits: looked at by its members, set by its leads, on a page and by API."""
+"""A team's share of the devices, its limits and prices: its members look at them, its leads set them; page and API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from django import forms
 from django.contrib import messages
 from django.db import transaction
-from django.db.models import Sum
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
@@ -19,17 +18,34 @@ from django.views.decorators.http import require_http_methods
 from ninja import Router
 from pydantic import Field
 
-from jobs.models import TeamQuota, UsageHour
+from jobs.models import TeamQuota
+from jobs.prices import (
+    DECIMAL_PLACES,
+    MAX_DEVICE_CHARACTERS,
+    MAX_DEVICE_PRICES,
+    MAX_PRICE,
+    CostOut,
+    DevicePricesField,
+    Period,
+    calendar_periods,
+    checked_device_prices,
+    cost_values,
+    costs_of_team,
+    has_prices,
+)
 from jobs.standing import Room, read_facts
 from jobs.usage import HALF_LIFE
 from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import ApiToken, Role, Scope, Team, User, record
 from studio.api.auth import ApiRequest, Token
-from studio.api.errors import ERRORS
+from studio.api.errors import ERRORS, ApiError
 from studio.api.schemas import Body, Out
+from studio.costs import MAX_CURRENCY_CHARACTERS, Cost, money_per_hour, plain_price
 
-FIELDS = ("share", "max_running_jobs", "max_gpu_hours", "window_days", "price_per_gpu_hour")
-MAX_SHARE, MAX_JOBS, MAX_HOURS, MAX_DAYS, MAX_PRICE = 100, 10_000, 1_000_000, 366, 100_000
+FIELDS = (
+    "share", "max_running_jobs", "max_gpu_hours", "window_days", "price_per_gpu_hour", "currency", "device_prices",
+)  # fmt: skip
+MAX_SHARE, MAX_JOBS, MAX_HOURS, MAX_DAYS = 100, 10_000, 1_000_000, 366
 
 router = Router(tags=["limits"])
 may_lead = Token(Scope.WRITE, Role.LEAD)
@@ -55,13 +71,29 @@ class QuotaForm(forms.ModelForm):
         min_value=1, max_value=MAX_DAYS, label="Window in days", help_text="How far back GPU-hours are counted."
     )
     price_per_gpu_hour = forms.DecimalField(
-        min_value=0, max_value=MAX_PRICE, max_digits=10, decimal_places=4, required=False, label="Price of a GPU-hour",
-        help_text="In your currency, to show what the window has cost. Empty: no costs are shown.",
+        min_value=0, max_value=MAX_PRICE, max_digits=10, decimal_places=DECIMAL_PLACES, required=False,
+        label="Price of a GPU-hour",
+        help_text="Of every device without a price of its own. Empty: what runs on those shows no cost.",
     )  # fmt: skip
+    currency = forms.CharField(
+        max_length=MAX_CURRENCY_CHARACTERS, required=False,
+        help_text="Stands behind every amount: EUR, $, credits. What was paid keeps the currency that it had.",
+    )  # fmt: skip
+    device_prices = DevicePricesField(
+        label="Prices by device",
+        help_text="One a line: a part of the device's name, a colon and its price, as in H100: 2.50. The longest name "
+        "that stands in the device's counts. A job keeps the price that holds when it starts.",
+    )
 
     class Meta:
         model = TeamQuota
         fields = FIELDS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # As it was written, without the decimal places of the column.
+        if (price := self.initial.get("price_per_gpu_hour")) is not None:
+            self.initial["price_per_gpu_hour"] = plain_price(Decimal(price))
 
 
 @dataclass(frozen=True)
@@ -74,12 +106,20 @@ class PersonUsage:
 
 
 @dataclass(frozen=True)
+class PeriodUsage:
+    """What a team has used and paid in a stretch of the calendar."""
+
+    label: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
 class TeamUsage:
-    """What a team uses now and has used in its window."""
+    """What a team uses now and has used in its window and in the calendar's weeks and months."""
 
     num_running: int
-    gpu_hours: float
-    cost: Decimal | None
+    window: Cost
+    calendar: list[PeriodUsage]
     people: list[PersonUsage]
 
 
@@ -105,13 +145,10 @@ def change_quota(quota: TeamQuota, *, by: User, token: ApiToken | None = None) -
 
 def usage_of(team: Team, quota: TeamQuota) -> TeamUsage:
     """The team's usage now, what runs included."""
-    facts = read_facts(Room())
-    standing = facts.standing
-    since = timezone.now() - timedelta(days=quota.window_days)
-    seconds = UsageHour.objects.filter(team=team, hour__gt=since).aggregate(sum=Sum("device_seconds"))["sum"] or 0.0
-    seconds += sum(job.num_gpus * job.held_seconds for job in facts.running if job.team_id == team.pk)
-    hours = seconds / 3600
-    price = quota.price_per_gpu_hour
+    standing = read_facts(Room()).standing
+    now = timezone.now()
+    periods = [Period("window", now - timedelta(days=quota.window_days)), *calendar_periods(now)]
+    window, *costs = costs_of_team(team, periods)
     total = standing.used_by_team(team.pk)
     used = {
         user_id: amount for (team_id, user_id), amount in standing.usage.items() if team_id == team.pk and amount >= 1
@@ -122,8 +159,8 @@ def usage_of(team: Team, quota: TeamQuota) -> TeamUsage:
     ]
     return TeamUsage(
         num_running=standing.num_running.get(team.pk, 0),
-        gpu_hours=hours,
-        cost=None if price is None else round(Decimal(hours) * price, 2),
+        window=window,
+        calendar=[PeriodUsage(period.label, cost) for period, cost in zip(periods[1:], costs, strict=True)],
         people=sorted(people, key=lambda person: person.gpu_hours, reverse=True),
     )
 
@@ -132,7 +169,7 @@ def usage_of(team: Team, quota: TeamQuota) -> TeamUsage:
 @require_http_methods(["GET", "HEAD", "POST"])
 @team_page(Role.VIEWER)
 def limits(request: TeamRequest) -> HttpResponse:
-    """The team's share, limits and usage; a lead sets them."""
+    """The team's share, limits, prices, usage and costs; a lead sets them."""
     quota = quota_of(request.team)
     may_edit = request.membership.may(Role.LEAD)
     form = QuotaForm(request.POST or None, instance=quota_of(request.team))
@@ -141,17 +178,35 @@ def limits(request: TeamRequest) -> HttpResponse:
             return refuse(request, Role.LEAD)
         if form.is_valid():
             change_quota(form.save(commit=False), by=request.user)
-            messages.success(request, "The limits are saved and hold from the next job that starts.")
+            messages.success(request, "Limits and prices are saved and hold from the next job that starts.")
             return redirect("jobs:limits")
+    usage = usage_of(request.team, quota)
     context = {
         "form": form,
         "quota": quota,
-        "usage": usage_of(request.team, quota),
-        "price": None if quota.price_per_gpu_hour is None else f"{quota.price_per_gpu_hour.normalize():f}",
+        "usage": usage,
+        "prices": _price_words(quota),
+        "has_costs": has_prices(quota) or any(one.cost.amounts for one in usage.calendar) or bool(usage.window.amounts),
         "may_edit": may_edit,
         "half_life_days": HALF_LIFE.days,
     }
     return render(request, "jobs/limits.html", context, status=422 if form.errors else 200)
+
+
+def _price_words(quota: TeamQuota) -> list[tuple[str, str]]:
+    """(device, price an hour) for people: the named devices, then every other one."""
+    found = [(name, money_per_hour(Decimal(price), quota.currency)) for name, price in quota.device_prices]
+    if quota.price_per_gpu_hour is not None:
+        other = "Every other device" if found else "Every device"
+        found.append((other, money_per_hour(quota.price_per_gpu_hour, quota.currency)))
+    return found
+
+
+class DevicePrice(Body):
+    """What an hour of the devices costs in whose names `device` stands; the longest such name counts."""
+
+    device: str = Field(min_length=1, max_length=MAX_DEVICE_CHARACTERS)
+    price_per_gpu_hour: float = Field(ge=0, le=MAX_PRICE)
 
 
 class LimitsIn(Body):
@@ -161,20 +216,34 @@ class LimitsIn(Body):
     max_running_jobs: int | None = Field(None, ge=1, le=MAX_JOBS)
     max_gpu_hours: float | None = Field(None, ge=0.1, le=MAX_HOURS, description="Within the window.")
     window_days: int = Field(7, ge=1, le=MAX_DAYS)
-    price_per_gpu_hour: float | None = Field(None, ge=0, le=MAX_PRICE)
+    price_per_gpu_hour: float | None = Field(None, ge=0, le=MAX_PRICE, description="Of devices without their own.")
+    currency: str = Field("", max_length=MAX_CURRENCY_CHARACTERS)
+    device_prices: list[DevicePrice] = Field(default_factory=list, max_length=MAX_DEVICE_PRICES)
+
+
+class PeriodOut(Out):
+    """What a team has used and paid in a stretch of the calendar."""
+
+    label: str
+    gpu_hours: float
+    costs: list[CostOut]
+    unpriced_gpu_hours: float = Field(description="Those of `gpu_hours` that ran without a price; in none of `costs`.")
 
 
 class LimitsOut(Out):
-    """A team's share and limits, and what it uses."""
+    """A team's share, limits and prices, and what it uses."""
 
     share: int
     max_running_jobs: int | None
     max_gpu_hours: float | None
     window_days: int
     price_per_gpu_hour: float | None
+    currency: str
+    device_prices: list[DevicePrice]
     num_running: int
     gpu_hours: float = Field(description="Used within the window, running jobs included.")
-    cost: float | None
+    costs: list[CostOut] = Field(description="Of these, each hour at the price that held when its attempt began.")
+    calendar: list[PeriodOut] = Field(description="This week, this month and the month before.")
 
 
 @router.get("limits/", response={200: LimitsOut, **ERRORS}, summary="The team's share, limits and usage")
@@ -188,7 +257,12 @@ def put_limits(request: ApiRequest, body: LimitsIn) -> dict[str, Any]:
     """Set all of them; what is left out gets its default. Needs a token of a lead or an admin."""
     values = body.model_dump()
     if (price := values["price_per_gpu_hour"]) is not None:
-        values["price_per_gpu_hour"] = round(Decimal(str(price)), 4)
+        values["price_per_gpu_hour"] = round(Decimal(str(price)), DECIMAL_PLACES)
+    pairs = [(one.device, f"{Decimal(str(one.price_per_gpu_hour)):f}") for one in body.device_prices]
+    try:
+        values["device_prices"] = checked_device_prices(pairs)
+    except ValueError as error:
+        raise ApiError(422, "invalid", str(error), field="device_prices") from error
     change_quota(TeamQuota(team=request.team, **values), by=request.user, token=request.token)
     return _shown(request.team)
 
@@ -197,7 +271,13 @@ def _shown(team: Team) -> dict[str, Any]:
     quota = quota_of(team)
     usage = usage_of(team, quota)
     values = {name: getattr(quota, name) for name in FIELDS}
-    return {**values, "num_running": usage.num_running, "gpu_hours": usage.gpu_hours, "cost": usage.cost}
+    prices = [{"device": name, "price_per_gpu_hour": float(price)} for name, price in quota.device_prices]
+    calendar = [{"label": one.label, **cost_values(one.cost)} for one in usage.calendar]
+    window = cost_values(usage.window)
+    return {
+        **values, "device_prices": prices, "num_running": usage.num_running, "gpu_hours": window["gpu_hours"],
+        "costs": window["costs"], "calendar": calendar,
+    }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

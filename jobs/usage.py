@@ -1,4 +1,4 @@
-"""What teams and people have used of the devices: charged when an attempt ends, and fading with time.
+"""What teams and people have used of the devices: charged when an attempt ends, fading with time for the queue.
 
 A second of a device counts half as much one half-life later (Slurm's multifactor priority plugin with
 PriorityDecayHalfLife, https://slurm.schedmd.com/priority_multifactor.html). With half-life H, an attempt that held
@@ -22,6 +22,7 @@ _HALF_LIFE_SECONDS = HALF_LIFE.total_seconds()
 _SPENT = """
     WITH spent AS (
         SELECT job.team_id, job.created_by_id AS user_id, job.num_gpus, attempt.started_at, attempt.ended_at,
+               attempt.price_per_gpu_hour::float8 AS price, attempt.currency,
                EXTRACT(EPOCH FROM attempt.ended_at - attempt.started_at)::float8 AS seconds
         FROM jobs_jobattempt attempt JOIN jobs_job job ON job.id = attempt.job_id
         WHERE attempt.job_id = %(job)s AND attempt.number = %(number)s AND attempt.ended_at > attempt.started_at
@@ -42,12 +43,19 @@ _CHARGE_PERSON = f"""
         decayed_at = {_LATEST}
 """  # noqa: S608 our own names
 _CHARGE_HOURS = f"""
-    {_SPENT}
-    INSERT INTO jobs_usagehour (team_id, hour, device_seconds)
-    SELECT team_id, hour, num_gpus * EXTRACT(
-        EPOCH FROM LEAST(ended_at, hour + interval '1 hour') - GREATEST(started_at, hour))::float8
-    FROM spent, generate_series(date_trunc('hour', started_at), ended_at, interval '1 hour') AS hour
-    ON CONFLICT (team_id, hour) DO UPDATE SET device_seconds = jobs_usagehour.device_seconds + EXCLUDED.device_seconds
+    {_SPENT}, hours AS (
+        SELECT team_id, hour, currency, price, num_gpus * EXTRACT(
+            EPOCH FROM LEAST(ended_at, hour + interval '1 hour') - GREATEST(started_at, hour))::float8 AS seconds
+        FROM spent, generate_series(date_trunc('hour', started_at), ended_at, interval '1 hour') AS hour
+    )
+    INSERT INTO jobs_usagehour (team_id, hour, currency, device_seconds, priced_seconds, cost)
+    SELECT team_id, hour, currency, seconds, CASE WHEN price IS NULL THEN 0 ELSE seconds END,
+           COALESCE(price, 0) * seconds / 3600
+    FROM hours
+    ON CONFLICT (team_id, hour, currency) DO UPDATE SET
+        device_seconds = jobs_usagehour.device_seconds + EXCLUDED.device_seconds,
+        priced_seconds = jobs_usagehour.priced_seconds + EXCLUDED.priced_seconds,
+        cost = jobs_usagehour.cost + EXCLUDED.cost
 """  # noqa: S608 our own names
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import messages
+from django.core.exceptions import BadRequest
 from django.db.models import Count, F, OuterRef, Q, Subquery
 from django.db.models.functions import JSONObject
 from django.http import HttpResponse, JsonResponse
@@ -20,10 +21,11 @@ from django.views.decorators.http import require_GET, require_POST
 
 from jobs import samples, series, showing
 from jobs.buttons import mark_ends
-from jobs.estimating import Plan, estimate_values, plan_for
-from jobs.forms import GOALS, JobForm, bound_copy, fresh_form
+from jobs.estimating import Plan, estimate_values, plan_for, suggestions_for
+from jobs.forms import GOALS, JobForm, bound_copy, fresh_form, with_changes
 from jobs.mending import actions_for
 from jobs.models import ACTIVE_STATES, FINAL_STATES, LEASED_STATES, Job, JobState
+from jobs.prices import cost_of_attempts, costs_of_jobs
 from jobs.queueing import IdempotencyConflictError, key_for_another, queue_job
 from jobs.scheduling import QUEUE_ORDER, WAITING_STATES, QueueSnapshot, explain_wait, look_at_queue
 from studio.accounts.access import TeamRequest, team_page
@@ -32,9 +34,10 @@ from studio.accounts.signed_out import take_kept_form
 from studio.catalogue.models import Score
 from studio.catalogue.recipe_table import recipe_sections
 from studio.conditional import unchanged_is_304
+from studio.costs import Cost, money_per_hour, money_range
 from studio.setting_fields import form_name
 from studio.templatetags.components import significant
-from workers.errors import ExplainedError
+from workers.errors import DoesNotFitError, ExplainedError
 from workers.methods import get_method
 from workers.splits.saying import Saying, rows_needed, saying_of
 
@@ -63,10 +66,11 @@ class JobRow:
     elapsed_seconds: float | None
     phase_label: str
     starts_at: datetime | None = None
+    cost: Cost | None = None
 
 
-def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
-    """A job with its place in the queue and why it waits."""
+def job_row(job: Job, queue: QueueSnapshot | None, cost: Cost | None = None) -> JobRow:
+    """A job with its place in the queue and why it waits, or what it has cost."""
     return JobRow(
         job=job,
         position=queue.position(job) if queue else 0,
@@ -76,6 +80,7 @@ def job_row(job: Job, queue: QueueSnapshot | None) -> JobRow:
         elapsed_seconds=showing.elapsed_seconds(job),
         phase_label=showing.PHASE_LABELS.get(job.phase, ""),
         starts_at=queue.starts_at(job) if queue else None,
+        cost=cost,
     )
 
 
@@ -103,7 +108,9 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
         in_team = [job for job in active if job.state in WAITING_STATES]
         mark_ends(sorted(in_team, key=queue.position))
     rows = [job_row(job, queue) for job in active]
-    finished = [job_row(job, None) for job in ended]
+    ended_jobs = list(ended)
+    costs = costs_of_jobs(ended_jobs)
+    finished = [job_row(job, None, costs.get(job.pk)) for job in ended_jobs]
     older = request.GET.copy()
     if len(finished) > MAX_LISTED:
         older["older_than"] = finished[MAX_LISTED - 1].job.created_at.isoformat()
@@ -114,6 +121,7 @@ def list_jobs(request: TeamRequest) -> HttpResponse:
         ),
         "paused": [row for row in rows if row.job.state == JobState.PAUSED],
         "finished": finished[:MAX_LISTED],
+        "has_costs": any(cost.amounts for cost in costs.values()),
         "num_waiting": queue.num_waiting,
         "num_busy": queue.num_busy,
         "has_workers": queue.has_workers,
@@ -153,11 +161,43 @@ def _make_plan(form: JobForm) -> Plan | None:
     if not form.is_valid():
         return None
     recipe = form.to_recipe()
+    base_model, version = form.cleaned_data["base_model"], form.cleaned_data["dataset_version"]
     try:
-        return plan_for(recipe, form.cleaned_data["base_model"], form.cleaned_data["dataset_version"])
+        plan = plan_for(recipe, base_model, version)
+        form.suggestions = plan.suggestions
+        return plan
+    except DoesNotFitError as error:
+        form.suggestions = suggestions_for(recipe, base_model, version)
+        form.add_explained(error)
     except ExplainedError as error:
         form.add_explained(error)
-        return None
+    return None
+
+
+@dataclass(frozen=True)
+class ShownSuggestion:
+    """A change with which a job fits, and the value of the button that fills it into the form."""
+
+    words: str
+    cost: str
+    memory: str
+    time: str
+    changes: str
+
+
+def _shown_suggestions(form: JobForm) -> list[ShownSuggestion]:
+    return [
+        ShownSuggestion(
+            one.words, one.cost, showing.gibibytes(one.num_bytes), _times_as_long(one.slowdown), json.dumps(changes)
+        )
+        for one, changes in form.suggested_changes()
+    ]
+
+
+def _times_as_long(slowdown: float) -> str:
+    if abs(slowdown - 1) < 0.05:
+        return "as fast"
+    return f"{significant(slowdown, 2)} times as long"
 
 
 def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, show_errors: bool) -> dict[str, Any]:
@@ -195,8 +235,13 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "problems": problems,
         "show_errors": show_errors,
     }
+    context["suggestions"] = _shown_suggestions(form)
     if plan is not None:
         context |= {
+            "cost_range": _cost_words(plan),
+            "price": money_per_hour(plan.price.amount, plan.price.currency) if plan.price is not None else "",
+            "free_there": showing.gibibytes(plan.device.free_bytes),
+            "arithmetic_memory": showing.gibibytes(plan.estimate.arithmetic_bytes),
             "memory_parts": _memory_parts(plan),
             "memory_needed": showing.gibibytes(plan.estimate.total_bytes),
             "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
@@ -210,6 +255,13 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
                 "instead_percent": significant(100 * plan.instead.estimate.trainable_share),
             }
     return context
+
+
+def _cost_words(plan: Plan) -> str:
+    """What a run will cost, "0.40 to 1.20 EUR"; empty where the team has set no price."""
+    if plan.cost_range is None or plan.price is None:
+        return ""
+    return money_range(*plan.cost_range, plan.price.currency)
 
 
 def _test_saying(form: JobForm) -> Saying | None:
@@ -252,6 +304,8 @@ MEMORY_COLOURS = ("fill-primary", "fill-secondary", "fill-accent", "fill-info", 
 def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     needed = plan.estimate
     whole = max(needed.total_bytes, plan.device.facts.memory_bytes, 1)
+    # The parts are arithmetic; what finished runs correct is spread over them, so that they add up to what is shown.
+    corrected = needed.total_bytes / max(1, needed.arithmetic_bytes)
     parts = [
         ("Base weights", needed.weights_bytes),
         (get_method(plan.recipe.method).product.noun.capitalize(), needed.adapter_bytes),
@@ -261,7 +315,8 @@ def _memory_parts(plan: Plan) -> list[dict[str, str]]:
     ]
     found: list[dict[str, str]] = []
     left = 0.0
-    for index, (label, num_bytes) in enumerate(parts):
+    for index, (label, arithmetic_bytes) in enumerate(parts):
+        num_bytes = corrected * arithmetic_bytes
         if not num_bytes:
             continue  # full fine-tuning has no weights of a base beside its own
         width = 100 * num_bytes / whole
@@ -309,8 +364,14 @@ def new_job(request: TeamRequest) -> HttpResponse:
 
 def _queue(request: TeamRequest) -> HttpResponse:
     form = JobForm(request.POST, team=request.team)
+    if "apply" in request.POST:
+        try:
+            form = with_changes(form, json.loads(request.POST["apply"]))
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        messages.info(request, "The change is filled in. Nothing has started.")
     plan = _make_plan(form)
-    if "update" in request.POST:
+    if "update" in request.POST or "apply" in request.POST:
         return render(request, "jobs/new_job.html", _form_context(request, form, plan, show_errors=True))
     if plan is None:
         return render(request, "jobs/new_job.html", _form_context(request, form, None, show_errors=True), status=422)
@@ -380,11 +441,14 @@ def job_context(request: TeamRequest, job: Job) -> dict[str, Any]:
     queue = look_at_queue([job]) if job.state in WAITING_STATES else None
     context = showing.live_context(job)
     attempts = list(job.attempts.select_related("worker").order_by("-number")) if job.attempt else []
+    for attempt in attempts:
+        attempt.cost = cost_of_attempts([attempt], job.num_gpus)  # type: ignore[attr-defined]
     return {
         **context,
         **samples.samples_context(job, job.newest_sample_at),  # type: ignore[attr-defined]
         "row": job_row(job, queue),
         "attempts": attempts,
+        "cost": cost_of_attempts(attempts, job.num_gpus),
         "attempt_line": showing.attempt_line(job, attempts),
         "failure_actions": [action for action in actions_for(job) if action.name != "as_it_is"],
         "scores": _scores(job),

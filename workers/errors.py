@@ -57,6 +57,10 @@ class RecipeProblems(RecipeError):  # noqa: N818 - it holds several
         return [*self.fields.items()]
 
 
+class DoesNotFitError(RecipeProblems):
+    """A recipe whose method must fit the device's memory does not."""
+
+
 class UnknownPluginError(RecipeError):
     """A recipe names a method, format, objective or evaluation that is not installed."""
 

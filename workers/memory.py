@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from workers.measured_memory import NO_CORRECTION, Basis, MeasuredMemory, MemoryParts, shape_key
 from workers.methods import get_method
 from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
@@ -94,6 +95,8 @@ class DeviceFacts:
     memory_bytes: int
     num_threads: int
     has_fast_bfloat16: bool | None = None
+    measured: MeasuredMemory | None = None
+    """What finished runs held on such a device; None: the arithmetic stands as it is."""
 
     def computes_bfloat16(self) -> bool:
         """Whether 16-bit products are done in hardware."""
@@ -107,7 +110,9 @@ class Estimate:
     """What a run will need. Bytes at the peak of training; seconds from loading the base to the last score.
 
     `optimizer_bytes` holds the gradients and both moments of AdamW, `adapter_bytes` the trained weights in float32.
-    `weights_bytes` are those that are not trained: of the base that full fine-tuning trains, none.
+    `weights_bytes` are those that are not trained: of the base that full fine-tuning trains, none. The parts are
+    arithmetic; `total_bytes` is their sum as `num_measured` finished runs correct it, which are those that `measured`
+    says (workers.measured_memory).
     """
 
     weights_bytes: int
@@ -122,7 +127,15 @@ class Estimate:
     seconds_low: float
     seconds_high: float
     verdict: Literal["fits", "tight", "too_large"]
-    advice: list[str]
+    measured: Basis = "arithmetic"
+    num_measured: int = 0
+
+    @property
+    def arithmetic_bytes(self) -> int:
+        """The sum of the parts, without what finished runs correct."""
+        return (
+            self.weights_bytes + self.adapter_bytes + self.optimizer_bytes + self.activations_bytes + self.runtime_bytes
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -190,7 +203,11 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         activations += training_bytes * num_linear_parameters(shape) // (shape.num_layers if checkpointing else 1)
         activations += 2 * training_bytes * shape.vocabulary_size * shape.hidden_size
     runtime = CPU_BASELINE_BYTES if device.kind == "cpu" else CUDA_BASELINE_BYTES
-    total = weights + adapter + optimizer + activations + runtime
+    sums = MemoryParts(fixed=weights + adapter + optimizer, activations=activations, runtime=runtime)
+    correction = NO_CORRECTION
+    if device.measured is not None:
+        correction = device.measured.correction(shape_key(shape), recipe.method, precision)
+    total = correction.total(sums)
     share = total / device.memory_bytes if device.memory_bytes else math.inf
     verdict: Literal["fits", "tight", "too_large"] = (
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
@@ -199,7 +216,6 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
         num_trainable, is_whole=is_whole,
     )  # fmt: skip
-    fixed = adapter + optimizer if is_whole else weights
     return Estimate(
         weights_bytes=weights,
         adapter_bytes=adapter,
@@ -213,7 +229,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         seconds_low=seconds * 0.6,
         seconds_high=seconds * 1.8,
         verdict=verdict,
-        advice=_advice(verdict, recipe, micro_batch, fixed, activations, total, device),
+        measured=correction.basis,
+        num_measured=correction.num_runs,
     )
 
 
@@ -360,36 +377,3 @@ def flops_per_second(device: DeviceFacts, precision: Precision) -> float:
     if precision == "float32":
         peak /= 4  # TF32 is off, and half of what tensor cores do in 16 bits at best.
     return peak * GPU_UTILISATION / PRECISION_SLOWDOWN[precision]
-
-
-def _advice(
-    verdict: str,
-    recipe: Recipe,
-    micro_batch: int,
-    weights: int,
-    activations: int,
-    total: int,
-    device: DeviceFacts,
-) -> list[str]:
-    """What would make the run fit, the most useful first; empty when it fits."""
-    if verdict == "fits":
-        return []
-    what = "The card" if device.kind == "cuda" else "This machine"
-    found = [f"It needs about {total / GIB:.1f} GiB, and {what.lower()} has {device.memory_bytes / GIB:.1f} GiB."]
-    if activations > weights:
-        if micro_batch > 1:
-            found.append(f"Lower the micro-batch from {micro_batch} to {micro_batch // 2}; the result stays the same.")
-        if recipe.training.gradient_checkpointing is not True and get_method(recipe.method).can_checkpoint_activations:
-            found.append("Switch gradient checkpointing on: less memory, about a third slower.")
-        found.append(f"Lower the maximum length from {recipe.training.max_length} tokens, if your rows allow it.")
-    if recipe.precision in ("float32", "bfloat16"):
-        if "nf4" in get_method(recipe.method).precisions:
-            found.append("Hold the base in nf4: a quarter of its memory in bfloat16.")
-        elif recipe.method == "lora":
-            found.append("Choose QLoRA: it holds the base in 4 bits.")
-        elif get_method(recipe.method).cheaper:
-            labels = [get_method(name).label for name in get_method(recipe.method).cheaper]
-            found.append(f"Choose {' or '.join(labels)}.")
-    elif weights > activations:
-        found.append("Choose a smaller base model.")
-    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from workers.errors import RecipeError, RecipeProblems
+from workers.errors import DoesNotFitError, RecipeError, RecipeProblems
 from workers.evaluations import evaluations, get_evaluation, name_of_key, named_by
 from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
@@ -100,7 +100,7 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
     needed = estimate(chosen, shape, dataset, device)
     if method.must_fit and device.memory_bytes and needed.verdict == "too_large":
         others = alternatives(recipe, shape, dataset, device)
-        raise RecipeProblems({"method": _too_large(method, needed, others, device)})
+        raise DoesNotFitError({"method": _too_large(method, needed, others, device)})
     num_steps = needed.num_steps
     if training.checkpoint_every_steps == "auto":
         chosen = _with_training(chosen, checkpoint_every_steps=training.steps_between_checkpoints(num_steps))

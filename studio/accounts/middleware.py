@@ -15,21 +15,27 @@ from studio.accounts.models import Membership, Team
 SESSION_KEY = "team_id"
 
 
+def memberships_of(request: HttpRequest) -> list[Membership]:
+    """The person's memberships, the oldest first; none of a stranger's."""
+    if not request.user.is_authenticated:
+        return []
+    return list(Membership.objects.select_related("team").filter(user=request.user).order_by("created_at", "pk"))
+
+
 def current_membership(request: HttpRequest) -> Membership | None:
     """The membership that the session chose, or the person's first; None for a stranger."""
-    if not request.user.is_authenticated:
-        return None
-    mine = Membership.objects.select_related("team").filter(user=request.user).order_by("created_at", "pk")
-    chosen = request.session.get(SESSION_KEY)
-    return (mine.filter(team_id=chosen).first() if chosen else None) or mine.first()
+    mine: list[Membership] = request.memberships  # type: ignore[attr-defined]
+    chosen = request.session.get(SESSION_KEY) if mine else None
+    return next((one for one in mine if one.team_id == chosen), mine[0] if mine else None)
 
 
 def attach_team(request: HttpRequest) -> None:
-    """Set `request.membership` and `request.team`; both are looked up when first used."""
+    """Set `request.memberships`, `request.membership` and `request.team`; one query finds them when first used."""
 
     def team() -> Team | None:
         return request.membership.team if request.membership else None  # type: ignore[attr-defined]
 
+    request.memberships = SimpleLazyObject(lambda: memberships_of(request))  # type: ignore[attr-defined]
     request.membership = SimpleLazyObject(lambda: current_membership(request))  # type: ignore[attr-defined]
     request.team = SimpleLazyObject(team)  # type: ignore[attr-defined]
 

@@ -17,7 +17,7 @@ from studio.accounts.models import Role
 from studio.catalogue import blind, listing
 from studio.catalogue.bundles import entries, folder_name, manifest_sha256
 from studio.catalogue.findings import Level, evaluation_of, findings_of, shown_details, thresholds_of
-from studio.catalogue.lineage import adapters_for_page, repeat_of, repeated_by
+from studio.catalogue.lineage import adapters_for_page, repeat_of, repeated_by, training_cost
 from studio.catalogue.model_card import (
     MAX_EDITED_CHARACTERS,
     CardConflictError,
@@ -77,6 +77,7 @@ def adapter(request: TeamRequest, adapter_id: int) -> HttpResponse:
             **shown_details(found, thresholds),
             "repeat_of": repeat_of(found),
             "repeated_by": repeated_by(found),
+            "training_cost": training_cost(found),
             "may_train": request.membership.may(Role.TRAINER),
             "again_key": secrets.token_urlsafe(16),
         },

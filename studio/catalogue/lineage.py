@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from django.contrib.postgres.expressions import ArraySubquery
-from django.db.models import Case, Count, OuterRef, Prefetch, QuerySet, Subquery, When
-from django.db.models.functions import JSONObject
+from django.db.models import Case, Count, F, OuterRef, Prefetch, QuerySet, Subquery, TextField, When
+from django.db.models.functions import Cast, Extract, JSONObject
 
 from studio.accounts.models import Team
 from studio.catalogue.models import Adapter, Alias, Preference, Sample, SampleChoice, Score
 from studio.catalogue.samples import SHOWN
+from studio.costs import Cost, Stretch, cost_of
 
 MAX_VERSIONS = 50
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
@@ -37,6 +39,10 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
                 from_step="job__attempts__from_step",
                 last_step="job__attempts__last_step",
                 device="job__attempts__worker__device",
+                seconds=Extract(F("job__attempts__ended_at") - F("job__attempts__started_at"), "epoch"),
+                num_gpus="job__num_gpus",
+                price=Cast("job__attempts__price_per_gpu_hour", TextField()),
+                currency="job__attempts__currency",
             )
         )
     )
@@ -75,6 +81,18 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
             sample_counts=Subquery(samples),
             choice_counts=Subquery(choices),
         )
+    )
+
+
+def training_cost(adapter: Adapter) -> Cost:
+    """What making an adapter of `adapters_for_page` cost: every attempt of its job, those without success too."""
+    attempts: list[dict[str, Any]] = adapter.attempts  # type: ignore[attr-defined]
+    return cost_of(
+        Stretch(
+            one["seconds"], one["num_gpus"], None if one["price"] is None else Decimal(one["price"]), one["currency"]
+        )
+        for one in attempts
+        if one["seconds"]
     )
 
 

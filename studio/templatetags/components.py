@@ -338,3 +338,13 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{round(whole / 60)} min"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@register.filter
+def gpu_hours(hours: float) -> str:
+    """Hours of devices as "12.4 GPU-hours", with enough digits for a job of seconds."""
+    if not hours:
+        return "0 GPU-hours"
+    digits = 0 if hours >= 100 else 1 if hours >= 10 else 2
+    rounded = f"{hours:,.{digits}f}"
+    return f"{rounded} GPU-hours" if hours >= 0.005 else "less than 0.01 GPU-hours"

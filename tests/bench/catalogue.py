@@ -168,19 +168,26 @@ def main() -> None:
         run(folder, asked.adapters, asked.jobs, asked.repeats)
 
 
-def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
-    """Fill the studio and print the table."""
-    from django.test import Client, override_settings
-
-    from studio.accounts.models import ApiToken, Team
-    from studio.catalogue import listing
-    from studio.catalogue.models import Adapter, BaseModel
+def plain_files(folder: Path) -> Any:
+    """Settings under which pages are served without collected files, and the data is in `folder`."""
+    from django.test import override_settings
 
     plain = {
         "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
         "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
     }
-    with override_settings(STORAGES=plain, ALLOWED_HOSTS=["*"], DATA_DIR=folder):
+    return override_settings(STORAGES=plain, ALLOWED_HOSTS=["*"], DATA_DIR=folder)
+
+
+def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
+    """Fill the studio and print the table."""
+    from django.test import Client
+
+    from studio.accounts.models import ApiToken, Team
+    from studio.catalogue import listing
+    from studio.catalogue.models import Adapter, BaseModel
+
+    with plain_files(folder):
         start = time.perf_counter()
         user = fill(num_adapters, num_jobs)
         print(f"{num_adapters:,} adapters and {num_jobs:,} jobs filled in {time.perf_counter() - start:.0f} s")
@@ -213,7 +220,7 @@ def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
             "API adapters, searched": "/api/v1/adapters/?q=legal",
             "API jobs": "/api/v1/jobs/",
         }
-        print(f"{'page':<28}{'p50 ms':>8}{'p95 ms':>8}{'queries':>9}")
+        print(f"{'page':<40}{'p50 ms':>8}{'p95 ms':>8}{'queries':>9}")
         for name, url in pages.items():
             print_row(name, measure(lambda url=url: client.get(url), repeats))  # type: ignore[misc]
         for name, url in calls.items():
@@ -222,7 +229,7 @@ def run(folder: Path, num_adapters: int, num_jobs: int, repeats: int) -> None:
 
 def print_row(name: str, found: tuple[float, float, int]) -> None:
     """One line of the table."""
-    print(f"{name:<28}{found[0]:>8.1f}{found[1]:>8.1f}{found[2]:>9}", flush=True)
+    print(f"{name:<40}{found[0]:>8.1f}{found[1]:>8.1f}{found[2]:>9}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,14 +73,15 @@ def make_finished_jobs(team: Any, user: Any, number: int, *, seed: int, ended: d
 
 def median_errors(team: Any, num_held_out: int) -> tuple[float, float]:
     """Median |expected / actual - 1| on the team's newest jobs: by the estimate, and learned from all before."""
-    from jobs.durations import finished_jobs, learn, pooled_ratios
+    from jobs.durations import learn
+    from jobs.finished import finished_jobs
     from jobs.models import Job
 
     finished = finished_jobs(Job.objects.all())
     own = [job for job in finished if job.team_id == team.pk]
     held_out, known = own[:num_held_out], own[num_held_out:]
     unseen = {id(job) for job in held_out}
-    prediction = learn(known, pooled_ratios([job for job in finished if id(job) not in unseen]))
+    prediction = learn(known, [job for job in finished if id(job) not in unseen])
     by_estimate = [abs(job.features.estimated_seconds / job.seconds - 1) for job in held_out]
     learned = [abs(prediction.expected(job.features) / job.seconds - 1) for job in held_out]
     return statistics.median(by_estimate), statistics.median(learned)

@@ -39,12 +39,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     },
+    "3b": {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
+    },
     "1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
     },
 }  # fmt: skip
-"""Sizes of Llama 3.1 8B and Llama 3.2 1B (their config.json), here with an output layer of its own in both."""
+"""Sizes of Llama 3.1 8B, Llama 3.2 3B and 1B (their config.json), here with an output layer of its own in all."""
 
 
 def main() -> None:
@@ -148,23 +152,11 @@ class Trainer:
 
     def run(self, base: Path, precision: str, method: str, *, seed: int, cache: Path | None) -> Start:
         """Runs a short job to its end; the clock of a process's first job began with the process."""
-        out = Path(tempfile.mkdtemp(dir=self._folder))
-        recipe = out / "recipe.json"
-        recipe.write_text(json.dumps(_recipe(base, precision, method, seed)), "utf-8")
-        arguments = [
-            str(recipe), "--out", str(out), "--base-model-folder", str(base),
-            "--dataset-file", str(self._folder / "data.jsonl"),
-        ]  # fmt: skip
-        if cache is not None:
-            arguments += ["--quantised-cache", str(cache)]
         given = self._started or time.monotonic()
         self._started = None
-        message = {"job": {"arguments": arguments, "log": str(out / "trainer.log")}}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
         start = Start(0.0)
-        for event in self._of_one_job():
+        recipe = _recipe(base, precision, method, seed)
+        for event in self.events_of(recipe, base, self._folder / "data.jsonl", cache=cache):
             now = time.monotonic() - given
             if isinstance(event, PhaseEvent):
                 start.began.setdefault(event.phase, now)
@@ -173,14 +165,25 @@ class Trainer:
             if isinstance(event, FailedEvent):
                 raise SystemExit(f"{event.message} {event.next_step}")
         start.began = {name: at for name, at in start.began.items() if at <= start.first_step}
-        shutil.rmtree(out)
         return start
 
-    def _of_one_job(self) -> Iterator[Any]:
+    def events_of(self, recipe: dict[str, Any], base: Path, data: Path, *, cache: Path | None = None) -> Iterator[Any]:
+        """Gives it a job and yields what it says until the job's end; what the job leaves is removed then."""
+        out = Path(tempfile.mkdtemp(dir=self._folder))
+        file = out / "recipe.json"
+        file.write_text(json.dumps(recipe), "utf-8")
+        arguments = [str(file), "--out", str(out), "--base-model-folder", str(base), "--dataset-file", str(data)]
+        if cache is not None:
+            arguments += ["--quantised-cache", str(cache)]
+        message = {"job": {"arguments": arguments, "log": str(out / "trainer.log")}}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.flush()
         for line in self._events:
             event = parse_event(line)
             yield event
             if isinstance(event, EndedEvent):
+                shutil.rmtree(out)
                 return
         raise SystemExit(f"The trainer ended with status {self._process.wait()} in the middle of a job.")
 
@@ -205,8 +208,11 @@ def _recipe(base: Path, precision: str, method: str, seed: int) -> dict[str, Any
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
-def make_base(folder: Path, shape: str | None) -> Path:
-    """The tests' tiny base, or a Llama of a real size with random weights in bfloat16, in files as hubs have them."""
+def make_base(folder: Path, shape: str | None, sizes: dict[str, int] | None = None) -> Path:
+    """The tests' tiny base, or a Llama of a real size with random weights in bfloat16, in files as hubs have them.
+
+    `sizes` are those of a shape that SHAPES does not have.
+    """
     if shape is None:
         return make_tiny_base(folder / "tiny")
     made = folder / f"random-{shape}"
@@ -216,7 +222,7 @@ def make_base(folder: Path, shape: str | None) -> Path:
     from safetensors.torch import save_file
 
     made.mkdir(parents=True, exist_ok=True)
-    sizes = SHAPES[shape]
+    sizes = sizes or SHAPES[shape]
     config = sizes | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,

@@ -11,7 +11,9 @@ from django.core.management import call_command
 from django.utils import timezone
 
 from jobs import durations
-from jobs.durations import Features, expected_seconds, learn, pooled_ratios
+from jobs.durations import learn, pooled_ratios
+from jobs.experience import expected_seconds
+from jobs.finished import Features, finished_jobs
 from jobs.models import Job
 from jobs.queueing import queue_job
 from studio.accounts.models import Team, User
@@ -36,7 +38,7 @@ def test_without_jobs_of_its_own_a_team_gets_the_median_of_all_on_that_device(
     team: Team, other_team: Team, charlie: User
 ) -> None:
     make_finished_jobs(other_team, charlie, 40, seed=1, ended=timezone.now())
-    pooled = pooled_ratios(durations.finished_jobs(Job.objects.all()))
+    pooled = pooled_ratios(finished_jobs(Job.objects.all()))
     assert expected(team) == pytest.approx(250 * math.exp(pooled["CPU, 2 cores"]))
     assert expected(team) > 2 * 250
     unknown = expected_seconds(team, ESTIMATE | {"device": "NVIDIA L4"}, method="lora", base_model="tiny")
@@ -63,8 +65,8 @@ def test_the_error_falls_with_the_teams_finished_jobs(team: Team, bob: User) -> 
 
 def test_it_learns_what_a_method_and_a_base_cost(team: Team, bob: User) -> None:
     make_finished_jobs(team, bob, 150, seed=5, ended=timezone.now())
-    finished = durations.finished_jobs(Job.objects.all())
-    prediction = learn(finished, pooled_ratios(finished))
+    finished = finished_jobs(Job.objects.all())
+    prediction = learn(finished, finished)
     for method in ("lora", "qlora", "prefix"):
         for base in BASES:
             for device in DEVICES:
@@ -92,5 +94,5 @@ def test_the_command_prints_the_error_on_held_out_jobs(team: Team, bob: User) ->
     said = StringIO()
     call_command("durations", stdout=said)
     assert "60 finished jobs, 12 held out" in said.getvalue()
-    by_estimate, learned = durations.held_out_errors(durations.finished_jobs(Job.objects.all()))
+    by_estimate, learned = durations.held_out_errors(finished_jobs(Job.objects.all()))
     assert sum(learned) < sum(by_estimate) / 2

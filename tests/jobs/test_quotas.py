@@ -15,6 +15,7 @@ from tests.jobs.making import make_running_job
 
 VALUES = {
     "share": "2", "max_running_jobs": "3", "max_gpu_hours": "10.5", "window_days": "14", "price_per_gpu_hour": "2.5",
+    "currency": "EUR", "device_prices": "",
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def call(client: Client, user: User, team: Team, body: object = None) -> tuple[i
 
 def test_an_admin_sets_the_limits_on_the_page_and_it_is_written_down(alice_client: Client, team: Team) -> None:
     answer = alice_client.post("/jobs/limits/", VALUES, follow=True)
-    assert "The limits are saved" in answer.content.decode()
+    assert "Limits and prices are saved" in answer.content.decode()
     quota = TeamQuota.objects.get(team=team)
     assert (quota.share, quota.max_running_jobs, quota.max_gpu_hours, quota.window_days) == (2, 3, 10.5, 14)
     event = AuditEvent.objects.get(action="limits.changed")
@@ -59,12 +60,12 @@ def test_a_limit_that_makes_no_sense_is_refused_beside_its_field(alice_client: C
 
 
 def test_the_page_shows_what_the_window_has_used_and_cost(alice_client: Client, team: Team, bob: User) -> None:
-    TeamQuota.objects.create(team=team, max_running_jobs=3, price_per_gpu_hour="2.5")
+    TeamQuota.objects.create(team=team, max_running_jobs=3, price_per_gpu_hour="2.5", currency="EUR")
     job = make_running_job(team, bob)
     JobAttempt.objects.filter(job=job).update(started_at=timezone.now() - timedelta(hours=4))
     page = alice_client.get("/jobs/limits/").content.decode()
     assert "1 of 3" in page
-    assert "10.00 at 2.5 an hour" in page
+    assert "10.00\N{NO-BREAK SPACE}EUR" in page
     assert "bob" in page
 
 
@@ -84,4 +85,4 @@ def test_another_team_has_its_own_limits(
 ) -> None:
     call(client, alice, team, {"share": 4})
     assert call(client, charlie, other_team)[1]["share"] == 1
-    assert "Limits of Legal" in signed_in(charlie).get("/jobs/limits/").content.decode()
+    assert "Limits and costs of Legal" in signed_in(charlie).get("/jobs/limits/").content.decode()

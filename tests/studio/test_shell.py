@@ -65,6 +65,7 @@ def page(team: Team, alice: User) -> str:
     request.user = alice
     request.team = team  # type: ignore[attr-defined]
     request.membership = alice.memberships.get(team=team)  # type: ignore[attr-defined]
+    request.memberships = list(alice.memberships.select_related("team"))  # type: ignore[attr-defined]
     template = Template("{% extends 'base.html' %}{% block heading %}Models{% endblock %}")
     from django.template import RequestContext
 

@@ -47,6 +47,43 @@ print(len(patterns))
 """
 
 
+ESTIMATE = (
+    SCRIPT.partition("import studio.asgi")[0]
+    + """
+import statistics, time
+from tests.workers.test_resolving import SEVEN_B
+from workers.fitting import suggestions
+from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.recipe import Recipe
+from workers.resolving import resolve
+
+rows = DatasetFacts(1000, 500_000, 2048, {256: 400, 512: 300, 1024: 200, 2048: 100})
+card = DeviceFacts("cuda", "NVIDIA card", 12 * 2**30, 8)
+times = []
+for _ in range(9):
+    began = time.perf_counter()
+    asked = Recipe.from_dict(
+        {"name": "x", "base_model": {"name": "b"}, "dataset": {"name": "d", "format": "alpaca"}}
+    )
+    found = estimate(resolve(asked, SEVEN_B, rows, card), SEVEN_B, rows, card)
+    assert found.verdict == "too_large"
+    assert suggestions(asked, SEVEN_B, rows, card)
+    times.append(1000 * (time.perf_counter() - began))
+assert not HEAVY & set(sys.modules)
+print(statistics.median(times))
+"""
+)
+
+
+def test_an_estimate_and_what_would_fit_take_no_torch_and_less_than_50_ms() -> None:
+    """`python -m tests.bench.estimate` has the figures, those of the form's panel too."""
+    done = subprocess.run(
+        [sys.executable, "-c", ESTIMATE], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 50
+
+
 def test_no_url_and_no_module_of_the_web_process_imports_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False

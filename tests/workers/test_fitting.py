@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.workers.test_resolving import SEVEN_B
-from workers.fitting import advice, in_4_bits, remedies
+from workers.fitting import Suggestion, advice, in_4_bits, remedies, suggestions
 from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
 from workers.recipe import Recipe
+from workers.resolving import resolve
 
 CARD = DeviceFacts("cuda", "NVIDIA GeForce RTX 4090", 24 * GIB, 8)
 ROWS = DatasetFacts(num_rows=1000, total_tokens=900_000, longest=2048)
@@ -68,3 +69,76 @@ def test_a_recipe_in_4_bits_keeps_its_settings() -> None:
     assert small is not None
     assert (small.method, small.precision, small.settings) == ("qlora", "nf4", {"rank": 16})
     assert in_4_bits(small) is None
+
+
+HISTOGRAM = {256: 400, 512: 300, 1024: 200, 2048: 100}
+UNEVEN = DatasetFacts(num_rows=1000, total_tokens=500_000, longest=2048, lengths=HISTOGRAM)
+
+
+def found(asked: Recipe, memory_gib: float, dataset: DatasetFacts = UNEVEN) -> list[Suggestion]:
+    return suggestions(asked, SEVEN_B, dataset, DeviceFacts("cuda", "NVIDIA card", round(memory_gib * GIB), 8))
+
+
+@pytest.mark.parametrize("memory_gib", [8, 12, 16, 24, 32, 48])
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full", "prefix_tuning"])
+def test_whatever_is_suggested_fits_by_the_same_arithmetic_and_says_how_long_it_takes(
+    method: str, memory_gib: int
+) -> None:
+    card = DeviceFacts("cuda", "NVIDIA card", memory_gib * GIB, 8)
+    asked = recipe().model_copy(update={"method": method, "settings": {}, "precision": "auto"})
+    for one in found(asked, memory_gib):
+        again = resolve(one.asked, SEVEN_B, UNEVEN, card)
+        needed = estimate(again, SEVEN_B, UNEVEN, card)
+        assert (one.recipe, one.num_bytes) == (again, needed.total_bytes)
+        assert needed.verdict == "fits"
+        assert one.slowdown > 0
+        assert one.asked != asked
+
+
+def test_what_leaves_the_result_alone_comes_first() -> None:
+    words = [(one.words, one.cost) for one in found(recipe(), 64)]
+    assert words[0] == ("a micro-batch of 1 row", "what is learned stays the same")
+    assert words[1] == ("gradient checkpointing", "what is learned stays the same")
+    assert [one.slowdown for one in found(recipe(), 64)][1] > 1.2, "a third pass through the layers"
+
+
+def test_where_one_change_is_not_enough_the_studio_chooses_the_rows_at_once_as_well() -> None:
+    first = found(recipe(), 24)[0]
+    assert first.words == "gradient checkpointing, and as many rows at once as fit"
+    small = next(one for one in found(recipe(), 12) if one.words.startswith("QLoRA"))
+    assert small.asked.training.micro_batch_size == "auto"
+    assert (small.asked.method, small.asked.settings["rank"]) == ("qlora", 16)
+
+
+def test_a_shorter_length_is_the_longest_that_fits_and_says_which_share_it_cuts() -> None:
+    asked = recipe(micro_batch_size=8, gradient_checkpointing=False)
+    shorter = next(one for one in found(asked, 48) if one.words.startswith("rows of at most"))
+    length = shorter.asked.training.max_length
+    assert length % 64 == 0
+    card = DeviceFacts("cuda", "NVIDIA card", 48 * GIB, 8)
+    training = asked.training.model_copy(update={"max_length": length + 64})
+    longer = resolve(asked.model_copy(update={"training": training}), SEVEN_B, UNEVEN, card)
+    assert estimate(longer, SEVEN_B, UNEVEN, card).verdict != "fits"
+    cut = sum(rows for bound, rows in HISTOGRAM.items() if bound > length)
+    assert shorter.cost == f"up to {cut / 10:.2g} % of the rows lose their ends"
+
+
+def test_a_lower_rank_keeps_the_adapters_factor() -> None:
+    asked = recipe(gradient_checkpointing=True, micro_batch_size=1).model_copy(
+        update={"settings": {"rank": 512, "alpha": 1024.0}}
+    )
+    lower = next(one for one in found(asked, 24) if one.words.startswith("a rank of"))
+    rank, alpha = lower.asked.settings["rank"], lower.asked.settings["alpha"]
+    assert rank < 512
+    assert alpha / rank == 2
+
+
+def test_full_fine_tuning_that_does_not_fit_is_told_the_methods_that_do() -> None:
+    asked = recipe().model_copy(update={"method": "full", "settings": {}, "precision": "auto"})
+    labels = [one.words for one in found(asked, 24)]
+    assert any(words.startswith("LoRA") for words in labels)
+    assert any(words.startswith("QLoRA") for words in labels)
+
+
+def test_where_nothing_fits_nothing_is_suggested() -> None:
+    assert found(recipe(), 2) == []

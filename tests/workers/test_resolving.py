@@ -112,14 +112,6 @@ def test_qlora_needs_a_quarter_of_the_weights() -> None:
     assert small.num_trainable == 159_907_840  # rank 64 on all linear layers, as in the QLoRA repository for Llama 7B
 
 
-def test_too_large_says_what_to_do() -> None:
-    card = DeviceFacts("cuda", "NVIDIA T4", 12 * GIB, 4)
-    found = estimate(resolve(recipe(), SEVEN_B, ROWS, card), SEVEN_B, ROWS, card)
-    assert found.verdict == "too_large"
-    assert "12.0 GiB" in found.advice[0]
-    assert any("QLoRA" in sentence for sentence in found.advice)
-
-
 def test_checkpointing_and_smaller_batches_save_memory() -> None:
     def activations(**training) -> int:
         base = {"packing": False, "micro_batch_size": 8, "gradient_checkpointing": False}

@@ -7,7 +7,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from jobs.durations import finished_jobs, held_out_errors
+from jobs.durations import held_out_errors
+from jobs.finished import finished_jobs
 from jobs.models import Job
 
 

@@ -1,0 +1,100 @@
+"""The check of the estimates on a real device: real runs of small bases, resumed, merged and corrected."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import mean, median
+
+import pytest
+
+from tests.bench import estimate_error
+from tests.bench.estimate_error import (
+    CASES,
+    Case,
+    errors_of,
+    leave_one_out,
+    merge,
+    read_lines,
+    recipe_of,
+    run,
+    run_of,
+    small,
+)
+from workers.methods import methods
+
+ROWS = Path(__file__).with_name("rows") / "estimates" / "cpu.jsonl"
+
+
+def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precisions_lengths_and_shapes() -> None:
+    assert Counter(case.learns for case in CASES) == {True: 10, False: 10}
+    assert len({case.label for case in CASES}) == len(CASES)
+    for learns in (True, False):
+        chosen = [case for case in CASES if case.learns == learns]
+        assert {case.shape for case in chosen} == {"1b", "3b", "8b"}
+        assert {case.precision for case in chosen} == {"bfloat16", "nf4"}
+        assert {case.length for case in chosen} >= {512, 2048}
+        assert len({case.method for case in chosen}) >= 4
+    for case in (*CASES, *map(small, CASES)):
+        recipe = recipe_of(case)
+        assert recipe.precision in methods()[recipe.method].precisions, case.label
+
+
+@pytest.mark.slow
+def test_real_runs_are_measured_resumed_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = (
+        Case("1b", "lora", "bfloat16", 512, 8, False, True),
+        Case("1b", "lora", "bfloat16", 1024, 8, False, False),
+    )
+    monkeypatch.setattr(estimate_error, "CASES", two)
+    rows = tmp_path / "rows.jsonl"
+    run(rows, tmp_path, is_small=True, seconds=0)
+    assert not rows.exists(), "there was no time for any"
+    run(rows, tmp_path, is_small=True, seconds=600)
+    before = rows.read_text()
+    lines = read_lines(rows)
+    assert [line["label"] for line in lines] == ["1b lora float32 64x8 kept", "1b lora float32 128x8 kept"]
+    for line in lines:
+        assert line["kind"] == "cpu"
+        assert line["peak_bytes"] > 2**28, "torch alone is larger"
+        assert line["step_seconds"] > 0
+        assert line["estimated_step_seconds"] > 0
+    run(rows, tmp_path, is_small=True, seconds=600)
+    assert rows.read_text() == before, "what is there is not run again"
+    [learned, checked] = merge(rows)
+    assert abs(learned.memory_corrected) < abs(learned.memory) + 0.01
+    assert abs(checked.memory_corrected) < abs(checked.memory) + 0.05
+    assert "checked" in capsys.readouterr().out
+
+
+def test_measured_peaks_make_the_estimates_of_other_recipes_better() -> None:
+    """The rows were measured on a CPU, where most of a small run is the process itself."""
+    lines = read_lines(ROWS)
+    assert {line["label"] for line in lines} == {small(case).label for case in CASES}
+    alone, corrected = leave_one_out([run_of(line) for line in lines])
+    assert mean(corrected) < 0.8 * mean(alone)
+    assert median(corrected) < 0.8 * median(alone)
+    checked = [one for one in errors_of(lines) if not one.line["learns"]]
+    assert median(abs(one.memory_corrected) for one in checked) < median(abs(one.memory) for one in checked)
+    assert median(abs(one.time_corrected) for one in checked) < 0.6 * median(abs(one.time) for one in checked)
+
+
+def test_rows_of_two_devices_are_not_merged() -> None:
+    lines = read_lines(ROWS)
+    lines[0]["device"] = "another"
+    with pytest.raises(SystemExit, match="of 2 devices"):
+        errors_of(lines)
+
+
+def test_a_failed_recipe_is_shown_and_learned_from_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = read_lines(ROWS)
+    lines[1] = {"label": lines[1]["label"], "learns": False, "failed": "out_of_memory: It ran out of memory."}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(merge(rows)) == len(lines) - 1
+    assert "| failed | out_of_memory" in capsys.readouterr().out
