@@ -1,0 +1,166 @@
+"""Puts hand-written blocks in the place of a model's own while rows are trained on, and takes care that they agree.
+
+Only a forward pass inside `Engine.rows` takes them; any other, as for generation, runs the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.batching import Batch
+from workers.blocks.attention import Rows
+from workers.blocks.budget import block_bytes, choose_keeping
+from workers.blocks.families import NotByHandError, read_block
+from workers.blocks.function import Block, Keeping, run_block
+from workers.blocks.linears import Group
+from workers.blocks.sublayers import Surroundings
+from workers.losses import head_is_plain
+
+NO_MASKS = "rows_by_hand"
+"""A name of attention that transformers knows no masks for, so that it makes none."""
+_SEEDS = 2**31 - 16
+
+
+class Engine:
+    """The hand-written blocks of one model, in the order of its layers; `keeping` says what each keeps."""
+
+    def __init__(self, model: Any, layers: Sequence[Any], blocks: Sequence[Block], num_virtual_tokens: int = 0) -> None:
+        """`num_virtual_tokens` stand before each row's own in the layers' inputs."""
+        self.blocks = tuple(blocks)
+        self.keeping: list[Keeping] = ["all"] * len(blocks)
+        self._model = model
+        self._layers = tuple(layers)
+        self._num_virtual_tokens = num_virtual_tokens
+        config = _plain(model).config.get_text_config()
+        self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
+        self._drops = any(group.dropout for group in self._groups())
+        self._rows: Rows | None = None
+        self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for group in self._groups():
+            for source, target, factor in group.copies():
+                sources, targets = self._copies.setdefault(factor, ([], []))
+                sources.append(source)
+                targets.append(target)
+        for place, layer in enumerate(layers):
+            self._take_over(layer, place)
+
+    def _groups(self) -> Iterator[Group]:
+        for block in self.blocks:
+            for half in block.sublayers:
+                yield from (half.inputs, half.outputs)
+
+    def _refresh(self) -> None:
+        """Takes over what the optimizer has changed, all layers at once: a handful of kernels."""
+        with torch.no_grad():
+            for factor, (sources, targets) in self._copies.items():
+                scaled = sources if factor == 1.0 else torch._foreach_mul([one.detach() for one in sources], factor)
+                torch._foreach_copy_(targets, [one.detach() for one in scaled])
+
+    def _take_over(self, layer: Any, place: int) -> None:
+        own_forward = layer.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._rows is None:
+                return own_forward(hidden_states, *args, **kwargs)
+            return self._run(place, hidden_states, kwargs["position_embeddings"])
+
+        layer.forward = forward
+
+    def _run(self, place: int, hidden_BTH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        rows = self._rows
+        assert rows is not None
+        assert hidden_BTH.shape[:2] == (1, rows.num_tokens), "rows stand one behind the other, and all of them"
+        cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
+        # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
+        seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
+        around = Surroundings(rows, cos_TE, sin_TE)
+        result_TH = run_block(self.blocks[place], hidden_BTH[0], around, self.keeping[place], seed)
+        return result_TH[None]
+
+    @contextmanager
+    def rows(self, batch: Batch) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over the packed rows of `batch`."""
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = NO_MASKS
+        self._refresh()
+        lengths = [length + self._num_virtual_tokens for length in batch.lengths]
+        self._rows = Rows.of(lengths, batch.input_ids.device)
+        try:
+            yield
+        finally:
+            self._rows = None
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+
+    def keep_least(self) -> None:
+        """Each block keeps its input alone, as with gradient checkpointing."""
+        self.keeping = ["input"] * len(self.blocks)
+
+    def keep_what_fits(self, num_tokens: int, *, free_bytes: int) -> None:
+        """Settles what each block keeps, for batches of up to `num_tokens` tokens of the rows' own."""
+        element = _plain(self._model).get_input_embeddings().weight.element_size()
+        costs = [block_bytes(block, element) for block in self.blocks]
+        self.keeping = choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes)
+
+    def remove(self) -> None:
+        """Leaves the model as it was."""
+        for layer in self._layers:
+            vars(layer).pop("forward", None)
+
+
+def install(model: Any, *, is_wide: bool, num_virtual_tokens: int = 0) -> Engine:
+    """Hand-written blocks for a model with its adapter.
+
+    Raises:
+        NotByHandError: a block of the model, or what the adapter made of it, is not written by hand.
+    """
+    plain = _plain(model)
+    layers = getattr(plain.get_decoder(), "layers", None)
+    if layers is None:
+        raise NotByHandError(f"{type(plain).__name__} keeps its layers elsewhere")
+    blocks = [Block(read_block(layer, is_wide=is_wide)) for layer in layers]
+    own = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for name, parameter in layers.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise NotByHandError(f"{name} is trained, which no hand-written block knows of")
+    head_is_plain(model)  # asked by a forward pass of the model's own, which is not one over the rows of a batch
+    return Engine(model, list(layers), blocks, num_virtual_tokens)
+
+
+def agrees(
+    engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], *, tolerance: float
+) -> float | None:
+    """How far loss and gradients of a small batch are from the model's own; None where that is within `tolerance`.
+
+    A relative error: of the loss, and of all gradients taken as one vector. No gradient is left behind, and no random
+    number is used up.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
+    model.eval()  # a mask of dropout would differ
+    try:
+        with torch.random.fork_rng(devices=devices):
+            plain_loss = loss(model, batch)
+            plain = torch.autograd.grad(plain_loss, parameters)
+            with engine.rows(batch):
+                own_loss = loss(model, batch)
+            own = torch.autograd.grad(own_loss, parameters)
+    finally:
+        model.train(was_training)
+    off = [float((own_loss - plain_loss).abs() / plain_loss.abs())]
+    size = torch.stack([one.float().norm() for one in plain]).norm()
+    difference = torch.stack([(a.float() - b.float()).norm() for a, b in zip(own, plain, strict=True)]).norm()
+    off.append(float(difference / size) if float(size) else float(difference))
+    worst = max(off)
+    return None if worst <= tolerance else worst
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
