@@ -15,10 +15,12 @@ from torch import Tensor
 from workers.batching import Batch
 from workers.blocks.attention import Rows
 from workers.blocks.budget import block_bytes, choose_keeping
-from workers.blocks.families import NotByHandError, read_block
+from workers.blocks.families import Making, NotByHandError, read_block
 from workers.blocks.function import Block, Keeping, run_block
 from workers.blocks.linears import Group
 from workers.blocks.sublayers import Surroundings
+from workers.blocks.weights import Quantised
+from workers.layers.prompt import PromptTunedModel
 from workers.losses import head_is_plain
 
 NO_MASKS = "rows_by_hand"
@@ -41,11 +43,7 @@ class Engine:
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
         self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for group in self._groups():
-            for source, target, factor in group.copies():
-                sources, targets = self._copies.setdefault(factor, ([], []))
-                sources.append(source)
-                targets.append(target)
+        self._collect_copies()
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
 
@@ -53,6 +51,14 @@ class Engine:
         for block in self.blocks:
             for half in block.sublayers:
                 yield from (half.inputs, half.outputs)
+
+    def _collect_copies(self) -> None:
+        self._copies = {}
+        for group in self._groups():
+            for source, target, factor in group.copies():
+                sources, targets = self._copies.setdefault(factor, ([], []))
+                sources.append(source)
+                targets.append(target)
 
     def _refresh(self) -> None:
         """Takes over what the optimizer has changed, all layers at once: a handful of kernels."""
@@ -74,7 +80,10 @@ class Engine:
     def _run(self, place: int, hidden_BTH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         rows = self._rows
         assert rows is not None
-        assert hidden_BTH.shape[:2] == (1, rows.num_tokens), "rows stand one behind the other, and all of them"
+        if hidden_BTH.shape[:2] != (1, rows.num_tokens):
+            raise RuntimeError(
+                f"a block was given {tuple(hidden_BTH.shape[:2])} tokens of {rows.num_tokens} packed ones"
+            )
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
         # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
         seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
@@ -98,6 +107,13 @@ class Engine:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
 
+    def keep_copies(self) -> None:
+        """Computes quantised weights back once and for all, into memory of their own."""
+        for group in self._groups():
+            if isinstance(group.weights, Quantised):
+                group.weights = group.weights.kept()
+        self._collect_copies()
+
     def keep_least(self) -> None:
         """Each block keeps its input alone, as with gradient checkpointing."""
         self.keeping = ["input"] * len(self.blocks)
@@ -114,7 +130,7 @@ class Engine:
             vars(layer).pop("forward", None)
 
 
-def install(model: Any, *, is_wide: bool, num_virtual_tokens: int = 0) -> Engine:
+def install(model: Any, *, is_wide: bool) -> Engine:
     """Hand-written blocks for a model with its adapter.
 
     Raises:
@@ -124,13 +140,16 @@ def install(model: Any, *, is_wide: bool, num_virtual_tokens: int = 0) -> Engine
     layers = getattr(plain.get_decoder(), "layers", None)
     if layers is None:
         raise NotByHandError(f"{type(plain).__name__} keeps its layers elsewhere")
-    blocks = [Block(read_block(layer, is_wide=is_wide)) for layer in layers]
+    how = Making(is_wide)
+    blocks = [Block(read_block(layer, how)) for layer in layers]
     own = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, parameter in layers.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
             raise NotByHandError(f"{name} is trained, which no hand-written block knows of")
     head_is_plain(model)  # asked by a forward pass of the model's own, which is not one over the rows of a batch
-    return Engine(model, list(layers), blocks, num_virtual_tokens)
+    # Virtual tokens that are embeddings stand before each row in every layer's input.
+    num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
+    return Engine(model, list(layers), blocks, num_virtual)
 
 
 def agrees(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from workers.blocks.attention import MAX_HEAD_FEATURES, Sight
-from workers.blocks.linears import Branch, Group, Layer, widen
+from workers.blocks.linears import Branch, Group, Layer
 from workers.blocks.pointwise import Activation, Norm
 from workers.blocks.sublayers import Attention, FeedForward, HeadNorms
+from workers.blocks.weights import Apart, Quantised, Scratch, Weights, widen
 
 # Layers whose forward pass was read, whole, beside the sublayers; another one's may do more than its parts tell.
 PRE_NORM = frozenset(
@@ -33,11 +34,17 @@ class NotByHandError(Exception):
     """A block computes something that the hand-written ones do not; the message says what."""
 
 
-def read_block(layer: nn.Module, *, is_wide: bool) -> tuple[Attention, FeedForward]:
-    """The sublayers of a decoder layer, on its own parameters.
+@dataclass(frozen=True)
+class Making:
+    """How blocks of one model are made. With `is_wide` frozen weights are moved so that branches ride in their product,
+    which takes memory for PAD columns more; quantised ones are computed back into `scratch`."""
 
-    With `is_wide` the frozen weights are moved so that branches ride in their product, which takes a GPU's memory for
-    PAD columns more, once.
+    is_wide: bool
+    scratch: Scratch = field(default_factory=Scratch)
+
+
+def read_block(layer: nn.Module, how: Making) -> tuple[Attention, FeedForward]:
+    """The sublayers of a decoder layer, on its own parameters.
 
     Raises:
         NotByHandError: the layer, or what an adapter made of it, is not written by hand.
@@ -47,8 +54,8 @@ def read_block(layer: nn.Module, *, is_wide: bool) -> tuple[Attention, FeedForwa
         raise NotByHandError(f"{kind} is not among the blocks that are written by hand")
     has_post_norms = kind in SANDWICH_NORM
     parts: Any = layer
-    attention = _attention(parts, is_wide=is_wide, has_post_norm=has_post_norms)
-    return attention, _feed_forward(parts, is_wide=is_wide, has_post_norm=has_post_norms)
+    attention = _attention(parts, how, has_post_norm=has_post_norms)
+    return attention, _feed_forward(parts, how, has_post_norm=has_post_norms)
 
 
 def make_room(model: Any) -> None:
@@ -73,9 +80,11 @@ def _inputs_of(half: Any) -> list[Any]:
     return [getattr(half, name) for name in names]
 
 
-def _attention(layer: Any, *, is_wide: bool, has_post_norm: bool) -> Attention:
+def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
     module = layer.self_attn
     config = module.config
+    if hasattr(module, "prefix_source"):
+        raise NotByHandError("trained keys and values stand before its rows'")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise NotByHandError("its attention scores are capped")
     if getattr(module, "attention_dropout", 0.0):
@@ -92,8 +101,8 @@ def _attention(layer: Any, *, is_wide: bool, has_post_norm: bool) -> Attention:
         head_norms = HeadNorms(_norm(module.q_norm), _norm(module.k_norm))
     return Attention(
         norm=_norm(norm),
-        inputs=_group(_inputs_of(module), is_wide=is_wide),
-        outputs=_group([module.o_proj], is_wide=False),
+        inputs=_group(_inputs_of(module), how),
+        outputs=_group([module.o_proj], how, reads_norm=False),
         num_heads=config.num_attention_heads,
         num_key_heads=config.num_key_value_heads,
         head_size=module.head_dim,
@@ -103,7 +112,7 @@ def _attention(layer: Any, *, is_wide: bool, has_post_norm: bool) -> Attention:
     )
 
 
-def _feed_forward(layer: Any, *, is_wide: bool, has_post_norm: bool) -> FeedForward:
+def _feed_forward(layer: Any, how: Making, *, has_post_norm: bool) -> FeedForward:
     module = layer.mlp
     config = layer.self_attn.config
     act = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -112,8 +121,8 @@ def _feed_forward(layer: Any, *, is_wide: bool, has_post_norm: bool) -> FeedForw
     before = layer.pre_feedforward_layernorm if has_post_norm else layer.post_attention_layernorm
     return FeedForward(
         norm=_norm(before),
-        inputs=_group(_inputs_of(module), is_wide=is_wide),
-        outputs=_group([module.down_proj], is_wide=is_wide),
+        inputs=_group(_inputs_of(module), how),
+        outputs=_group([module.down_proj], how),
         activation=ACTIVATIONS[act],
         post_norm=_norm(layer.post_feedforward_layernorm) if has_post_norm else None,
     )
@@ -139,40 +148,23 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, float(module.eps if epsilon is None else epsilon), type(module).__name__ in ADDS_ONE)
 
 
-def _group(modules: Sequence[Any], *, is_wide: bool) -> Group:
-    bases = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
+def _group(modules: Sequence[Any], how: Making, *, reads_norm: bool = True) -> Group:
+    bases: list[Any] = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
     for base in bases:
         if base.weight.requires_grad:
             raise NotByHandError("its own weights are trained")
-    layers = [_layer(module, base) for module, base in zip(modules, bases, strict=True)]
-    dtype = _compute_dtype(bases[0])
-    can_widen = is_wide and all(type(base) is nn.Linear for base in bases)
-    return Group(layers, dtype, widen(bases) if can_widen else None)
-
-
-def _layer(module: Any, base: Any) -> Layer:
-    bias = None if base.bias is None else base.bias.detach()
-    return Layer(base.in_features, base.out_features, _weight_of(base), bias, _branch(module))
-
-
-def _compute_dtype(base: Any) -> torch.dtype:
-    found: torch.dtype = base.weight.dtype if type(base) is nn.Linear else base.compute_dtype
-    return found
-
-
-def _weight_of(base: Any) -> Any:
-    if type(base) is nn.Linear:
-        return lambda: base.weight.detach()
-    if type(base).__name__ == "Linear4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        def computed_back() -> Tensor:
-            weight = base.weight
-            found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-            return found.to(base.compute_dtype)
-
-        return computed_back
-    raise NotByHandError(f"{type(base).__name__} is not a linear layer that is written by hand")
+    layers = [
+        Layer(base.in_features, base.out_features, None if base.bias is None else base.bias.detach(), _branch(module))
+        for module, base in zip(modules, bases, strict=True)
+    ]
+    kinds = {type(base).__name__ for base in bases}
+    if kinds == {"Linear"}:
+        weights: Weights = widen(bases) if how.is_wide and reads_norm else Apart(bases)
+        return Group(layers, weights, bases[0].weight.dtype)
+    if kinds == {"Linear4bit"}:
+        dtype = bases[0].compute_dtype
+        return Group(layers, Quantised(bases, dtype, how.scratch if how.is_wide else None), dtype)
+    raise NotByHandError(f"{' and '.join(sorted(kinds))} are not linear layers that are written by hand")
 
 
 def _branch(module: Any) -> Branch | None:

@@ -5,6 +5,8 @@ Imported only where there is a GPU; Triton comes with torch's CUDA builds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,6 +135,53 @@ def _dropped(x_at, out_at, x_row, width, share, scale, seed, BLOCK: tl.constexpr
     tl.store(out_at + row * width + column, tl.where(kept, x * scale, 0.0).to(out_at.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _cross_entropy(logits_at, targets_at, losses_at, WIDTH: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = logits_at + row * WIDTH
+    # The maximum and the sum of exponentials in one pass (Milakov and Gimelshein 2018).
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(at + column, mask=column < WIDTH, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        largest = larger
+    target = tl.load(targets_at + row)
+    normaliser = largest + tl.log(total)
+    tl.store(losses_at + row, normaliser - tl.load(at + target).to(tl.float32))
+    if WRITES:
+        for start in range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(at + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            found = tl.exp(x - normaliser)
+            found = tl.where(column == target, found - 1.0, found)
+            tl.store(at + column, found.to(logits_at.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def _dequantise_nf4(
+    packed_at, absmax_at, absmax_code_at, absmax_scale_at, code_at, out_at, out_row, row_bytes, offset,
+    ELEMENTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < row_bytes
+    flat = row * row_bytes + byte
+    packed = tl.load(packed_at + flat, mask=inside, other=0).to(tl.int32)
+    block = (flat * 2) // ELEMENTS
+    code = tl.load(absmax_at + block, mask=inside, other=0).to(tl.int32)
+    absmax = tl.load(absmax_code_at + code) * tl.load(absmax_scale_at + block // BLOCKS, mask=inside, other=0.0)
+    absmax += tl.load(offset)
+    # The first of two elements is in the upper half of their byte.
+    first = tl.load(code_at + (packed >> 4)) * absmax
+    second = tl.load(code_at + (packed & 15)) * absmax
+    column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    found = tl.interleave(first, second).to(out_at.dtype.element_ty)
+    tl.store(out_at + row * out_row + column, found, mask=column < 2 * row_bytes)
+
+
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
@@ -207,3 +256,28 @@ def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
         x_TK, out_TK, x_TK.stride(0), width, share, 1.0 / (1.0 - share), seed, BLOCK=block, num_warps=4
     )
     return out_TK
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:
+    """As `pointwise.cross_entropy`."""
+    assert logits_CV.is_contiguous()
+    num_rows, width = logits_CV.shape
+    losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _cross_entropy[(num_rows,)](
+        logits_CV, targets_C, losses_C, WIDTH=width, WRITES=with_gradient, BLOCK=block, num_warps=8
+    )
+    return losses_C
+
+
+def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor) -> None:
+    """As `pointwise.dequantise_4bit`, for NF4 with quantised scales (Dettmers et al. 2023, section 3)."""
+    num_rows, num_columns = out_NK.shape
+    assert num_columns % 2 == 0
+    assert out_NK.stride(1) == 1
+    row_bytes = num_columns // 2
+    block = min(1024, triton.next_power_of_2(row_bytes))
+    _dequantise_nf4[(num_rows, triton.cdiv(row_bytes, block))](
+        packed, state.absmax, state.state2.code, state.state2.absmax, state.code, out_NK, out_NK.stride(0), row_bytes,
+        state.offset, ELEMENTS=state.blocksize, BLOCKS=state.state2.blocksize, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -7,18 +7,14 @@ values; gate and up) stand below one another and are one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workers.blocks.pointwise import dropped
-
-PAD = 64
-"""Columns beside a frozen weight for its branches' s B: a multiple of what matrix products like, and enough for
-queries, keys and values at rank 16 and two layers at rank 32."""
+from workers.blocks.weights import PAD, Weights
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Layer:
-    """One frozen linear layer: `weight` gives (N, K) in the activations' type; `bias` is (N,) or None."""
+    """One frozen linear layer's sizes, its bias, (N,) or None, and its branch or None."""
 
     num_inputs: int
     num_outputs: int
-    weight: Callable[[], Tensor]
     bias: Tensor | None = None
     branch: Branch | None = None
 
@@ -63,8 +58,7 @@ class Group:
     as often, and fresh ones at each step.
     """
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, wide: Tensor | None = None) -> None:
-        """`wide` is (N, K + PAD), where the weights lie one below the other with room beside them; None where not."""
+    def __init__(self, layers: Sequence[Layer], weights: Weights, dtype: torch.dtype) -> None:
         self.layers = tuple(layers)
         self.num_inputs = layers[0].num_inputs
         self.num_outputs = sum(layer.num_outputs for layer in layers)
@@ -72,37 +66,40 @@ class Group:
         self.num_ranks = sum(branch.rank for branch in self.branches)
         self.dropout = max((branch.dropout for branch in self.branches), default=0.0)
         self._dtype = dtype
-        self._wide_NK = wide if wide is not None and self.num_ranks <= PAD else None
         self._bias_N = _joined_bias(layers)
         self._down_RK: Tensor | None = None
         self._ups: list[Tensor] = []
-        if self.branches:
-            self._make_copies()
+        self._side_NR: Tensor | None = None
+        self.weights = weights
 
-    def _make_copies(self) -> None:
-        """Where the branches' A and s B stand in the activations' type: B beside the weights, where it rides there."""
+    @property
+    def weights(self) -> Weights:
+        """The frozen weights; setting others, of the same values, moves what the branches need to where those are."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        self._weights = weights
+        if not self.branches:
+            return
         device = self.branches[0].down.device
         self._down_RK = torch.zeros(self.num_ranks, self.num_inputs, dtype=self._dtype, device=device)
-        if self.is_folded:
-            assert self._wide_NK is not None
-            side_NR = self._wide_NK[:, self.num_inputs :]
-            side_NR.zero_()  # an earlier adapter may have left its own
-            self._ups = [side_NR[outputs, ranks] for outputs, ranks in self._places()]
-        else:
+        self._side_NR = None
+        if not self.is_folded:
             self._ups = [torch.zeros_like(branch.up, dtype=self._dtype) for branch in self.branches]
-
-    def copies(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """What is to be copied before a forward pass, because the optimizer changes it: from where, to where, and the
-        factor."""
-        for branch, (_, ranks), up in zip(self.branches, self._places(), self._ups, strict=True):
-            assert self._down_RK is not None
-            yield branch.down, self._down_RK[ranks], 1.0
-            yield branch.up, up, branch.scale
+            return
+        side = getattr(weights, "side", None)
+        if side is None:
+            side = torch.zeros(self.num_outputs, self.num_ranks, dtype=self._dtype, device=device)
+        else:
+            side.zero_()  # an earlier adapter may have left its own
+        self._side_NR = side
+        self._ups = [side[outputs, ranks] for outputs, ranks in self._places()]
 
     @property
     def is_folded(self) -> bool:
         """Whether the branches ride in the frozen product."""
-        return self._wide_NK is not None and self.num_ranks > 0 and not self.dropout
+        return self._weights.are_joined and 0 < self.num_ranks <= PAD and not self.dropout
 
     @property
     def width(self) -> int:
@@ -114,6 +111,14 @@ class Group:
         for branch in self.branches:
             yield branch.down
             yield branch.up
+
+    def copies(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """What is to be copied before a forward pass, because the optimizer changes it: from where, to where, and the
+        factor."""
+        for branch, (_, ranks), up in zip(self.branches, self._places(), self._ups, strict=True):
+            assert self._down_RK is not None
+            yield branch.down, self._down_RK[ranks], 1.0
+            yield branch.up, up, branch.scale
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """For each branch the outputs that it adds to, and its place among the ranks."""
@@ -131,17 +136,17 @@ class Group:
         `x_TK` has `width` columns, or K.
         """
         columns = self.num_inputs
-        thin_TR: Tensor | None = None
-        if self.branches:
-            thin_TR = self.thin(x_TK, seed=seed)
-            if self.is_folded and x_TK.shape[1] > columns:
-                assert self._wide_NK is not None
-                x_TK[:, columns : columns + self.num_ranks] = thin_TR
-                return self._product(x_TK, self._wide_NK, added_to), Read(x_TK, thin_TR, seed)
+        if not self.branches:
+            return self._frozen(x_TK[:, :columns], added_to), Read(None, None)
+        thin_TR = self.thin(x_TK, seed=seed)
+        if self.is_folded and x_TK.shape[1] > columns:
+            x_TK[:, columns : columns + self.num_ranks] = thin_TR
+            joined_NK = self._weights.joined(self._side_NR)
+            assert joined_NK is not None
+            return self._product(x_TK, joined_NK, added_to), Read(x_TK, thin_TR, seed)
         out_TN = self._frozen(x_TK[:, :columns], added_to)
-        if thin_TR is not None:
-            for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
-                out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
+        for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
+            out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
         return out_TN, Read(x_TK, thin_TR, seed)
 
     def thin(self, x_TK: Tensor, *, seed: int | None = None) -> Tensor:
@@ -162,17 +167,19 @@ class Group:
 
     def _frozen(self, x_TK: Tensor, added_to: Tensor | None) -> Tensor:
         """x W^T of all layers, with biases."""
-        if self._wide_NK is not None:
-            return self._product(x_TK, self._wide_NK[:, : self.num_inputs], added_to)
-        if len(self.layers) == 1:
-            return self._product(x_TK, self.layers[0].weight(), added_to)
+        joined_NK = self._weights.joined(None)
+        if joined_NK is not None:
+            return self._product(x_TK, joined_NK[:, : self.num_inputs], added_to)
+        weights = self._weights.parts()
+        if len(weights) == 1:
+            return self._product(x_TK, weights[0], added_to)
         assert added_to is None, "only a group of one layer is added to something"
         out_TN = torch.empty(x_TK.shape[0], self.num_outputs, dtype=x_TK.dtype, device=x_TK.device)
-        for part_TN, layer in zip(self._parts(out_TN), self.layers, strict=True):
+        for part_TN, layer, weight_NK in zip(self._parts(out_TN), self.layers, weights, strict=True):
             if layer.bias is not None:
-                torch.addmm(layer.bias, x_TK, layer.weight().T, out=part_TN)
+                torch.addmm(layer.bias, x_TK, weight_NK.T, out=part_TN)
             else:
-                torch.mm(x_TK, layer.weight().T, out=part_TN)
+                torch.mm(x_TK, weight_NK.T, out=part_TN)
         return out_TN
 
     def _parts(self, joined_TN: Tensor) -> tuple[Tensor, ...]:
@@ -188,13 +195,11 @@ class Group:
         columns = self.num_inputs
         by_input: Tensor | None = None
         by_thin: Tensor | None = None
-        if self.is_folded:
-            assert self._wide_NK is not None
-            if needs_input:
-                by_input = gradient_TN @ self._wide_NK
-                by_thin = by_input[:, columns : columns + self.num_ranks]
-            else:
-                by_thin = gradient_TN @ self._wide_NK[:, columns : columns + self.num_ranks]
+        if self.is_folded and needs_input:
+            joined_NK = self._weights.joined(self._side_NR)
+            assert joined_NK is not None
+            by_input = gradient_TN @ joined_NK
+            by_thin = by_input[:, columns : columns + self.num_ranks]
         else:
             if needs_input:
                 by_input = self._frozen_backward(gradient_TN)
@@ -223,12 +228,13 @@ class Group:
         return by_input, gradients
 
     def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
-        if self._wide_NK is not None:
-            return gradient_TN @ self._wide_NK[:, : self.num_inputs]
-        first, *others = zip(self._parts(gradient_TN), self.layers, strict=True)
-        found_TK = first[0] @ first[1].weight()
-        for part_TN, layer in others:
-            found_TK.addmm_(part_TN, layer.weight())
+        joined_NK = self._weights.joined(None)
+        if joined_NK is not None:
+            return gradient_TN @ joined_NK[:, : self.num_inputs]
+        (first_TN, first_NK), *others = zip(self._parts(gradient_TN), self._weights.parts(), strict=True)
+        found_TK = first_TN @ first_NK
+        for part_TN, weight_NK in others:
+            found_TK.addmm_(part_TN, weight_NK)
         return found_TK
 
 
@@ -247,45 +253,3 @@ def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
     return torch.cat(
         [some.new_zeros(layer.num_outputs) if layer.bias is None else layer.bias.detach() for layer in layers]
     )
-
-
-def widen(modules: Sequence[Any]) -> Tensor:
-    """Moves the weights of linear layers with the same input below one another, with PAD free columns beside them.
-
-    The layers' parameters become views of what is returned, (N, K + PAD): a copy once, no second one in memory.
-    Layers that lie so already are left where they are.
-    """
-    if (found := _lies_wide(modules)) is not None:
-        return found
-    first = modules[0].weight
-    num_inputs = first.shape[1]
-    wide_NK = torch.zeros(
-        sum(module.weight.shape[0] for module in modules), num_inputs + PAD, dtype=first.dtype, device=first.device
-    )
-    start = 0
-    for module in modules:
-        stop = start + module.weight.shape[0]
-        view = wide_NK[start:stop, :num_inputs]
-        view.copy_(module.weight.data)
-        module.weight.data = view
-        start = stop
-    return wide_NK
-
-
-def _lies_wide(modules: Sequence[Any]) -> Tensor | None:
-    """The tensor of which the modules' weights are views as `widen` makes them; None where they are not."""
-    first = modules[0].weight.data
-    num_inputs = first.shape[1]
-    row = num_inputs + PAD
-    place = first.storage_offset()
-    for module in modules:
-        weight = module.weight.data
-        if (
-            weight.stride() != (row, 1)
-            or weight.storage_offset() != place
-            or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
-            return None
-        place += weight.shape[0] * row
-    num_outputs = sum(module.weight.shape[0] for module in modules)
-    return first.as_strided((num_outputs, row), (row, 1), first.storage_offset())

@@ -8,7 +8,7 @@ two of its operations, float32 within one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -145,3 +145,36 @@ def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
     generator = torch.Generator(device=x_TK.device).manual_seed(seed)
     kept = torch.rand(x_TK.shape, generator=generator, device=x_TK.device) >= share
     return x_TK * kept.to(x_TK.dtype) * (1.0 / (1.0 - share))
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:
+    """Cross-entropy in nats of each row, (C,) float32; `logits_CV` is written over.
+
+    With the gradient by each row's own loss, softmax minus one at the target, in its place; else with anything.
+    """
+    if _has_kernels(logits_CV):
+        from workers.blocks import kernels
+
+        return kernels.cross_entropy(logits_CV, targets_C, with_gradient=with_gradient)
+    logits = logits_CV.float()
+    normaliser_C = logits.logsumexp(dim=-1)
+    losses_C = normaliser_C - logits.gather(1, targets_C[:, None])[:, 0]
+    if with_gradient:
+        # In the logits' own memory, where they are float32 already.
+        softmax_CV = logits.sub_(normaliser_C[:, None]).exp_()
+        softmax_CV[torch.arange(targets_C.shape[0], device=targets_C.device), targets_C] -= 1.0
+        if softmax_CV.data_ptr() != logits_CV.data_ptr():
+            logits_CV.copy_(softmax_CV)
+    return losses_C
+
+
+def dequantise_4bit(packed: Tensor, state: Any, out_NK: Tensor) -> None:
+    """Writes 4-bit weights as bitsandbytes holds them into `out_NK`, whose rows may lie apart."""
+    if _has_kernels(packed) and state.quant_type == "nf4" and state.nested:
+        from workers.blocks import kernels
+
+        kernels.dequantise_nf4(packed, state, out_NK)
+        return
+    from bitsandbytes.functional import dequantize_4bit
+
+    out_NK.copy_(dequantize_4bit(packed, state))

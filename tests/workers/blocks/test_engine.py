@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.tiny import make_tiny_base
 from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_lora
+from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
 from workers.blocks.engine import agrees, install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.function import Keeping
+from workers.layers.prompt import PromptTunedModel
 from workers.losses import summed_cross_entropy
 
 
@@ -206,3 +210,41 @@ def test_a_kept_base_and_the_models_on_it_hold_the_widened_weights_once() -> Non
     own = kept.model.layers[0].self_attn.k_proj.weight
     assert model.get_base_model().model.layers[0].self_attn.k_proj.base_layer.weight.data_ptr() == own.data_ptr()
     assert weights_digest(kept) == digest, "what a branch writes lies beside the weights"
+
+
+@pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "shared memory"])
+@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+def test_weights_in_4_bits_are_computed_back_for_each_use(tmp_path: Path, keeping: Keeping, is_wide: bool) -> None:
+    base = load(make_tiny_base(tmp_path / "base"), "nf4", "cpu", compute_dtype=torch.float32).model
+    model = with_lora(base)
+    engine = install(model, is_wide=is_wide)
+    engine.keeping = [keeping] * len(engine.blocks)
+    assert_same(model, engine, make_batch(), tolerance=1e-4)
+    engine.keep_copies()
+    assert_same(model, engine, make_batch(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("lengths", [(7, 19, 3), (9,)], ids=["rows", "one row"])
+def test_trained_prompts_stand_before_each_row(family: str, lengths: tuple[int, ...]) -> None:
+    model = PromptTunedModel(
+        make_model(family), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    ).train()
+    model.prompt_encoder["default"].float()
+    engine = install(model, is_wide=True)
+    assert_same(model, engine, make_batch(lengths))
+
+
+def test_16_bit_blocks_are_as_near_to_32_bits_as_the_models_own() -> None:
+    exact, rounded = with_lora(make_model("llama")), with_lora(make_model("llama", dtype=torch.bfloat16))
+    engine = install(rounded, is_wide=True)
+    batch = make_batch()
+    _, expected = gradients(exact, batch)
+    _, plain = gradients(rounded, batch)
+    _, own = gradients(rounded, batch, engine)
+
+    def off(found: dict[str, Tensor]) -> float:
+        differences = [(found[name].float() - expected[name]).norm() for name in expected]
+        return float(torch.stack(differences).norm() / torch.stack([one.norm() for one in expected.values()]).norm())
+
+    assert off(own) < 1.5 * off(plain)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from workers.blocks import pointwise
 from workers.blocks.pointwise import Activation, Norm
@@ -96,3 +97,33 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     assert not torch.equal(found, kernels.dropped(x, 0.25, 8))
     assert sorted(found.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
     assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])
+def test_4_bit_weights_come_back_as_bitsandbytes_has_them(rows: int, columns: int) -> None:
+    from workers.blocks import kernels
+
+    # Triton's interpreter cuts numbers off where it should round them.
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    packed, state = quantize_4bit(random(rows, columns, dtype=dtype), quant_type="nf4", compress_statistics=True)
+    wide = torch.full((rows, columns + 64), 9.0, dtype=dtype, device=DEVICE)
+    kernels.dequantise_nf4(packed, state, wide[:, :columns])
+    assert torch.equal(wide[:, :columns], dequantize_4bit(packed, state))
+    assert bool((wide[:, columns:] == 9.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [97, 5000])
+def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.blocks import kernels
+
+    plain(monkeypatch)
+    logits = 5 * random(4, width, dtype=dtype)
+    logits[1] *= 30  # sure of itself
+    targets = torch.tensor([0, width - 1, 7, int(logits[3].argmax())], device=DEVICE)
+    for with_gradient in (False, True):
+        expected, found = logits.clone(), logits.clone()
+        losses = pointwise.cross_entropy(expected, targets, with_gradient=with_gradient)
+        assert_close(kernels.cross_entropy(found, targets, with_gradient=with_gradient), losses, torch.float32)
+        if with_gradient:
+            assert_close(found, expected, dtype)
