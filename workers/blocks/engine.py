@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.batching import Batch
-from workers.blocks.attention import Rows
+from workers.blocks.attention import Prefix, Rows
 from workers.blocks.budget import block_bytes, choose_keeping
-from workers.blocks.families import Making, NotByHandError, read_block
+from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, Keeping, run_block
 from workers.blocks.linears import Group
 from workers.blocks.sublayers import Surroundings
 from workers.blocks.weights import Quantised
+from workers.layers.bottleneck import BottleneckLayer
+from workers.layers.prefix import MARK as PREFIX_MARK
 from workers.layers.prompt import PromptTunedModel
 from workers.losses import head_is_plain
 
@@ -28,13 +31,36 @@ NO_MASKS = "rows_by_hand"
 _SEEDS = 2**31 - 16
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A block, and the bottleneck adapter behind or beside it, which adds its result to the stream."""
+
+    block: Block
+    adapter: BottleneckLayer | None = None
+
+    def parameters(self) -> Iterator[Any]:
+        yield from self.block.parameters()
+        if self.adapter is not None:
+            yield from (one for one in self.adapter.parameters() if one.requires_grad)
+
+
+def _parts(read: Adapted) -> Iterator[_Part]:
+    """A layer in one block, or a block for each half where an adapter stands between."""
+    if read.after_attention is None and read.after_feed_forward is None:
+        yield _Part(Block((read.attention, read.feed_forward)))
+    else:
+        yield _Part(Block((read.attention,)), read.after_attention)
+        yield _Part(Block((read.feed_forward,)), read.after_feed_forward)
+
+
 class Engine:
     """The hand-written blocks of one model, in the order of its layers; `keeping` says what each keeps."""
 
-    def __init__(self, model: Any, layers: Sequence[Any], blocks: Sequence[Block], num_virtual_tokens: int = 0) -> None:
+    def __init__(self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], num_virtual_tokens: int = 0) -> None:
         """`num_virtual_tokens` stand before each row's own in the layers' inputs."""
-        self.blocks = tuple(blocks)
-        self.keeping: list[Keeping] = ["all"] * len(blocks)
+        self._parts = [list(_parts(one)) for one in read]
+        self.blocks = tuple(part.block for parts in self._parts for part in parts)
+        self.keeping: list[Keeping] = ["all"] * len(self.blocks)
         self._model = model
         self._layers = tuple(layers)
         self._num_virtual_tokens = num_virtual_tokens
@@ -87,9 +113,23 @@ class Engine:
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
         # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
         seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
-        around = Surroundings(rows, cos_TE, sin_TE)
-        result_TH = run_block(self.blocks[place], hidden_BTH[0], around, self.keeping[place], seed)
-        return result_TH[None]
+        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
+        first = sum(map(len, self._parts[:place]))
+        for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
+            result_BTH = run_block(part.block, hidden_BTH[0], around, keeping, seed)[None]
+            if part.adapter is not None:
+                result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
+            hidden_BTH = result_BTH
+        return hidden_BTH
+
+    def _prefix(self, place: int, hidden_BTH: Tensor) -> Prefix | None:
+        """The trained keys and values of a layer, in the type of its own."""
+        source = getattr(self._layers[place].self_attn, PREFIX_MARK, None)
+        if source is None or source.prefix_P2LHD is None:
+            return None
+        index = self._layers[place].self_attn.layer_idx
+        slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
+        return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
 
     @contextmanager
     def rows(self, batch: Batch) -> Iterator[None]:
@@ -141,15 +181,15 @@ def install(model: Any, *, is_wide: bool) -> Engine:
     if layers is None:
         raise NotByHandError(f"{type(plain).__name__} keeps its layers elsewhere")
     how = Making(is_wide)
-    blocks = [Block(read_block(layer, how)) for layer in layers]
-    own = {id(parameter) for block in blocks for parameter in block.parameters()}
+    read = [read_layer(layer, how) for layer in layers]
+    own = {id(parameter) for one in read for part in _parts(one) for parameter in part.parameters()}
     for name, parameter in layers.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
             raise NotByHandError(f"{name} is trained, which no hand-written block knows of")
     head_is_plain(model)  # asked by a forward pass of the model's own, which is not one over the rows of a batch
     # Virtual tokens that are embeddings stand before each row in every layer's input.
     num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
-    return Engine(model, list(layers), blocks, num_virtual)
+    return Engine(model, list(layers), read, num_virtual)
 
 
 def agrees(

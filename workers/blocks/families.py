@@ -14,6 +14,7 @@ from workers.blocks.linears import Branch, Group, Layer
 from workers.blocks.pointwise import Activation, Norm
 from workers.blocks.sublayers import Attention, FeedForward, HeadNorms
 from workers.blocks.weights import Apart, Quantised, Scratch, Weights, widen
+from workers.layers.bottleneck import BottleneckLayer
 
 # Layers whose forward pass was read, whole, beside the sublayers; another one's may do more than its parts tell.
 PRE_NORM = frozenset(
@@ -43,8 +44,18 @@ class Making:
     scratch: Scratch = field(default_factory=Scratch)
 
 
-def read_block(layer: nn.Module, how: Making) -> tuple[Attention, FeedForward]:
-    """The sublayers of a decoder layer, on its own parameters.
+@dataclass(frozen=True)
+class Adapted:
+    """A decoder layer's sublayers, and the bottleneck adapters behind or beside them, None where there is none."""
+
+    attention: Attention
+    feed_forward: FeedForward
+    after_attention: BottleneckLayer | None = None
+    after_feed_forward: BottleneckLayer | None = None
+
+
+def read_layer(layer: nn.Module, how: Making) -> Adapted:
+    """What a decoder layer is made of, on its own parameters.
 
     Raises:
         NotByHandError: the layer, or what an adapter made of it, is not written by hand.
@@ -55,7 +66,17 @@ def read_block(layer: nn.Module, how: Making) -> tuple[Attention, FeedForward]:
     has_post_norms = kind in SANDWICH_NORM
     parts: Any = layer
     attention = _attention(parts, how, has_post_norm=has_post_norms)
-    return attention, _feed_forward(parts, how, has_post_norm=has_post_norms)
+    feed_forward = _feed_forward(parts, how, has_post_norm=has_post_norms)
+    # Behind a second norm, where there is one (`workers.layers.bottleneck`).
+    outermost = ("post_attention_layernorm", "post_feedforward_layernorm") if has_post_norms else ("self_attn", "mlp")
+    adapters = [found if isinstance(found := getattr(layer, name), BottleneckLayer) else None for name in outermost]
+    attention.adds_input, feed_forward.adds_input = (adapter is None for adapter in adapters)
+    return Adapted(attention, feed_forward, *adapters)
+
+
+def _own(module: Any) -> Any:
+    """A module without the bottleneck adapter around it."""
+    return module.base_layer if isinstance(module, BottleneckLayer) else module
 
 
 def make_room(model: Any) -> None:
@@ -81,10 +102,8 @@ def _inputs_of(half: Any) -> list[Any]:
 
 
 def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
-    module = layer.self_attn
+    module = _own(layer.self_attn)
     config = module.config
-    if hasattr(module, "prefix_source"):
-        raise NotByHandError("trained keys and values stand before its rows'")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise NotByHandError("its attention scores are capped")
     if getattr(module, "attention_dropout", 0.0):
@@ -95,7 +114,7 @@ def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
         raise NotByHandError("it drops what it adds to the residual stream")
     if module.head_dim > MAX_HEAD_FEATURES:
         raise NotByHandError(f"its heads have {module.head_dim} features; flash attention takes {MAX_HEAD_FEATURES}")
-    norm, after = layer.input_layernorm, layer.post_attention_layernorm
+    norm, after = layer.input_layernorm, _own(layer.post_attention_layernorm)
     head_norms = None
     if getattr(module, "q_norm", None) is not None:
         head_norms = HeadNorms(_norm(module.q_norm), _norm(module.k_norm))
@@ -113,7 +132,7 @@ def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
 
 
 def _feed_forward(layer: Any, how: Making, *, has_post_norm: bool) -> FeedForward:
-    module = layer.mlp
+    module = _own(layer.mlp)
     config = layer.self_attn.config
     act = getattr(config, "hidden_activation", None) or config.hidden_act
     if act not in ACTIVATIONS:
@@ -124,7 +143,7 @@ def _feed_forward(layer: Any, how: Making, *, has_post_norm: bool) -> FeedForwar
         inputs=_group(_inputs_of(module), how),
         outputs=_group([module.down_proj], how),
         activation=ACTIVATIONS[act],
-        post_norm=_norm(layer.post_feedforward_layernorm) if has_post_norm else None,
+        post_norm=_norm(_own(layer.post_feedforward_layernorm)) if has_post_norm else None,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from workers.blocks.attention import Prefix
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
 
 Keeping = Literal["all", "attention", "input"]
@@ -27,8 +28,10 @@ class Block:
 
 
 def run_block(block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: int | None) -> Tensor:
-    """The block's result, (T, H), differentiable by `x_TH` and the block's trained parameters."""
-    found: Tensor = _BlockFunction.apply(x_TH, block, around, keeping, seed, *block.parameters())
+    """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix."""
+    prefix = around.prefix
+    key, value = (None, None) if prefix is None else (prefix.key_PHD, prefix.value_PHD)
+    found: Tensor = _BlockFunction.apply(x_TH, key, value, block, around, keeping, seed, *block.parameters())
     return found
 
 
@@ -42,19 +45,24 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TH: Tensor,
+        key_PHD: Tensor | None,
+        value_PHD: Tensor | None,
         block: Block,
         around: Surroundings,
         keeping: Keeping,
         seed: int | None,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.block, ctx.around, ctx.keeping, ctx.seed = block, around, keeping, seed
+        if key_PHD is not None and value_PHD is not None:
+            # As they are here, outside of autograd's graph, which would otherwise keep itself alive.
+            around = replace(around, prefix=Prefix(key_PHD.detach(), value_PHD.detach()))
+        ctx.block, ctx.around, ctx.seed = block, around, seed
         needs_gradient = any(ctx.needs_input_grad)
         result_TH, kept = _forward(block, x_TH, around, keeping, seed)
         # Not by save_for_backward: what is kept is written over on the way back, to need no more memory than on the
         # way here, so it cannot be gone through twice.
         ctx.kept = kept if needs_gradient and keeping != "input" else None
-        ctx.input = x_TH if needs_gradient else None
+        ctx.input = x_TH.detach() if needs_gradient else None
         return result_TH
 
     @staticmethod
@@ -67,17 +75,22 @@ class _BlockFunction(torch.autograd.Function):
         if kept is None:
             kept = _kept_again(block, ctx.input, ctx.around, ctx.seed)
         ctx.kept = ctx.input = None
-        by_parameter: list[list[Tensor]] = []
+        by_parameters: list[list[Tensor]] = []
+        by_prefix: Prefix | None = None
         for place in reversed(range(len(block.sublayers))):
             needs_input = place > 0 or ctx.needs_input_grad[0]
-            found, of_parameters = block.sublayers[place].backward(
-                gradient_TH, kept.pop(), ctx.around, needs_input=needs_input
-            )
-            by_parameter.insert(0, of_parameters)
-            if found is not None:
-                gradient_TH = found
-        by_input = gradient_TH if ctx.needs_input_grad[0] else None
-        return (by_input, None, None, None, None, *(one for of_one in by_parameter for one in of_one))
+            found = block.sublayers[place].backward(gradient_TH, kept.pop(), ctx.around, needs_input=needs_input)
+            by_parameters.insert(0, found.by_parameters)
+            by_prefix = found.by_prefix or by_prefix
+            if found.by_input is not None:
+                gradient_TH = found.by_input
+        return (
+            gradient_TH if ctx.needs_input_grad[0] else None,
+            None if by_prefix is None else by_prefix.key_PHD,
+            None if by_prefix is None else by_prefix.value_PHD,
+            *[None] * 4,
+            *(one for of_one in by_parameters for one in of_one),
+        )
 
 
 def _forward(

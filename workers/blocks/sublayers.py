@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.blocks.attention import Attended, Rows, Sight, attend, attend_backward
+from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, attend_backward
 from workers.blocks.linears import Group, Read
 from workers.blocks.pointwise import (
     Activation,
@@ -29,11 +29,22 @@ from workers.blocks.pointwise import (
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a batch gives every block: its rows, and the angles of its tokens, (T, E) each."""
+    """What a batch gives a block: its rows, the angles of its tokens, (T, E) each, and what stands before its keys."""
 
     rows: Rows
     cos_TE: Tensor
     sin_TE: Tensor
+    prefix: Prefix | None = None
+
+
+@dataclass
+class Gradients:
+    """The gradients of a sublayer: by its input, None where not needed; by its parameters, in their order; and by the
+    prefix of its keys and values, where there is one."""
+
+    by_input: Tensor | None
+    by_parameters: list[Tensor]
+    by_prefix: Prefix | None = None
 
 
 @dataclass
@@ -65,10 +76,8 @@ class Sublayer(ABC):
         """The sublayer's result, (T, H), and what its backward pass needs; drops by `seed`, and nothing for None."""
 
     @abstractmethod
-    def backward(
-        self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient by the input, None where not needed, and those of `parameters`."""
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
+        """The gradients; `kept` is written over."""
 
     @abstractmethod
     def kept_features(self) -> int:
@@ -158,7 +167,7 @@ class Attention(Sublayer):
             )
             value = turned_value
         self._turn(query, key, around)
-        body.attended = attend(query, key, value, around.rows, self.sight)
+        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix)
         return body
 
     def _turn(self, query: Tensor, key: Tensor, around: Surroundings, *, back: bool = False) -> None:
@@ -182,9 +191,7 @@ class Attention(Sublayer):
             out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
         return out_TH
 
-    def backward(
-        self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
         body = kept.body
         if body is None:
@@ -202,8 +209,8 @@ class Attention(Sublayer):
         assert by_attended_TN is not None
         by_attended = by_attended_TN[:, : self._sizes[0]].unflatten(1, (-1, self.head_size))
         turned_TQ = body.qkv_TQ if body.turned_TQ is None else body.turned_TQ
-        by_query, by_key, by_value = attend_backward(
-            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight
+        by_query, by_key, by_value, by_prefix = attend_backward(
+            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, around.prefix
         )
         self._turn(by_query, by_key, around, back=True)
         if self.head_norms is not None:
@@ -215,9 +222,10 @@ class Attention(Sublayer):
         by_normed_TK, of_inputs = self.inputs.backward(
             by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
-        if by_normed_TK is None:
-            return None, of_inputs + of_outputs
-        return self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH), of_inputs + of_outputs
+        by_input_TH = None
+        if by_normed_TK is not None:
+            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        return Gradients(by_input_TH, of_inputs + of_outputs, by_prefix)
 
     def _finish_again(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> None:
         """What the backward pass needs of what stands behind attention, without more products than that takes."""
@@ -277,9 +285,7 @@ class FeedForward(Sublayer):
             out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
         return out_TH
 
-    def backward(
-        self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
         body = kept.body
         if body is None:
@@ -305,9 +311,10 @@ class FeedForward(Sublayer):
         by_normed_TK, of_inputs = self.inputs.backward(
             by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
-        if by_normed_TK is None:
-            return None, of_inputs + of_outputs
-        return self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH), of_inputs + of_outputs
+        by_input_TH = None
+        if by_normed_TK is not None:
+            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        return Gradients(by_input_TH, of_inputs + of_outputs)
 
 
 def _next(seed: int | None) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,6 +19,8 @@ from workers.batching import Batch
 from workers.blocks.engine import agrees, install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.function import Keeping
+from workers.layers.bottleneck import BottleneckConfig
+from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
 from workers.losses import summed_cross_entropy
 
@@ -248,3 +250,30 @@ def test_16_bit_blocks_are_as_near_to_32_bits_as_the_models_own() -> None:
         return float(torch.stack(differences).norm() / torch.stack([one.norm() for one in expected.values()]).norm())
 
     assert off(own) < 1.5 * off(plain)
+
+
+@pytest.mark.parametrize("keeping", ["all", "input"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_bottleneck_adapters_stand_where_they_do_in_the_model(family: str, placement: str, keeping: Keeping) -> None:
+    base = make_model(family)
+    model = get_peft_model(base, BottleneckConfig(placement=placement, bottleneck_size=6, task_type="CAUSAL_LM"))
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3)
+    engine = install(model, is_wide=True)
+    engine.keeping = [keeping] * len(engine.blocks)
+    assert_same(model, engine, make_batch())
+
+
+@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text"])
+def test_trained_keys_and_values_stand_before_those_of_each_row(family: str, keeping: Keeping) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=4, num_layers=3, task_type="CAUSAL_LM")
+    model = PrefixTunedModel(make_model(family), config)
+    torch.nn.init.normal_(model.prompt_encoder["default"].float().embedding.weight)
+    engine = install(model, is_wide=True)
+    engine.keeping = [keeping] * len(engine.blocks)
+    assert_same(model, engine, make_batch())
