@@ -41,7 +41,7 @@ from studio.api.errors import ERRORS, ApiError, ErrorDetail, ErrorOut, error_res
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.models import BaseModel
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState
 from workers.errors import RecipeError, RecipeProblems
 from workers.methods import methods
 from workers.recipe import EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
@@ -57,6 +57,9 @@ class JobIn(Body):
     name: str = Field(min_length=1, max_length=120)
     base_model: int = Field(description="Id of a base model.")
     dataset_version: int = Field(description="Id of a dataset version of the team that is ready.")
+    dataset_split: int | None = Field(
+        None, description="Id of a split of that version; null for the held-out share of `split`."
+    )
     method: str = "lora"
     settings: dict[str, Any] = Field(default_factory=dict, description="See /methods/ for what each method takes.")
     precision: Precision | Literal["auto"] = "auto"
@@ -233,6 +236,9 @@ class DuplicateIn(Body):
     name: str | None = Field(None, min_length=1, max_length=120)
     base_model: int | None = Field(None, description="Id of a base model.")
     dataset_version: int | None = Field(None, description="Id of a dataset version of the team that is ready.")
+    dataset_split: int | None = Field(
+        None, description="Id of a split of the version; null: as in the job, or, on another version, none."
+    )
     method: str | None = Field(None, description="Another method begins with its own default settings.")
     settings: dict[str, Any] = Field(default_factory=dict)
     precision: Precision | Literal["auto"] | None = None
@@ -317,7 +323,7 @@ def create_job(
         {
             **body.model_dump(include={"name", "method", "settings", "precision", "training", "split", "evaluation"}),
             "base_model": {"name": base_model.name, "revision": base_model.revision},
-            "dataset": _dataset_of(version),
+            "dataset": _dataset_of(version, _split(version, body.dataset_split)),
         }
     )
     return _queue(request, asked, base_model, version, idempotency_key)
@@ -539,8 +545,8 @@ def duplicate(
         values[group] = {**asked[group], **getattr(body, group)}
     if body.base_model is not None:
         values["base_model"] = {"name": base_model.name, "revision": base_model.revision}
-    if body.dataset_version is not None:
-        values["dataset"] = _dataset_of(version)
+    if body.dataset_version is not None or body.dataset_split is not None:
+        values["dataset"] = _dataset_of(version, _split(version, body.dataset_split))
     return _queue(request, Recipe.from_dict(values), base_model, version, idempotency_key, parent=job)
 
 
@@ -696,9 +702,22 @@ def _require_order(request: ApiRequest, job: Job) -> None:
         )  # fmt: skip
 
 
-def _dataset_of(version: DatasetVersion) -> dict[str, Any]:
-    """A dataset version as a recipe names it."""
-    return {"name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns}
+def _dataset_of(version: DatasetVersion, split: DatasetSplit | None = None) -> dict[str, Any]:
+    """A dataset version, and a split of it, as a recipe names them."""
+    named = {"name": str(version), "sha256": version.sha256, "format": version.format, "columns": version.columns}
+    return named | ({"split": split.reference()} if split is not None else {})
+
+
+def _split(version: DatasetVersion, split_id: int | None) -> DatasetSplit | None:
+    """A split of a version that is done; raises RecipeError."""
+    if split_id is None:
+        return None
+    split = version.splits.filter(pk=split_id, state=SplitState.DONE).first()
+    if split is None:
+        raise RecipeError(
+            f"{version} has no split {split_id} that is done.", next_step="List its splits.", field="dataset_split"
+        )
+    return split
 
 
 @router.post(

@@ -47,6 +47,11 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "freeze-waiting": {
+            "task": "studio.datasets.tasks.freeze_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
         "throw-away-old-uploads": {
             "task": "studio.datasets.tasks.throw_away_old_uploads",
             "schedule": 600.0,

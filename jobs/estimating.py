@@ -19,7 +19,7 @@ from workers.methods import get_method
 from workers.recipe import Recipe, SplitSettings
 from workers.resolving import Alternative, alternatives, resolve
 from workers.shapes import ModelShape
-from workers.splitting import num_validation_rows, split_lines
+from workers.splitting import check_validation, count_parts, num_validation_rows, split_lines
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the vocabularies of today's models; used only until a dataset's tokens are counted."""
@@ -130,11 +130,16 @@ def make_plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: 
 
     Raises:
         RecipeError: the recipe cannot work, with the field it belongs to.
-        DatasetError: the dataset is too small to split.
+        DatasetError: the dataset is too small to split, or its split lacks validation rows.
     """
-    num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
-    if recipe.training.chooses_on_validation:
-        num_validation_rows(num_held_out, recipe.split)
+    if recipe.dataset.split is not None:
+        check_validation(recipe)
+        parts = count_parts(dataset.num_rows, recipe)
+        num_train, num_held_out = parts.num_train, parts.num_held_out
+    else:
+        num_train, num_held_out = count_split(dataset.num_rows, recipe.split)
+        if recipe.training.chooses_on_validation:
+            num_validation_rows(num_held_out, recipe.split)
     resolved = resolve(recipe, shape, dataset, device.facts)
     needed = estimate(resolved, shape, dataset, device.facts)
     training = resolved.training

@@ -38,6 +38,12 @@ def dataset_file(job: Job) -> Path:
     return storage.fetch_blob(job.dataset_version.sha256)
 
 
+def split_file(job: Job) -> Path | None:
+    """The file of the frozen split that a job's recipe names on this machine; None where it names none."""
+    split = job.recipe["dataset"].get("split")
+    return storage.fetch_blob(split["sha256"]) if split else None
+
+
 def fetch_checkpoint(job: Job) -> Path | None:
     """The newest checkpoint in the storage, brought to this machine when it is newer than what is here.
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from django import forms
+from django.contrib.postgres.expressions import ArraySubquery
+from django.db.models import OuterRef
+from django.db.models.functions import JSONObject
 from django.http import QueryDict
 from pydantic import BaseModel as BaseModelSettings
 from pydantic import ValidationError
@@ -15,7 +18,7 @@ from pydantic import ValidationError
 from jobs.models import Job
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
-from studio.datasets.models import DatasetVersion, VersionState
+from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
 from studio.metric_fields import MetricBoxes, chosen_metrics, metric_boxes, metric_field, metric_values, offer_metrics
 from studio.setting_fields import SettingField, SettingManyField, SettingRow, form_name, make_field, setting_row
 from workers.errors import ExplainedError
@@ -43,6 +46,20 @@ PRECISION = Setting(
 )
 # What a recipe calls a thing, and the form field that stands for it.
 FIELD_OF = {"dataset": "dataset_version", "base_model": "base_model", "objective": "dataset_version"}
+SPLIT_FIELD = "dataset.split"
+
+
+# With the versions, so that the form needs no query of its own for them.
+_DONE_SPLITS = ArraySubquery(
+    DatasetSplit.objects.filter(version=OuterRef("pk"), state=SplitState.DONE)
+    .order_by("-pk")
+    .values(
+        json=JSONObject(
+            **{name: name for name in
+               ("id", "name", "sha256", "num_train", "num_validation", "num_test", "is_default", "version_id")}
+        )
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,9 @@ class Section:
 class RowField(forms.Field):
     """A choice among rows that were read once, so that showing the list and validating cost one query."""
 
-    def __init__(self, *, required: str, unknown: str, **kwargs: Any) -> None:
-        super().__init__(error_messages={"required": required, "invalid_choice": unknown}, **kwargs)
+    def __init__(self, *, required: str = "", unknown: str, **kwargs: Any) -> None:
+        messages = {"required": required, "invalid_choice": unknown}
+        super().__init__(required=bool(required), error_messages=messages, **kwargs)
         self.rows: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
 
@@ -126,6 +144,10 @@ class JobForm(forms.Form):
         required="Choose a dataset.",
         unknown="Your team has no such dataset, or it is not ready. Choose one from the list.",
     )
+    dataset_split = RowField(
+        label="Split",
+        unknown="This dataset has no such split. Choose one from the list.",
+    )
     method = forms.ChoiceField(
         error_messages={
             "required": "Choose a method.",
@@ -144,6 +166,7 @@ class JobForm(forms.Form):
     parent = forms.UUIDField(required=False, widget=forms.HiddenInput)
     idempotency_key = forms.CharField(max_length=80, required=False, widget=forms.HiddenInput)
     shown_method = forms.CharField(max_length=40, required=False, widget=forms.HiddenInput)
+    shown_dataset = forms.CharField(max_length=40, required=False, widget=forms.HiddenInput)
 
     def __init__(
         self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None, **kwargs: Any
@@ -159,9 +182,11 @@ class JobForm(forms.Form):
             self.dataset_versions.offer(
                 DatasetVersion.objects.filter(dataset__team=team, state=VersionState.READY)
                 .select_related("dataset")
+                .annotate(done_splits=_DONE_SPLITS)
                 .order_by("dataset__name", "-number"),
                 why_not=DatasetVersion.why_not_trainable,
             )
+        self._offer_splits(rows_of)
         self.fields["method"].choices = [(m.name, m.label) for m in self.methods.values()]  # type: ignore[attr-defined]
         self.fields["precision"] = SettingField(PRECISION)
         for setting in self._all_settings():
@@ -176,6 +201,34 @@ class JobForm(forms.Form):
             self.initial.update(values)
         for name, form_field in self.fields.items():
             form_field.widget.attrs["id"] = f"id_{form_name(name)}"
+
+    def _offer_splits(self, rows_of: JobForm | None) -> None:
+        """The splits of the chosen version. Another version than the one shown brings its default split along."""
+        if rows_of is not None:
+            self.splits.rows = rows_of.splits.rows
+        if not self.is_bound:
+            return
+        if rows_of is None:
+            self.offer_splits_of(self.text_of("dataset_version"))
+        if "shown_dataset" in self.data and self.data["shown_dataset"] != self.text_of("dataset_version"):
+            assert isinstance(self.data, QueryDict)
+            data = self.data.copy()
+            data["dataset_split"] = self.default_split()
+            self.data = data
+
+    def offer_splits_of(self, version: str) -> None:
+        """Set which splits can be chosen: those of one of the versions offered."""
+        chosen = self.dataset_versions.rows.get(version)
+        self.splits.offer(DatasetSplit(**values) for values in (chosen.done_splits if chosen is not None else ()))
+
+    def default_split(self) -> str:
+        """The key of the chosen version's default split; empty without one."""
+        return next((key for key, split in self.splits.rows.items() if split.is_default), "")
+
+    @property
+    def splits(self) -> RowField:
+        """The field of the splits, with those of the chosen version."""
+        return self.fields["dataset_split"]  # type: ignore[return-value]
 
     @property
     def base_models(self) -> RowField:
@@ -213,6 +266,7 @@ class JobForm(forms.Form):
     def _make_recipe(self, values: dict[str, Any]) -> Recipe | None:
         base_model: BaseModel = values["base_model"]
         version: DatasetVersion = values["dataset_version"]
+        split: DatasetSplit | None = values["dataset_split"]
         method = self.methods[values["method"]]
         goal = GOALS.get(values.get("goal") or "")
         asked: dict[str, Any] = {
@@ -223,6 +277,7 @@ class JobForm(forms.Form):
                 "sha256": version.sha256,
                 "format": version.format,
                 "columns": version.columns,
+                **({"split": split.reference()} if split is not None else {}),
             },
             "method": method.name,
             "precision": values["precision"],
@@ -258,6 +313,8 @@ class JobForm(forms.Form):
         """The form field that stands for a recipe's dotted field; None when there is none."""
         if not recipe_field:
             return None
+        if recipe_field.startswith(SPLIT_FIELD):
+            return "dataset_split"
         top, _, rest = recipe_field.partition(".")
         if recipe_field.startswith(f"{METRICS}."):
             return metric_field(self, METRICS, recipe_field.removeprefix(f"{METRICS}."))
@@ -273,7 +330,7 @@ class JobForm(forms.Form):
         """Put an explained error, with what to do, beside its field. A dataset that is too small says so itself."""
         about_rows = error.code in {"too_small", "unreadable_dataset"}
         for field, sentence in error.by_field():
-            self.add_problem("dataset" if about_rows else field, sentence)
+            self.add_problem("dataset" if about_rows and field != SPLIT_FIELD else field, sentence)
 
     # -- what the template shows --
 
@@ -358,10 +415,17 @@ def resolved_values(recipe: Recipe | None, method: str) -> dict[str, Any]:
 
 
 def fresh_form(
-    team: Team, *, dataset_version: str = "", base_model: str = "", parent: Job | None = None, num_again: int = 0
+    team: Team,
+    *,
+    dataset_version: str = "",
+    split: str | None = None,
+    base_model: str = "",
+    parent: Job | None = None,
+    num_again: int = 0,
 ) -> JobForm:
     """A form to begin with: an earlier job's recipe, or the given dataset and the only base model.
 
+    Without a split of the dataset that is asked for it begins with the default one.
     `num_again` is how often `parent` was run again already; the new name counts on from there.
     """
     form = JobForm(team=team)
@@ -379,6 +443,11 @@ def fresh_form(
                 **resolved_values(recipe, recipe.method),
             }
         )
+        form.offer_splits_of(str(parent.dataset_version_id))
+        named = recipe.dataset.split.sha256 if recipe.dataset.split is not None else None
+        form.initial["dataset_split"] = next(
+            (key for key, split in form.splits.rows.items() if split.sha256 == named), ""
+        )
         form.offer_metrics(recipe.evaluation.metrics)
     else:
         method = "lora" if "lora" in form.methods else next(iter(form.methods), "")
@@ -388,8 +457,11 @@ def fresh_form(
         version = form.dataset_versions.rows.get(dataset_version)
         if version is not None:
             form.initial["dataset_version"] = version.pk
+            form.offer_splits_of(dataset_version)
+            form.initial["dataset_split"] = split if split in form.splits.rows else form.default_split()
             form.initial["name"] = next_name(team, f"{version.dataset.name[:90]}-{method}")
     form.initial["shown_method"] = form.initial["method"]
+    form.initial["shown_dataset"] = to_text(form.initial.get("dataset_version"))
     return form
 
 

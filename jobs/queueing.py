@@ -20,7 +20,7 @@ from jobs.scheduling import WAITING_STATES, look_at_queue
 from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
 from studio.catalogue.models import Adapter, BaseModel, Suite
-from studio.datasets.models import DatasetVersion, VersionState
+from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
 from workers.recipe import Recipe
@@ -65,7 +65,7 @@ def queue_job(
         dataset_version: None for an evaluation on standard tasks.
 
     Raises:
-        RecipeError: the dataset is not ready or not the team's.
+        RecipeError: the dataset is not ready or not the team's, or has no such split.
         IdempotencyConflictError: the key belongs to a job with another recipe.
     """
     if dataset_version is not None and dataset_version.dataset.team_id != team.pk:
@@ -84,6 +84,7 @@ def queue_job(
         return _same_job(known, asked)
     try:
         with transaction.atomic():
+            _lock_split(recipe, dataset_version)
             job = Job.objects.create(
                 team=team, created_by=user, name=recipe.name, recipe=recipe.to_dict(),
                 asked_recipe=asked, base_model=base_model, kind=kind, scored_adapter=scored_adapter, suite=suite,
@@ -124,6 +125,19 @@ def queue_job(
         raise
     job.refresh_from_db()
     return job
+
+
+def _lock_split(recipe: Recipe, dataset_version: DatasetVersion | None) -> None:
+    """Keep the split that a recipe names from being deleted before the job is there; raises RecipeError without one."""
+    frozen = recipe.dataset.split
+    if frozen is None:
+        return
+    splits = DatasetSplit.objects.select_for_update(no_key=True).filter(version=dataset_version, state=SplitState.DONE)
+    if dataset_version is None or splits.filter(sha256=frozen.sha256).only("pk").first() is None:
+        raise RecipeError(
+            f"{dataset_version} has no split “{frozen.name}”.", next_step="Choose another split.",
+            field="dataset.split",
+        )  # fmt: skip
 
 
 def key_for_another(key: str, asked: Recipe) -> str:

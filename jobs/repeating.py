@@ -64,6 +64,11 @@ def why_not(job: Job, recipe: Recipe) -> NotRepeatableError | None:
             f"The file of {version} was removed from the studio's storage.",
             next_step="Ask whoever runs the studio to restore it.",
         )
+    if recipe.dataset.split is not None and not is_blob_stored(recipe.dataset.split.sha256):
+        return NotRepeatableError(
+            f"The file of the split “{recipe.dataset.split.name}” was removed from the studio's storage.",
+            next_step="Ask whoever runs the studio to restore it.",
+        )
     try:
         get_method(recipe.method)
     except UnknownPluginError:

@@ -177,6 +177,7 @@ def _data_options(job: Job) -> list[str]:
         return [
             "--dataset-file", str(files.dataset_file(job)),
             "--base-scores", str(storage.base_scores_folder(job.dataset_version.sha256)),
+            *(["--split-file", str(split)] if (split := files.split_file(job)) is not None else []),
         ]  # fmt: skip
     assert job.suite is not None
     asked, folder = job.suite.evaluation, settings.TASKS_FOLDER

@@ -36,6 +36,7 @@ from studio.setting_fields import form_name
 from studio.templatetags.components import significant
 from workers.errors import ExplainedError
 from workers.methods import get_method
+from workers.splits.saying import Saying, rows_needed, saying_of
 
 MAX_LISTED = 50
 """Rows of finished jobs on a page."""
@@ -184,6 +185,10 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_base_model": form.text_of("base_model"),
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
+        "splits": form.splits.rows,
+        "chosen_split": form.text_of("dataset_split"),
+        "test_saying": _test_saying(form),
+        "split_problem": " ".join(map(str, form.errors.get("dataset_split", []))) if form.is_bound else "",
         "dataset_problem": " ".join(str(message) for message in dataset_errors),
         "name_text": form.text_of("name"),
         "missing": form.missing(),
@@ -205,6 +210,12 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
                 "instead_percent": significant(100 * plan.instead.estimate.trainable_share),
             }
     return context
+
+
+def _test_saying(form: JobForm) -> Saying | None:
+    """What the chosen split's test rows can say when that is too little; None otherwise."""
+    split = form.splits.rows.get(form.text_of("dataset_split"))
+    return saying_of(split.num_test) if split is not None and split.num_test < rows_needed() else None
 
 
 def _problems(form: JobForm, *, show_errors: bool) -> list[PanelProblem]:
@@ -282,6 +293,7 @@ def new_job(request: TeamRequest) -> HttpResponse:
     form = fresh_form(
         request.team,
         dataset_version=request.GET.get("dataset", ""),
+        split=request.GET.get("split"),
         base_model=request.GET.get("base_model", ""),
         parent=parent,
         num_again=getattr(parent, "num_again", 0),

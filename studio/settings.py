@@ -143,6 +143,7 @@ API_ROUTERS = [
     "studio.datasets.adding_api.router",
     "studio.datasets.learning_api.router",
     "studio.datasets.scan_api.router",
+    "studio.datasets.split_api.router",
     "studio.catalogue.api.router",
     "studio.catalogue.naming_api.router",
     "studio.catalogue.views_api.router",

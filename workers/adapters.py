@@ -161,4 +161,6 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     value = recipe.to_dict()
     value["base_model"]["path"] = None
     value["dataset"]["path"] = None
+    if "split" in value["dataset"]:
+        value["dataset"]["split"]["path"] = None
     return value

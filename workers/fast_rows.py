@@ -37,8 +37,8 @@ _MEANT = PAIR_FIELDS | {*MEDIA, "messages", "conversations", "conversation", "te
                         "kto_tag", "label", "completion"}  # fmt: skip
 """Fields that change what a row means where they stand beside its turns."""
 
-CountRow = Callable[[int, Sequence[str], int, int, Sequence[int]], None]
-"""Takes an ordinary row's line, roles, characters, fingerprint, and the characters of each answer."""
+CountRow = Callable[[int, dict[str, Any], Sequence[str], int, int, Sequence[int]], None]
+"""Takes an ordinary row's line, the row, its roles, characters, fingerprint, and the characters of each answer."""
 
 
 def ordinary_rows(path: Path, format_name: str, count: CountRow) -> Iterator[tuple[int, int, bytes]]:
@@ -67,9 +67,15 @@ def ordinary_rows(path: Path, format_name: str, count: CountRow) -> Iterator[tup
                 if type(row) is dict:
                     found = _ordinary(row, num_keys[index], field, role_key, text_key, roles, known)
                     if found is not None:
-                        count(number + index, *found)
+                        count(number + index, row, *found)
                         continue
             yield number + index, offset + begins, raw
+
+
+def texts_of(row: dict[str, Any], format_name: str) -> list[str]:
+    """What each turn of an ordinary row says."""
+    field, _, text_key, _ = _SHAPES[format_name]
+    return [turn[text_key] for turn in row[field]]
 
 
 def _ordinary(

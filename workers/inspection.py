@@ -133,7 +133,7 @@ def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
         from workers.fast_rows import ordinary_rows  # numpy takes longer to load than small files to read
 
         plugin = get_format(format_name)
-        for number, offset, raw in ordinary_rows(path, format_name, tally.add_usable):
+        for number, offset, raw in ordinary_rows(path, format_name, lambda line, _, *of: tally.add_usable(line, *of)):
             item = jsonl_row(number, offset, raw)
             if item is not None:
                 tally.add(*read_row(item, plugin, columns, remark=True))

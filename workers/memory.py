@@ -11,6 +11,7 @@ from typing import Literal
 from workers.methods import get_method
 from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
+from workers.splitting import count_parts
 
 GIB = 2**30
 TIGHT_SHARE = 0.85
@@ -161,8 +162,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
     training_bytes = compute_bytes_of(training_precision, device)
 
-    num_held_out = min(recipe.split.max_held_out, round(dataset.num_rows * recipe.split.held_out_share))
-    num_train = max(1, dataset.num_rows - num_held_out)
+    parts = count_parts(dataset.num_rows, recipe)
+    num_scored, num_train = parts.num_scored, max(1, parts.num_train)
     num_steps = math.ceil(max(1, math.ceil(num_train * training.epochs)) / training.batch_size)
     num_steps = num_steps if training.max_steps is None else min(num_steps, training.max_steps)
 
@@ -195,7 +196,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
     )
     seconds = _seconds(
-        recipe, shape, dataset, device, precision, training_precision, num_steps, num_held_out, micro_batch,
+        recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
         num_trainable, is_whole=is_whole,
     )  # fmt: skip
     fixed = adapter + optimizer if is_whole else weights
@@ -306,7 +307,7 @@ def _seconds(
     precision: Precision,
     training_precision: Precision,
     num_steps: int,
-    num_held_out: int,
+    num_scored: int,
     micro_batch: int,
     num_trainable: int,
     *,
@@ -328,11 +329,11 @@ def _seconds(
     if device.kind == "cuda":
         train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
     # Base and adapter both read the held-out rows and write their answers.
-    scoring = 2 * num_held_out * mean * (2 * shape.num_parameters + 2 * attention) / rate
+    scoring = 2 * num_scored * mean * (2 * shape.num_parameters + 2 * attention) / rate
     evaluation = recipe.evaluation
-    generated = 2 * min(evaluation.num_generated, num_held_out) * evaluation.max_new_tokens
+    generated = 2 * min(evaluation.num_generated, num_scored) * evaluation.max_new_tokens
     # The base and each checkpoint answer the fixed prompts, all of them in one batch.
-    num_shown = min(evaluation.num_samples_shown, num_held_out)
+    num_shown = min(evaluation.num_samples_shown, num_scored)
     num_times = 1 + math.ceil(num_steps / training.steps_between_checkpoints(num_steps))
     shown_steps = num_times * evaluation.num_shown_tokens if num_shown else 0
     # Writing goes one token at a time in small batches: about a fifth of the rate of reading.

@@ -168,6 +168,7 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
         f"batch size: {recipe.training.batch_size}; epochs: {result.provenance.epochs:.3g}",
         f"- digest of the base's files: `{result.provenance.base_revision}`",
         f"- digest of the dataset: `{result.provenance.dataset_sha256}`",
+        *_split_lines(recipe),
         f"- recipe, versions and device: `studio.json`; answers of base and {product.noun}: `eval/samples.jsonl`",
     ]
     body += _choice_lines(recipe, result.provenance)
@@ -181,6 +182,17 @@ def write_card(folder: Path, recipe: Recipe, result: Result, *, hub_id: str, lic
             f"(largest difference {result.provenance.max_logit_difference:.2g})"
         )
     (folder / "README.md").write_text("\n".join([*front, *body]) + "\n", "utf-8")
+
+
+def _split_lines(recipe: Recipe) -> list[str]:
+    """The frozen split that says which rows were trained on and which scored, for the card."""
+    split = recipe.dataset.split
+    if split is None:
+        return []
+    return [
+        f"- rows by the split {_one_line(split.name)}, digest `{split.sha256}`: {split.num_train} to train, "
+        f"{split.num_validation} for validation, {split.num_test} scored"
+    ]
 
 
 def _choice_lines(recipe: Recipe, provenance: Provenance) -> list[str]:

@@ -107,6 +107,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes checkpoints and the adapter")
     parser.add_argument("--base-model-folder", type=Path, metavar="D", help="instead of the recipe's base_model.path")
     parser.add_argument("--dataset-file", type=Path, metavar="F", help="instead of the recipe's dataset.path")
+    parser.add_argument("--split-file", type=Path, metavar="F", help="instead of the recipe's dataset.split.path")
     parser.add_argument("--attempt", type=int, default=1, metavar="N", help="number of this try (default 1)")
     parser.add_argument(
         "--micro-batch-size",
@@ -155,6 +156,11 @@ def _run(
     if options.tasks_folder is not None:
         return _run_tasks(options, recipe, base_model, report, control, held)
     dataset = _place(options.dataset_file, recipe.dataset.path, folders_of, DatasetError, "dataset.path", "file")
+    frozen, split = recipe.dataset.split, None
+    if frozen is not None and not options.evaluate:
+        split = _place(
+            options.split_file, frozen.path, folders_of, DatasetError, "dataset.split.path", "file", "--split-file"
+        )
     quiet_environment()
     if read is None and held is None:
         # Hashing the base takes as long as importing what trains, and can be done beside it.
@@ -170,7 +176,7 @@ def _run(
     bases = held or Bases()
     cache = QuantisedCache(options.quantised_cache) if options.quantised_cache is not None else None
     bases.prepare(read=read or read_with_stamps, cache=cache)
-    folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve())
+    folders: Folders = Folders(base_model=base_model, dataset=dataset, out=options.out.resolve(), split=split)
     scores = BaseScores(options.base_scores) if options.base_scores is not None else None
     if options.evaluate:
         from workers.evaluating import evaluate
@@ -237,10 +243,11 @@ def _place(
     error: type[ExplainedError],
     field: str,
     kind: str,
+    flag: str = "",
 ) -> Path:
     """The path given on the command line, else the recipe's, which is relative to the recipe file."""
     if given is None and in_recipe is None:
-        flag = "--base-model-folder" if kind == "folder" else "--dataset-file"
+        flag = flag or ("--base-model-folder" if kind == "folder" else "--dataset-file")
         raise error(
             f"The recipe does not say where the {kind} is.",
             next_step=f"Set {field} in it, or give {flag}.",

@@ -28,6 +28,17 @@ class BaseModelRef(_Part):
     path: str | None = Field(None, description="Folder, relative to the recipe file, when run by hand.")
 
 
+class SplitRef(_Part):
+    """A frozen split of a dataset version (workers/splits): which rows are trained on, chosen on and scored."""
+
+    name: str = Field("", max_length=80, title="Split")
+    sha256: str = Field(min_length=64, max_length=64, description="sha256 of the split's file.")
+    num_train: int = Field(ge=2)
+    num_validation: int = Field(0, ge=0)
+    num_test: int = Field(ge=2)
+    path: str | None = Field(None, description="File, relative to the recipe file, when run by hand.")
+
+
 class DatasetRef(_Part):
     """The dataset version that is trained on."""
 
@@ -38,6 +49,12 @@ class DatasetRef(_Part):
         default_factory=dict, description="The format's field names mapped to the file's column names."
     )
     path: str | None = Field(None, description="File, relative to the recipe file, when run by hand.")
+    # Not written where there is none: recipes of before keep their bytes and their digests.
+    split: SplitRef | None = Field(
+        None,
+        exclude_if=lambda split: split is None,
+        description="The rows of each part; null for the held-out share of the recipe's `split` settings.",
+    )
 
 
 class SplitSettings(_Part):

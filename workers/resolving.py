@@ -18,6 +18,7 @@ from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
 from workers.recipe import Precision, Recipe, problems_by_field
 from workers.shapes import ModelShape
+from workers.splitting import count_parts
 
 MAX_MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch beyond which nothing gets faster; a CPU is busy with far fewer."""
@@ -187,10 +188,11 @@ def _validation_interval(recipe: Recipe, num_steps: int, num_rows: int) -> int:
     training = recipe.training
     if training.chooses_on_validation:
         return max(1, num_steps // CHOOSING_VALIDATIONS)
-    num_held_out = min(round(num_rows * recipe.split.held_out_share), recipe.split.max_held_out)
-    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * max(1, num_rows - num_held_out)))
+    parts = count_parts(num_rows, recipe)
+    num_looked_at = parts.num_validation or parts.num_scored
+    num_trained = min(num_steps * training.batch_size, math.ceil(training.epochs * max(1, parts.num_train)))
     # A row costs a third forward of what it costs to train: validations take a tenth of the training at most.
-    count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_held_out)))
+    count = min(MAX_VALIDATIONS, int(0.3 * num_trained / max(1, num_looked_at)))
     return math.ceil(num_steps / (count + 1)) if count else 0
 
 

@@ -1,4 +1,5 @@
-"""Which rows are held out. The same seed and lines always give the same split."""
+"""Which rows are held out. The same seed and lines always give the same split; a frozen one (workers/splits) says so
+itself."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.errors import DatasetError
-from workers.recipe import SplitSettings
+from workers.recipe import Recipe, SplitSettings
 
 MIN_ROWS = 10
 MIN_HELD_OUT = 2
@@ -55,6 +56,42 @@ def split_lines(lines: Sequence[int], settings: SplitSettings, keys: Mapping[int
     ranked = sorted(lines, key=lambda line: (_digest(settings.seed, line), line))
     held_out = set(_take(ranked, num_held_out, keys if settings.keep_equal_together else None))
     return Split(train=tuple(line for line in sorted(lines) if line not in held_out), held_out=tuple(sorted(held_out)))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How many rows are trained on, chosen on and scored. Rows that choose are not scored."""
+
+    num_train: int
+    num_validation: int
+    num_scored: int
+
+    @property
+    def num_held_out(self) -> int:
+        return self.num_validation + self.num_scored
+
+
+def count_parts(num_rows: int, recipe: Recipe) -> Parts:
+    """About how many of a dataset's usable rows come into each part; without the checks of `split_lines`."""
+    frozen = recipe.dataset.split
+    if frozen is not None:
+        return Parts(frozen.num_train, frozen.num_validation, frozen.num_test)
+    num_held_out = min(round(num_rows * recipe.split.held_out_share), recipe.split.max_held_out)
+    return Parts(max(0, num_rows - num_held_out), 0, num_held_out)
+
+
+def check_validation(recipe: Recipe) -> None:
+    """Raises DatasetError when a recipe chooses on validation rows and its frozen split has none."""
+    frozen = recipe.dataset.split
+    if frozen is not None and recipe.training.chooses_on_validation and frozen.num_validation < MIN_HELD_OUT:
+        error = DatasetError(
+            f"The split “{frozen.name}” has no validation rows, and early stopping and keeping the best step choose on "
+            "them.",
+            next_step="Choose a split with validation rows, or keep the last step without early stopping.",
+            field="dataset.split",
+        )
+        error.code = "too_small"
+        raise error
 
 
 def num_validation_rows(num_held_out: int, settings: SplitSettings) -> int:

@@ -62,7 +62,9 @@ from workers.rendering import Renderer
 from workers.resolving import resolve
 from workers.results import OverlapRecord, Provenance, Result, ScoreRecord, SuspiciousRecord
 from workers.schedule import learning_rate
-from workers.splitting import split_lines, validation_lines
+from workers.splits.asked import MIN_PART, PARTS
+from workers.splits.frozen import FrozenSplit
+from workers.splitting import check_validation, split_lines, validation_lines
 from workers.stopping import is_out_of_patience, step_of_adapter
 from workers.suspicion import MAX_ROWS, Visits, suspects
 from workers.test_sets import rows_sha256, settings_sha256
@@ -73,11 +75,15 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsa
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made."""
+    """Where things lie: the base model's folder, the dataset file, and the folder that takes what is made.
+
+    `split` is the file of the frozen split that the recipe names, where it names one.
+    """
 
     base_model: Path
     dataset: Path
     out: Path
+    split: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class Data:
     """The dataset as training needs it. `train` indexes `tokens`; the others are whole examples.
 
     `held_out` are the rows of the scores. `validation` are those looked at during training: the same, unless they
-    choose something, which would flatter the scores; then they are other held-out rows. `overlap` says which of the
+    choose something, which would flatter the scores, or a frozen split says otherwise; then they are other rows that
+    are not trained on. `overlap` says which of the
     scored rows are among the training rows, too.
     """
 
@@ -299,21 +306,20 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
         where = f"Line {first.line}" if first.line is not None else "First"
         noun = "row is" if len(bad_lines) == 1 else "rows are"
         report(MessageEvent(level="warning", text=f"{len(bad_lines)} {noun} left out. {where}: {first.message}"))
-    split = split_lines(tokens.lines, recipe.split, keys)
-    held_out = set(split.held_out)
-    choosing = (
-        set(validation_lines(split.held_out, recipe.split, keys)) if recipe.training.chooses_on_validation else set()
-    )
-    if choosing:
+    if recipe.dataset.split is not None:
+        trained, held_out, looked_at = _frozen_parts(recipe, folders, tokens, sha256, report)
+    else:
+        trained, held_out, looked_at = _parts(recipe, tokens, keys)
+    if looked_at and recipe.training.chooses_on_validation:
         text = (
-            f"{len(choosing)} of the {len(held_out)} held-out rows choose the step; the other "
-            f"{len(held_out) - len(choosing)} give the scores."
+            f"{len(looked_at)} of the {len(held_out)} held-out rows choose the step; the other "
+            f"{len(held_out) - len(looked_at)} give the scores."
         )
         report(MessageEvent(text=text))
     index_of = {line: index for index, line in enumerate(tokens.lines)}
     examples = [row for row in rows() if isinstance(row, Example) and row.line in held_out]
-    scored = [row for row in examples if row.line not in choosing]
-    trained_on = set(split.train)
+    scored = [row for row in examples if row.line not in looked_at]
+    trained_on = set(trained)
     overlap = find_overlap(
         scored,
         lambda: (row for row in rows() if isinstance(row, Example) and row.line in trained_on),
@@ -323,14 +329,51 @@ def read_data(recipe: Recipe, folders: Folders, renderer: Renderer, report: Repo
         report(MessageEvent(level="warning", text=overlap.sentence()))
     return Data(
         tokens=tokens,
-        train=[index_of[line] for line in split.train],
+        train=[index_of[line] for line in trained],
         held_out=scored,
-        validation=[row for row in examples if row.line in choosing] or scored,
+        validation=[row for row in examples if row.line in looked_at] or scored,
         num_skipped=len(bad_lines),
         num_cut=num_cut,
         sha256=sha256,
         overlap=overlap,
     )
+
+
+def _parts(
+    recipe: Recipe, tokens: TokenRows, keys: dict[int, bytes]
+) -> tuple[Sequence[int], set[int], set[int]]:  # fmt: skip
+    """Lines to train on, those held out, and those of them that choose a step and are not scored."""
+    split = split_lines(tokens.lines, recipe.split, keys)
+    choosing = validation_lines(split.held_out, recipe.split, keys) if recipe.training.chooses_on_validation else ()
+    return split.train, set(split.held_out), set(choosing)
+
+
+def _frozen_parts(
+    recipe: Recipe, folders: Folders, tokens: TokenRows, dataset_sha256: str, report: Report
+) -> tuple[Sequence[int], set[int], set[int]]:
+    """As `_parts`, by the frozen split that the recipe names; without the rows that cannot be learned or scored.
+
+    Raises:
+        DatasetError: the split is not the one that the recipe names, or too few of its rows can be used.
+    """
+    frozen = recipe.dataset.split
+    assert frozen is not None
+    assert folders.split is not None
+    check_validation(recipe)
+    split = FrozenSplit.read(folders.split, sha256=frozen.sha256, dataset_sha256=dataset_sha256)
+    usable = set(tokens.lines)
+    kept = {part: [line for line in split.part(part) if line in usable] for part in PARTS}
+    for part, lines in kept.items():
+        asked = len(split.part(part))
+        if len(lines) < asked:
+            text = f"{asked - len(lines):,} of the {asked:,} {part} rows of the split are left out with these."
+            report(MessageEvent(level="warning", text=text))
+        if asked and len(lines) < MIN_PART:
+            raise DatasetError(
+                f"Of the {asked:,} {part} rows of the split {len(lines)} can be used; {MIN_PART} are the least.",
+                next_step="Raise the maximum length, or choose another split.", field="dataset.split",
+            )  # fmt: skip
+    return kept["train"], {*kept["validation"], *kept["test"]}, set(kept["validation"])
 
 
 # --- loading and the base's scores -----------------------------------------------------------------------------------
@@ -794,7 +837,7 @@ def _listed(lines: list[int], most: int = 16) -> str:
 def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     """The adapter on the rows that the base was scored on."""
     rows = _score(run, model, "evaluating", step=position.step)
-    if not run.recipe.training.chooses_on_validation:  # else the curve is of other rows
+    if run.data.validation is run.data.held_out:  # else the curve is of other rows
         run.report(validation_event(position.step, rows))
     return rows
 

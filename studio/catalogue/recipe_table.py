@@ -50,12 +50,24 @@ def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None)
     sections = [
         RecipeSection("Method", list(_method_rows(recipe, asked))),
         RecipeSection("Training", list(_rows(TrainingSettings, recipe.get("training", {}), asked.get("training", {})))),
-        RecipeSection("Held-out rows", list(_rows(SplitSettings, recipe.get("split", {}), asked.get("split", {})))),
+        RecipeSection("Held-out rows", list(_split_rows(recipe, asked))),
         RecipeSection(
             "Evaluation", list(_rows(EvaluationSettings, recipe.get("evaluation", {}), asked.get("evaluation", {})))
         ),
     ]
     return [section for section in sections if section.rows]
+
+
+def _split_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:
+    """The frozen split, or where there is none how rows are held out."""
+    frozen = recipe.get("dataset", {}).get("split")
+    if not frozen:
+        yield from _rows(SplitSettings, recipe.get("split", {}), asked.get("split", {}))
+        return
+    yield RecipeRow("Split", frozen["name"] or frozen["sha256"][:12], is_changed=True)
+    yield RecipeRow("Split's sha256", frozen["sha256"])
+    for part in ("train", "validation", "test"):
+        yield RecipeRow(f"Rows of {part}", f"{frozen[f'num_{part}']:,}", "rows")
 
 
 def _method_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:

@@ -1,10 +1,14 @@
-"""Blobs and the versions that hold them: one file for equal bytes of every team, so both are looked at under a lock."""
+"""Blobs, and the versions and splits that hold them: one file for equal bytes of every team, so all are looked at under
+a lock.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
 from django.db import connection, transaction
 
-from studio.datasets.models import DatasetVersion
+from studio.datasets.models import DatasetSplit, DatasetVersion
 from studio.storage import remove_base_scores, remove_blob
 
 
@@ -18,9 +22,18 @@ def lock_blob(sha256: str) -> None:
 
 
 def remove_unused_blob(sha256: str) -> None:
-    """Delete a blob that no version of any team holds."""
+    """Delete a blob that no version and no split of any team holds."""
     with transaction.atomic():
         lock_blob(sha256)
-        if not DatasetVersion.objects.filter(sha256=sha256).exists():
+        is_held = any(held.objects.filter(sha256=sha256).exists() for held in (DatasetVersion, DatasetSplit))
+        if not is_held:
             remove_blob(sha256)
             remove_base_scores(sha256)
+
+
+def remove_splits(version: DatasetVersion) -> None:
+    """Delete a version's splits with their files, once the transaction is over."""
+    digests = set(version.splits.exclude(sha256="").values_list("sha256", flat=True))
+    version.splits.all().delete()
+    for sha256 in digests:
+        transaction.on_commit(partial(remove_unused_blob, sha256))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from django.http import HttpRequest, StreamingHttpResponse
 
 from studio.streaming import stream
+from workers.csv_cells import guard_cell
 
 
 class _Echo:
@@ -15,12 +16,6 @@ class _Echo:
 
     def write(self, line: str) -> str:
         return line
-
-
-def guard_cell(text: object) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    cell = "" if text is None else str(text)
-    return f"'{cell}" if cell.lstrip(" ")[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
 
 
 def csv_response(

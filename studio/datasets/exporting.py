@@ -98,6 +98,16 @@ def archive(version: DatasetVersion, kind: Kind) -> Iterator[bytes]:
             sys.executable, "-m", "workers.exporting", str(version.path()), "--format", version.format,
             "--columns", orjson.dumps(version.columns).decode(), "--as", kind, "--card", readme.name,
         ]  # fmt: skip
+        yield from child_output(command, what=f"Exporting {version}")
+
+
+def child_output(command: list[str], *, what: str) -> Iterator[bytes]:
+    """What a process writes, in chunks. Closing the iterator ends the process.
+
+    Raises:
+        ExportFailedError: it ended before it had written everything; `what` it did is in the message.
+    """
+    with contextlib.ExitStack() as stack:
         child = stack.enter_context(
             subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -110,4 +120,4 @@ def archive(version: DatasetVersion, kind: Kind) -> Iterator[bytes]:
         while chunk := child.stdout.read(CHUNK_BYTES):
             yield chunk
         if child.wait() != 0:
-            raise ExportFailedError(f"Exporting {version} ended with status {child.returncode}.")
+            raise ExportFailedError(f"{what} ended with status {child.returncode}.")

@@ -31,6 +31,7 @@ from django.db.models import Q
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
+from studio.datasets.blobs import remove_splits
 from studio.datasets.models import DatasetProblem, DatasetVersion, VersionState
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,9 @@ def _finish(version: DatasetVersion, problems: list[DatasetProblem] | None = Non
         still = DatasetVersion.objects.filter(pk=version.pk, state=VersionState.INSPECTING)
         if still.update(heartbeat_at=None, progress={}, **values) == 1:
             version.problems.all().delete()
-            version.scans.all().delete()  # they were of other columns
+            # These were of other columns; jobs would have kept the version from being read with others.
+            version.scans.all().delete()
+            remove_splits(version)
             DatasetProblem.objects.bulk_create(problems or [], batch_size=1000)
 
 

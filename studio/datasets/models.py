@@ -262,6 +262,90 @@ class ScanFinding(models.Model):
         return f"line {self.line}: {self.kind}"
 
 
+class SplitState(models.TextChoices):
+    """How far the making of a split has come."""
+
+    WAITING = "waiting", "Waiting"
+    RUNNING = "running", "Being made"
+    DONE = "done", "Frozen"
+    FAILED = "failed", "Failed"
+
+
+class DatasetSplit(models.Model):
+    """Which rows of a version are trained on, chosen on and scored. Once it is done it never changes; see splitting.py.
+
+    Its lines lie in a file of the storage (workers/splits/frozen.py), which recipes name by its sha256.
+    """
+
+    version = models.ForeignKey(DatasetVersion, on_delete=models.CASCADE, related_name="splits")
+    name = models.CharField(max_length=80)
+    state = models.CharField(max_length=10, choices=SplitState.choices, default=SplitState.WAITING)
+    asked = models.JSONField(help_text="workers.splits.asked.SplitRequest.")
+    asked_sha256 = models.CharField(max_length=64, help_text="Of what was asked: the same question has one answer.")
+    sha256 = models.CharField(max_length=64, blank=True, db_index=True, help_text="Of the file, once it is there.")
+    num_bytes = models.BigIntegerField(default=0)
+    num_train = models.PositiveBigIntegerField(default=0)
+    num_validation = models.PositiveBigIntegerField(default=0)
+    num_test = models.PositiveBigIntegerField(default=0)
+    report = models.JSONField(default=dict, help_text="What is to be said of it; see workers/splits/making.py.")
+    error = models.TextField(blank=True, help_text="Why it could not be made, for people.")
+    is_default = models.BooleanField(default=False, help_text="Whether new jobs on the version begin with it.")
+    attempt = models.PositiveIntegerField(default=0, help_text="Rises each time a worker takes it: the fencing token.")
+    num_read = models.PositiveBigIntegerField(default=0, help_text="Rows that were read so far.")
+    seconds = models.FloatField(default=0.0, help_text="What making it took.")
+    queued_at = models.DateTimeField(default=timezone.now, help_text="When it was last asked for.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the worker that makes it was last alive.")
+    created_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["version", "name"], name="one_split_per_name"),
+            models.UniqueConstraint(fields=["version", "asked_sha256"], name="one_split_per_question"),
+            models.UniqueConstraint(
+                fields=["version"], condition=models.Q(is_default=True), name="one_default_split_per_version"
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(state="done") | ~models.Q(sha256=""), name="a_split_that_is_done_has_its_file"
+            ),
+            models.CheckConstraint(
+                condition=models.Q(is_default=False) | models.Q(state="done"), name="a_default_split_is_done"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.version}"
+
+    def get_absolute_url(self) -> str:
+        return reverse("datasets:split", args=[self.version.dataset_id, self.version.number, self.pk])
+
+    def is_done(self) -> bool:
+        return self.state == SplitState.DONE
+
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state in {SplitState.DONE, SplitState.FAILED}
+
+    def percent(self) -> int:
+        """How much of the rows is read, from 0 to 99: something is left to do until it is over."""
+        return min(99, 100 * self.num_read // self.version.num_usable) if self.version.num_usable else 0
+
+    def num_left_out(self) -> int:
+        """Usable rows that stand in no part."""
+        return int(self.report.get("num_left_out", 0))
+
+    def reference(self) -> dict[str, Any]:
+        """How a recipe names it: workers.recipe.SplitRef."""
+        return {
+            "name": self.name, "sha256": self.sha256, "num_train": self.num_train,
+            "num_validation": self.num_validation, "num_test": self.num_test,
+        }  # fmt: skip
+
+    def path(self) -> Path:
+        """Where the file lies."""
+        return fetch_blob(self.sha256)
+
+
 class UploadState(models.TextChoices):
     """How far a file that arrives bit by bit has come."""
 

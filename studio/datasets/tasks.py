@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import changes, fetching, inspecting, repairing, resumable, scanning
+from studio.datasets import changes, fetching, inspecting, repairing, resumable, scanning, splitting
 
 
 @shared_task
@@ -47,6 +47,18 @@ def fetch_waiting() -> None:
 def find_changes(version_id: int) -> None:
     """Compare a version with the one before it."""
     changes.find_changes(version_id)
+
+
+@shared_task
+def freeze_split(split_id: int) -> None:
+    """Make a split of a version."""
+    splitting.freeze(split_id)
+
+
+@shared_task
+def freeze_waiting() -> None:
+    """Queue splits whose message was lost or whose worker died."""
+    splitting.freeze_waiting()
 
 
 @shared_task

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from studio.datasets import adding_views, learning_pages, scan_views, upload_views, views
+from studio.datasets import adding_views, learning_pages, scan_views, split_views, upload_views, views
 
 app_name = "datasets"
 _VERSION = "<int:dataset_id>/v/<int:number>/"
@@ -28,6 +28,12 @@ urlpatterns = [
     path(_VERSION + "scans/<slug:name>/", scan_views.scan, name="scan"),
     path(_VERSION + "scans/<slug:name>.csv", scan_views.scan_csv, name="scan_csv"),
     path(_VERSION + "scans/<slug:name>/run/", scan_views.run_scan_again, name="scan_again"),
+    path(_VERSION + "splits/", split_views.splits, name="splits"),
+    path(_VERSION + "splits/<int:split_id>/", split_views.split, name="split"),
+    path(_VERSION + "splits/<int:split_id>/split.jsonl", split_views.split_file, name="split_file"),
+    path(_VERSION + "splits/<int:split_id>/<slug:part>.<slug:kind>", split_views.split_part, name="split_part"),
+    path(_VERSION + "splits/<int:split_id>/default/", split_views.split_default, name="split_default"),
+    path(_VERSION + "splits/<int:split_id>/delete/", split_views.split_delete, name="split_delete"),
     path(_VERSION + "repair/", views.repair, name="repair"),
     path(_VERSION + "corrections/", views.corrections, name="corrections"),
     path(_VERSION + "versions/", views.versions, name="versions"),

@@ -389,7 +389,10 @@ def mapping(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
             record("dataset.mapped", team=request.team, user=request.user, target=version, columns=columns)
             return redirect(version)
     rows = showing.mapped_rows(version, columns) if columns else []
-    context = {"version": version, "dataset": version.dataset, "form": form, "rows": rows}
+    context = {
+        "version": version, "dataset": version.dataset, "form": form, "rows": rows,
+        "num_splits": version.splits.count(),
+    }  # fmt: skip
     if request.htmx:  # type: ignore[attr-defined]
         return render(request, "datasets/_mapped_rows.html", context)
     status = 422 if form.is_bound and not form.is_valid() else 200

@@ -14,10 +14,16 @@ from typing import Any
 import pytest
 
 from studio import storage
+from studio.accounts.models import Team, User
+from studio.datasets.splitting import ask_split, freeze
 from studio.storage import DamagedObjectError, NotStoredError, StorageError, fetching, s3
 from studio.storage.backends import Backend, LocalFolder, backend
 from studio.storage.s3 import S3Storage
+from tests.factories import make_dataset_version
 from tests.s3_server import S3Server, s3_server
+from tests.workers.scans.planting import clean_rows
+from workers.splits.asked import SplitRequest
+from workers.splits.frozen import FrozenSplit
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,21 @@ def test_an_upload_on_one_machine_is_a_file_of_another(shared: S3Server, setting
     storage.remove_blob(stored.sha256)
     with pytest.raises(NotStoredError):
         storage.fetch_blob(stored.sha256)
+
+
+def test_a_split_made_on_one_machine_is_read_on_another(
+    shared: S3Server, settings: Any, tmp_path: Path, team: Team, bob: User
+) -> None:
+    version = make_dataset_version(team, bob, rows=clean_rows(40), name="Scenes")
+    version.format = "prompt_completion"
+    version.save()
+    another_machine(settings, tmp_path)
+    split = ask_split(version, SplitRequest.from_dict({"test": 0.2}), name="", user=bob)
+    freeze(split.pk)
+    split.refresh_from_db()
+    another_machine(settings, tmp_path)
+    found = FrozenSplit.read(split.path(), sha256=split.sha256, dataset_sha256=version.sha256)
+    assert (len(found.train), len(found.validation), len(found.test)) == (28, 4, 8)
 
 
 def test_bytes_that_were_changed_in_the_storage_are_refused_and_not_kept(

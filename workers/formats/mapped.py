@@ -90,7 +90,7 @@ class Mapped(Format):
                     columns = {"prompt": names[prompt], "completion": names[answer], **extra}
                     context = next((names[one] for one in _CONTEXTS if one in names and one != prompt), None)
                     columns |= {"context": context} if context else {}
-                    has_both = [all(_take(row, columns[one]) is not _MISSING for one in _ASKED) for row in head]
+                    has_both = [all(value_at(row, columns[one]) is not MISSING for one in _ASKED) for row in head]
                     return confidence * sum(has_both) / len(head), columns
         return _guess([name for name in counts if name != system], extra)
 
@@ -99,20 +99,20 @@ class Mapped(Format):
 
         What is added to the prompt follows it after a blank line each, where a row has it.
         """
-        chosen = {field: _take(row, columns.get(field, "")) for field in _ASKED}
-        if all(value is _MISSING for value in chosen.values()):
+        chosen = {field: value_at(row, columns.get(field, "")) for field in _ASKED}
+        if all(value is MISSING for value in chosen.values()):
             return None, [missing_fields(row, [columns.get(field, field) for field in chosen], line, "these columns")]
         problems: list[Problem] = media_beside(row, line)
         texts: dict[str, str] = {}
         for field in ("context", "more_context", "system"):
-            if columns.get(field) and (value := _take(row, columns[field])) is not _MISSING and value is not None:
+            if columns.get(field) and (value := value_at(row, columns[field])) is not MISSING and value is not None:
                 chosen[field] = value
         for field, value in chosen.items():
             column = columns.get(field, field)
-            cell = {} if value is _MISSING else {column: _as_text(value)}
+            cell = {} if value is MISSING else {column: _as_text(value)}
             texts[field], problem = check_text(cell, column, line, may_be_empty=field not in _ASKED)
             if problem:
-                excerpt = excerpt_of(row) if value is _MISSING or not value else problem.excerpt
+                excerpt = excerpt_of(row) if value is MISSING or not value else problem.excerpt
                 problems.append(
                     Problem(problem.rule, problem.message, problem.fix, line=line, field=column[:120], excerpt=excerpt)
                 )
@@ -124,7 +124,7 @@ class Mapped(Format):
         return Example(line, (*before, Message("user", prompt), Message("assistant", texts["completion"]))), []
 
 
-_MISSING: Any = object()
+MISSING: Any = object()
 
 
 def _is_inside(path: str) -> bool:
@@ -171,18 +171,18 @@ def _steps(path: str) -> tuple[str | int, ...]:
     return tuple(int(index) if index else key for key, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", path))
 
 
-def _take(row: dict[str, Any], path: str) -> Any:
-    """The value at a column name or a path, _MISSING when there is none."""
+def value_at(row: dict[str, Any], path: str) -> Any:
+    """The value at a column name or a path, MISSING when there is none."""
     if path in row:
         return row[path]
     if "." not in path and "[" not in path:
-        return _MISSING
+        return MISSING
     value: Any = row
     for step in _steps(path):
         is_key = isinstance(value, dict) and step in value
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if not is_key and not is_index:
-            return _MISSING
+            return MISSING
         value = value[step]
     return value
 

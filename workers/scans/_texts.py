@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from workers.examples import AnyExample, Message, PreferenceExample, TextExample, UnpairedExample
 from workers.overlap import plain_words
@@ -60,6 +60,15 @@ def digest_of(example: AnyExample) -> int:
         parts.append(example.tools)
     if isinstance(example, UnpairedExample):
         parts.append(str(example.label))
+    return digest_of_text("\0".join(parts))
+
+
+def digest_of_turns(roles: Sequence[str], contents: Sequence[str]) -> int:
+    """`digest_of` a conversation of turns that say nothing but their contents."""
+    parts = ["chat"]
+    for role, content in zip(roles, contents, strict=True):
+        parts += [role, _plain(content), ""]
+    parts.append("")
     return digest_of_text("\0".join(parts))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Signatures = NDArray[np.uint16]
+    Indices = NDArray[np.int64]
 
 NEAR = 0.7
 NUM_VALUES, NUM_BANDS = 128, 32
@@ -56,25 +57,73 @@ class NearDuplicates(Scan):
         """Each row that is near an earlier one, with the nearest."""
         import numpy as np
 
-        lines, digests = array("Q"), array("Q")
-        # Grows in place: joining arrays would take twice the memory.
-        values = array("H")
+        sketches, lines, digests = Sketches(rows.alive), array("Q"), array("Q")
         compared = iter(rows)
         while chunk := list(islice(compared, min(CHUNK_ROWS, MAX_COMPARED - len(lines)))):
             lines.extend(example.line for example in chunk)
             digests.extend(digest_of(example) for example in chunk)
-            values.frombytes(_signatures(chunk).tobytes())
+            sketches.add(chunk)
         num_left = sum(1 for _ in compared)
         if lines:
             lines_N = np.array(lines, np.int64)
-            signatures_NV = np.frombuffer(values, np.uint16).reshape(-1, NUM_VALUES)
-            shares_N, others_N = _nearest(rows, signatures_NV, np.array(digests, np.uint64))
+            shares_N, others_N = _nearest(sketches, np.array(digests, np.uint64))
             for index in np.flatnonzero(others_N >= 0).tolist():
                 other = int(lines_N[others_N[index]])
                 share = f"{shares_N[index]:.0%}"
                 yield Finding(int(lines_N[index]), "near duplicate", f"{share} like line {other:,}.", other_line=other)
         if num_left:
             yield Note(f"The first {MAX_COMPARED:,} rows were compared; {num_left:,} later ones were not.")
+
+
+class Sketches:
+    """Signatures of rows, in the order in which they are added. `alive` is called in long work, as that of Rows."""
+
+    def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
+        self._alive = alive
+        # Grows in place: joining arrays would take twice the memory.
+        self._values = array("H")
+
+    def add(self, chunk: Sequence[AnyExample]) -> None:
+        """Sketches these rows; several at once are quicker."""
+        self._values.frombytes(_signatures(chunk).tobytes())
+
+    def near_pairs(
+        self, takes_part_N: NDArray[np.bool_], is_open: Callable[[Indices, Indices], NDArray[np.bool_]]
+    ) -> Iterator[tuple[Indices, Indices, NDArray[np.float32]]]:
+        """Pairs of near rows: places of the later ones, of the earlier ones, and the shares of equal values.
+
+        `is_open` says which of the pairs that might be near are still to be compared; what was given before may answer.
+        """
+        import numpy as np
+
+        signatures_NV = np.frombuffer(self._values, np.uint16).reshape(-1, NUM_VALUES)
+        bands_NB = signatures_NV.view(np.uint64)
+        kept = np.flatnonzero(takes_part_N)
+        for band in range(NUM_BANDS):
+            self._alive()
+            values = bands_NB[kept, band]
+            order = np.argsort(values, kind="stable")
+            ordered, places = values[order], kept[order]
+            starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+            firsts = np.repeat(places[starts], np.diff(np.r_[starts, len(ordered)]))
+            for shift in range(NUM_NEIGHBOURS + 1):
+                is_same = ordered[shift:] == ordered[: len(ordered) - shift]
+                mine_P = places[shift:][is_same]
+                other_P = places[: len(places) - shift][is_same] if shift else firsts
+                wanted = (mine_P != other_P) & is_open(mine_P, other_P)
+                yield from self._near(signatures_NV, mine_P[wanted], other_P[wanted])
+
+    def _near(
+        self, signatures_NV: Signatures, mine_P: Indices, other_P: Indices
+    ) -> Iterator[tuple[Indices, Indices, NDArray[np.float32]]]:
+        import numpy as np
+
+        for start in range(0, len(mine_P), CHUNK_PAIRS):
+            self._alive()
+            mine, other = mine_P[start : start + CHUNK_PAIRS], other_P[start : start + CHUNK_PAIRS]
+            shares = (signatures_NV[mine] == signatures_NV[other]).mean(axis=1, dtype=np.float32)
+            is_near = shares >= NEAR
+            yield mine[is_near], other[is_near], shares[is_near]
 
 
 def _signatures(chunk: Sequence[AnyExample]) -> Signatures:
@@ -97,52 +146,27 @@ def _phrases(words: list[str], line: int) -> list[str]:
     return [" ".join(three) for three in zip(words, words[1:], words[2:], strict=False)] or [" ".join(words)]
 
 
-def _nearest(
-    rows: Rows, signatures_NV: Signatures, digests_N: NDArray[np.uint64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _nearest(sketches: Sketches, digests_N: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """For each row the share of equal values and the index of the nearest earlier row; -1 where none is near."""
     import numpy as np
 
     num = len(digests_N)
-    bands_NB = signatures_NV.view(np.uint64)
     shares_N = np.zeros(num, np.float32)
     others_N = np.full(num, -1, np.int64)
-    # The second and later of rows that say the same take no part.
-    first = np.unique(digests_N, return_index=True)[1]
-    takes_part_N = np.zeros(num, bool)
-    takes_part_N[first] = True
-    for band in range(NUM_BANDS):
-        rows.alive()
-        kept = np.flatnonzero(takes_part_N)
-        values = bands_NB[kept, band]
-        order = np.argsort(values, kind="stable")
-        ordered, places = values[order], kept[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        firsts = np.repeat(places[starts], np.diff(np.r_[starts, len(ordered)]))
-        _hold_against(rows, signatures_NV, places, firsts, shares_N, others_N)
-        for shift in range(1, NUM_NEIGHBOURS + 1):
-            is_same = ordered[shift:] == ordered[:-shift]
-            _hold_against(
-                rows, signatures_NV, places[shift:][is_same], places[:-shift][is_same], shares_N, others_N
-            )  # fmt: skip
+    # A row for which a near one is known is not held against more.
+    pairs = sketches.near_pairs(first_of_equal(digests_N), lambda mine, other: others_N[mine] < 0)
+    for mine, other, shares in pairs:
+        shares_N[mine], others_N[mine] = shares, other
     return shares_N, others_N
 
 
-def _hold_against(
-    rows: Rows, signatures_NV: Signatures, mine_P: NDArray[np.int64], other_P: NDArray[np.int64],
-    shares_N: NDArray[np.float32], others_N: NDArray[np.int64],
-) -> None:  # fmt: skip
-    """Note the nearest of each row. A row for which a near one is known is not held against more."""
+def first_of_equal(digests_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """The first of rows that say the same: the second and later take no part."""
     import numpy as np
 
-    is_open = (mine_P != other_P) & (others_N[mine_P] < 0)
-    mine_P, other_P = mine_P[is_open], other_P[is_open]
-    for start in range(0, len(mine_P), CHUNK_PAIRS):
-        rows.alive()
-        mine, other = mine_P[start : start + CHUNK_PAIRS], other_P[start : start + CHUNK_PAIRS]
-        shares = (signatures_NV[mine] == signatures_NV[other]).mean(axis=1, dtype=np.float32)
-        is_near = shares >= NEAR
-        shares_N[mine[is_near]], others_N[mine[is_near]] = shares[is_near], other[is_near]
+    is_first_N = np.zeros(len(digests_N), bool)
+    is_first_N[np.unique(digests_N, return_index=True)[1]] = True
+    return is_first_N
 
 
 PLUGIN = NearDuplicates()
