@@ -47,6 +47,11 @@ app.conf.update(
             "schedule": 30.0,
             "options": {"expires": 30},
         },
+        "prepare-waiting": {
+            "task": "studio.datasets.tasks.prepare_waiting",
+            "schedule": 30.0,
+            "options": {"expires": 30},
+        },
         "freeze-waiting": {
             "task": "studio.datasets.tasks.freeze_waiting",
             "schedule": 30.0,

@@ -142,6 +142,7 @@ API_ROUTERS = [
     "studio.datasets.upload_api.router",
     "studio.datasets.adding_api.router",
     "studio.datasets.learning_api.router",
+    "studio.datasets.row_api.router",
     "studio.datasets.scan_api.router",
     "studio.datasets.split_api.router",
     "studio.catalogue.api.router",

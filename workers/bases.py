@@ -12,6 +12,7 @@ import torch
 
 from workers import base_models
 from workers.base_folders import BaseFolder, Stamps, file_stamps, read_with_stamps
+from workers.blocks.families import make_room
 from workers.quantised import QuantisedCache
 from workers.recipe import Precision
 
@@ -42,14 +43,20 @@ class Bases:
         """The checked folder; raises BaseModelError."""
         return self._read_folder(folder)[1]
 
-    def load(self, base: BaseFolder, precision: Precision, device: torch.device, *, say: Say) -> Any:
+    def load(
+        self, base: BaseFolder, precision: Precision, device: torch.device, *, say: Say, is_wide: bool = False
+    ) -> Any:
         """The frozen model of a folder that was read, in eval mode; raises BaseModelError.
 
-        `say` takes a sentence about the cache, for the job's event list.
+        `say` takes a sentence about the cache, for the job's event list. With `is_wide` there is room beside the
+        weights for low-rank branches (`workers.blocks`).
         """
-        return base_models.load(
+        model = base_models.load(
             base.folder, precision, device, checked=True, cache=self._cache, revision=base.revision, say=say
         ).model
+        if is_wide:
+            make_room(model)
+        return model
 
 
 class HeldBases(Bases):
@@ -58,7 +65,7 @@ class HeldBases(Bases):
     def __init__(self) -> None:
         super().__init__()
         self._seen: tuple[Path, Stamps, BaseFolder] | None = None
-        self._held: tuple[str, Precision, torch.device] | None = None
+        self._held: tuple[str, Precision, torch.device, bool] | None = None
         self._model: Any = None
         self._digest = 0
 
@@ -68,13 +75,15 @@ class HeldBases(Bases):
             self._seen = (folder, *self._read_folder(folder))
         return self._seen[2]
 
-    def load(self, base: BaseFolder, precision: Precision, device: torch.device, *, say: Say) -> Any:
+    def load(
+        self, base: BaseFolder, precision: Precision, device: torch.device, *, say: Say, is_wide: bool = False
+    ) -> Any:
         """A model of the run's own, on weights that are shared with the untouched one; raises BaseModelError."""
-        wanted = (base.revision, precision, device)
+        wanted = (base.revision, precision, device, is_wide)
         if self._held != wanted:
             self._held, self._model = None, None
             free(device)
-            self._model = super().load(base, precision, device, say=say)
+            self._model = super().load(base, precision, device, say=say, is_wide=is_wide)
             self._held, self._digest = wanted, weights_digest(self._model)
         else:
             base_models.prepare_process()

@@ -48,6 +48,12 @@ def memory_bytes(device: torch.device) -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """What this process can still take of a GPU's memory: what nobody has, and what its allocator holds unused."""
+    available, _ = torch.cuda.mem_get_info(device)
+    return int(available) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":

@@ -39,10 +39,15 @@ _MEANT = PAIR_FIELDS | {*MEDIA, "messages", "conversations", "conversation", "te
 
 CountRow = Callable[[int, dict[str, Any], Sequence[str], int, int, Sequence[int]], None]
 """Takes an ordinary row's line, the row, its roles, characters, fingerprint, and the characters of each answer."""
+KeepRow = Callable[[int, dict[str, Any], Sequence[str], Sequence[str], bytes], None]
+"""Takes an ordinary row's line, the row itself, its roles and texts, and its bytes with their line end."""
 
 
-def ordinary_rows(path: Path, format_name: str, count: CountRow) -> Iterator[tuple[int, int, bytes]]:
-    """(line, byte offset, bytes) of each row that takes the full way, in order; the ordinary ones go to `count`.
+def ordinary_rows(
+    path: Path, format_name: str, count: CountRow, keep: KeepRow | None = None
+) -> Iterator[tuple[int, int, bytes]]:
+    """(line, byte offset, bytes) of each row that takes the full way, in order; the ordinary ones go to `count`, and
+    then to `keep`.
 
     A line over MAX_ROW_BYTES is given cut to one byte more than that.
     """
@@ -67,7 +72,9 @@ def ordinary_rows(path: Path, format_name: str, count: CountRow) -> Iterator[tup
                 if type(row) is dict:
                     found = _ordinary(row, num_keys[index], field, role_key, text_key, roles, known)
                     if found is not None:
-                        count(number + index, row, *found)
+                        count(number + index, row, found[0], *found[2:])
+                        if keep is not None:
+                            keep(number + index, row, found[0], found[1], raw)
                         continue
             yield number + index, offset + begins, raw
 
@@ -86,8 +93,8 @@ def _ordinary(
     text_key: str,
     roles: dict[str, str],
     known: dict[tuple[str, ...], tuple[str, ...] | None],
-) -> tuple[Sequence[str], int, int, Sequence[int]] | None:
-    """(roles, characters, fingerprint, characters of each answer) of an ordinary row, or None."""
+) -> tuple[Sequence[str], Sequence[str], int, int, Sequence[int]] | None:
+    """(roles, texts, characters, fingerprint, characters of each answer) of an ordinary row, or None."""
     turns = row.get(field)
     if type(turns) is not list:
         return None
@@ -117,7 +124,7 @@ def _ordinary(
         return None
     lengths = list(map(len, texts))
     # An odd number begins with the system's turn; every second one behind it is an answer.
-    return spoken, sum(lengths), hash(tuple(zip(spoken, texts, strict=True))), lengths[num % 2 + 1 :: 2]
+    return spoken, texts, sum(lengths), hash(tuple(zip(spoken, texts, strict=True))), lengths[num % 2 + 1 :: 2]
 
 
 def _spoken(names: tuple[str, ...], roles: dict[str, str]) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch
+from workers.blocks.pointwise import cross_entropy
 
 LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Most bytes of float32 logits at once. Larger brings no speed: a matrix product of this size fills the device."""
@@ -170,16 +171,10 @@ class _FrozenHead(torch.autograd.Function):
         gradient_NH = torch.empty_like(hidden_NH) if wants_gradient else None
         for start in range(0, hidden_NH.shape[0], size):
             part = slice(start, start + size)
-            target_C1 = targets_N[part, None]
-            logits_CV = functional.linear(hidden_NH[part].to(weight_VH.dtype), weight_VH, bias_V).float()
-            normaliser_C = logits_CV.logsumexp(dim=-1)
-            losses_N[part] = normaliser_C - logits_CV.gather(1, target_C1)[:, 0]
+            logits_CV = functional.linear(hidden_NH[part].to(weight_VH.dtype), weight_VH, bias_V)
+            losses_N[part] = cross_entropy(logits_CV, targets_N[part], with_gradient=wants_gradient)
             if gradient_NH is not None:
-                # The gradient by the logits is softmax minus one at the target; the softmax is made in the logits' own
-                # memory, and the one goes through the layer as the target's row of its weights.
-                logits_CV.sub_(normaliser_C[:, None]).exp_()
-                softmax_CH = logits_CV.to(weight_VH.dtype) @ weight_VH
-                gradient_NH[part] = (softmax_CH - weight_VH.index_select(0, targets_N[part])).to(hidden_NH.dtype)
+                gradient_NH[part] = (logits_CV @ weight_VH).to(hidden_NH.dtype)
         if gradient_NH is not None:
             ctx.save_for_backward(gradient_NH)
         return losses_N

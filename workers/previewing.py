@@ -21,6 +21,7 @@ import orjson
 
 from workers.errors import BaseModelError, ExplainedError
 from workers.examples import AnyExample, Example, Message
+from workers.formats import get_format
 from workers.learned import learned
 from workers.reading import read_rows
 from workers.rendering import LossOn, Renderer
@@ -35,7 +36,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What a base model learns of the first usable row at a line or behind it.
 
     The request holds path, format, columns, line, folder (the base model's), revision, max_length, loss_on and
-    max_tokens; or, in the place of a file's row, `turns`: pairs of role and content. The answer holds line (None: no
+    max_tokens. In the place of path, `row` may hold the row itself as {line, raw}, with the lines previous and next; or
+    there are, in the place of a file's row, `turns`: pairs of role and content. The answer holds line (None: no
     usable row is left), previous and next (lines of the usable rows beside it, or None), template ("own" or "plain"),
     stop_tokens and conversations (workers.learned.Conversation).
 
@@ -60,7 +62,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def _wanted(request: dict[str, Any]) -> tuple[int | None, AnyExample | None, int | None]:
     if "turns" in request:
         return None, Example(1, tuple(Message(role, content) for role, content in request["turns"])), None
+    if "row" in request:
+        return request["previous"], _parsed(request), request["next"]
     return find_row(Path(request["path"]), request["format"], request["columns"], request["line"])
+
+
+def _parsed(request: dict[str, Any]) -> AnyExample | None:
+    row = request["row"]
+    if row is None:
+        return None
+    example, _problems = get_format(request["format"]).parse(orjson.loads(row["raw"]), row["line"], request["columns"])
+    return example
 
 
 def _loss_on(value: str) -> LossOn:

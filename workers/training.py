@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,7 +21,9 @@ from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases
-from workers.batching import Batch, Plan, TokenRows, batches, split_step
+from workers.batching import Batch, Plan, TokenRows, batches, collate, split_step
+from workers.blocks.choosing import hand_written
+from workers.blocks.engine import Engine
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -46,7 +49,7 @@ from workers.forgetting import general_scores, score_general
 from workers.general import MAX_LENGTH, general_rows
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
-from workers.losses import head_is_plain
+from workers.losses import LOGIT_BYTES, head_is_plain
 from workers.memory import GIB, DatasetFacts, DeviceFacts, Part, mixed
 from workers.meter import Meter
 from workers.methods import get_method
@@ -155,6 +158,7 @@ class Run:
     micro_batch_size: int = 1
     bases: Bases = field(default_factory=Bases)
     visits: Visits = field(default_factory=lambda: Visits(0))
+    engine: Engine | None = None
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -210,7 +214,8 @@ def train(
         base_general = score_base_on_general(run, model)
         answer_with_base(run, model)
         model = attach(run, model)
-        position, stopped_at = optimise(run, model)
+        with computed_by_hand(run, model):
+            position, stopped_at = optimise(run, model)
         adapter_rows = score_adapter(run, model, position)
         general = tuple(general_scores(base_general, score_on_general(run, model, "evaluating", position.step)))
         suspicious = suspicious_rows(run, model)
@@ -441,7 +446,9 @@ def load_base(run: Run) -> Any:
     _end_if_asked(run, step=0)
     run.report(PhaseEvent(phase="loading"))
     assert run.recipe.precision != "auto"
-    return run.bases.load(run.base, run.recipe.precision, run.device, say=run.say)
+    # Trained weights lie as the optimizer wants them; frozen ones may have adapters' columns beside them.
+    is_wide = run.device.type == "cuda" and not get_method(run.recipe.method).product.is_whole_model
+    return run.bases.load(run.base, run.recipe.precision, run.device, say=run.say, is_wide=is_wide)
 
 
 def score_base(run: Run, model: Any) -> list[ScoredRow]:
@@ -539,6 +546,39 @@ def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
+    """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
+    training, tokens, rows = run.recipe.training, run.data.tokens, run.data.train
+    by_length = sorted(rows, key=tokens.length)
+    sample = collate(by_length[:2], tokens, packing=True, pad_id=0).to(run.device)
+    objective = get_objective(run.recipe.objective)
+    run.engine = hand_written(
+        model,
+        sample,
+        lambda *given: objective.loss(*given)[0],
+        say=run.say,
+        warn=lambda text: run.say(text, is_warning=True),
+    )
+    if run.engine is not None and training.gradient_checkpointing is True:
+        run.engine.keep_least()
+    elif run.engine is not None and run.device.type == "cuda":
+        assert training.micro_batch_size != "auto"
+        size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
+        longest = sum(tokens.length(row) for row in by_length[-size:])
+        # Gradients and both moments come with the first step.
+        later = (
+            12 * sum(one.numel() for one in checkpoints.trainable_parameters(model).values()) + 3 * LOGIT_BYTES["cuda"]
+        )
+        run.engine.keep_what_fits(longest, free_bytes=devices.free_memory_bytes(run.device) - later)
+    try:
+        yield
+    finally:
+        if run.engine is not None:
+            run.engine.remove()
+            run.engine = None
 
 
 def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
@@ -723,7 +763,8 @@ def _forward_backward(
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
         on_device = batch.to(run.device)
-        with noise.added_to(model, on_device):
+        by_hand = nullcontext() if run.engine is None else run.engine.rows(on_device)
+        with noise.added_to(model, on_device), by_hand:
             batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
@@ -738,7 +779,8 @@ def _forward_backward(
 
 
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
-    packing = run.recipe.training.packing is True
+    # Hand-written blocks take rows without padding; what is learned is the same.
+    packing = run.recipe.training.packing is True or run.engine is not None
     return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
 
 

@@ -203,7 +203,7 @@ def _datasets(request: ApiRequest) -> QuerySet[Dataset]:
 
 def version_or_404(request: ApiRequest, dataset_id: int, number: int) -> DatasetVersion:
     """A version of the team's datasets."""
-    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset")
+    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "row_table")
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
 

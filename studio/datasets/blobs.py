@@ -1,5 +1,5 @@
-"""Blobs, and the versions and splits that hold them: one file for equal bytes of every team, so all are looked at under
-a lock.
+"""Blobs, and the versions, splits and rows at rest that hold them: one file for equal bytes of every team, so all are
+looked at under a lock.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from functools import partial
 
 from django.db import connection, transaction
 
-from studio.datasets.models import DatasetSplit, DatasetVersion
+from studio.datasets.models import DatasetSplit, DatasetVersion, RowTable
 from studio.storage import remove_base_scores, remove_blob
 
 
@@ -22,10 +22,11 @@ def lock_blob(sha256: str) -> None:
 
 
 def remove_unused_blob(sha256: str) -> None:
-    """Delete a blob that no version and no split of any team holds."""
+    """Delete a blob that no version, no split and no rows at rest of any team hold."""
     with transaction.atomic():
         lock_blob(sha256)
-        is_held = any(held.objects.filter(sha256=sha256).exists() for held in (DatasetVersion, DatasetSplit))
+        holders = (DatasetVersion, DatasetSplit, RowTable)
+        is_held = any(held.objects.filter(sha256=sha256).exists() for held in holders)
         if not is_held:
             remove_blob(sha256)
             remove_base_scores(sha256)
@@ -35,5 +36,14 @@ def remove_splits(version: DatasetVersion) -> None:
     """Delete a version's splits with their files, once the transaction is over."""
     digests = set(version.splits.exclude(sha256="").values_list("sha256", flat=True))
     version.splits.all().delete()
+    for sha256 in digests:
+        transaction.on_commit(partial(remove_unused_blob, sha256))
+
+
+def remove_row_table(version: DatasetVersion) -> None:
+    """Delete a version's rows at rest with their file, once the transaction is over."""
+    made = RowTable.objects.filter(version=version)
+    digests = set(made.exclude(sha256="").values_list("sha256", flat=True))
+    made.delete()
     for sha256 in digests:
         transaction.on_commit(partial(remove_unused_blob, sha256))

@@ -5,7 +5,8 @@
 `statistics` then holds {"turns": [[turns, rows]], "roles": {role: turns}, "characters": {...}, "answers": {...},
 "tokens": {base revision: {...}}}, where each {...} is {"num_rows", "total", "longest", "histogram": [[upper bound,
 rows]]}, for answers with turns in the place of rows; tokens also have "cut": {"512": rows longer than that, ...}.
-Tokens are a second step, so that a version is ready before it is over; scans (scanning.py) are a third, on their own.
+Tokens are a second step, so that a version is ready before it is over; the rows at rest (row_tables.py) and scans
+(scanning.py) are others, on their own.
 Versions that were read long ago may lack roles and answers.
 """
 
@@ -31,7 +32,7 @@ from django.db.models import Q
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from studio.datasets.blobs import remove_splits
+from studio.datasets.blobs import remove_row_table, remove_splits
 from studio.datasets.models import DatasetProblem, DatasetVersion, VersionState
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def inspect(version_id: int) -> None:
             _finish(version, state=VersionState.UNREADABLE, error=str(error), error_next_step=_SPLIT_FILE)
         version.refresh_from_db()
         if version.state == VersionState.READY:
+            send_task("prepare_rows", version_id)
             send_task("scan_dataset", version_id)
     if version.state == VersionState.READY and version.num_usable:
         _count_tokens(version)
@@ -192,6 +194,7 @@ def _finish(version: DatasetVersion, problems: list[DatasetProblem] | None = Non
             # These were of other columns; jobs would have kept the version from being read with others.
             version.scans.all().delete()
             remove_splits(version)
+            remove_row_table(version)
             DatasetProblem.objects.bulk_create(problems or [], batch_size=1000)
 
 

@@ -7,20 +7,14 @@ A chat template comes with a base model and may do anything within its sandbox, 
 from __future__ import annotations
 
 import atexit
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import threading
-import time
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
-from django.conf import settings
-
-from studio.datasets.models import DatasetVersion
+from studio.datasets.kept_child import KeptChild, Sentences
+from studio.datasets.models import DatasetVersion, RowTable, RowTableState
+from studio.datasets.row_searching import RowSearchError, usable_row
+from studio.storage import StorageError
 from workers.errors import ExplainedError
 
 SECONDS = 10.0
@@ -51,11 +45,24 @@ def learn_row(
     """
     return _child.ask(
         {
-            "path": str(version.path()), "format": version.format, "columns": version.columns, "line": line,
+            **_row_at(version, line), "format": version.format, "columns": version.columns, "line": line,
             "folder": base_model.folder, "revision": base_model.revision, "max_length": max_length,
             "loss_on": loss_on, "max_tokens": max_tokens,
         }
     )  # fmt: skip
+
+
+def _row_at(version: DatasetVersion, line: int) -> dict[str, Any]:
+    """The row as it lies prepared, which is found in a moment; or the file, which is read up to its line."""
+    table = RowTable.objects.filter(version=version, state=RowTableState.DONE).first()
+    if table is not None:
+        table.version = version
+        # Else it is found in the file all the same.
+        with contextlib.suppress(RowSearchError, StorageError):
+            found = usable_row(table, line)
+            row = found.row and {"line": found.row["line"], "raw": found.row["raw"]}
+            return {"row": row, "previous": found.previous, "next": found.next}
+    return {"path": str(version.path())}
 
 
 def learn_turns(folder: str, revision: str, turns: Sequence[tuple[str, str]], *, max_length: int) -> dict[str, Any]:
@@ -68,91 +75,26 @@ def learn_turns(folder: str, revision: str, turns: Sequence[tuple[str, str]], *,
     )  # fmt: skip
 
 
-class PreviewChild:
-    """One process that renders rows, one at a time; started when first asked, and again after it ended."""
+class PreviewChild(KeptChild):
+    """One process that renders rows, one at a time."""
 
     def __init__(self, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._seconds, self._memory_bytes = seconds, memory_bytes
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request; raises PreviewError."""
-        if not self._lock.acquire(timeout=self._seconds):
-            raise PreviewBusyError("Other rows are being rendered just now.", next_step="Try again in a moment.")
-        try:
-            found = self._exchange(orjson.dumps(request) + b"\n")
-        finally:
-            self._lock.release()
-        if found["kind"] == "refused":
-            raise PreviewError(found["message"], next_step=found["next_step"])
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _exchange(self, request: bytes) -> dict[str, Any]:
-        process, is_new = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            line = _read_line(process.stdout.fileno(), time.monotonic() + 2 * self._seconds)
-        except OSError:
-            line = b""
-        if line.endswith(b"\n"):
-            found: dict[str, Any] = orjson.loads(line)
-            return found
-        try:
-            status = process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            status = -signal.SIGALRM
-        self.close()
-        if status == -signal.SIGALRM:
-            raise PreviewError(
-                f"The row was not rendered within {self._seconds:g} seconds.",
-                next_step="Choose an earlier line, a shorter row, or a base model with a simpler chat template.",
-            )
-        if not is_new:  # it ended for want of questions, or its memory was full of other base models
-            return self._exchange(request)
-        raise PreviewError(
-            "The row could not be rendered: the base model's tokenizer or chat template failed, or took more memory "
-            "than a page may use.",
-            next_step="Choose another row, or check the base model's chat template.",
+        sentences = Sentences(
+            busy=("Other rows are being rendered just now.", "Try again in a moment."),
+            late=(
+                f"The row was not rendered within {seconds:g} seconds.",
+                "Choose an earlier line, a shorter row, or a base model with a simpler chat template.",
+            ),
+            failed=(
+                "The row could not be rendered: the base model's tokenizer or chat template failed, or took more "
+                "memory than a page may use.",
+                "Choose another row, or check the base model's chat template.",
+            ),
         )
-
-    def _running(self) -> tuple[subprocess.Popen[bytes], bool]:
-        """The process, and whether it was started just now."""
-        if self._process is not None and self._process.poll() is not None:
-            self.close()
-        is_new = self._process is None
-        if self._process is None:
-            command = [sys.executable, "-m", "workers.previewing", "--seconds", str(self._seconds),
-                       "--memory-bytes", str(self._memory_bytes)]  # fmt: skip
-            environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                cwd=settings.ROOT, env=environment,
-            )  # fmt: skip
-        return self._process, is_new
-
-
-def _read_line(descriptor: int, end: float) -> bytes:
-    """A line, or what there is of it when the process ends or the time is over."""
-    pieces: list[bytes] = []
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while not pieces or not pieces[-1].endswith(b"\n"):
-            patience = end - time.monotonic()
-            if patience <= 0 or not selector.select(patience) or not (chunk := os.read(descriptor, 1 << 20)):
-                break
-            pieces.append(chunk)
-    return b"".join(pieces)
+        super().__init__(
+            "previewing", sentences, seconds=seconds, memory_bytes=memory_bytes, error=PreviewError,
+            busy=PreviewBusyError,
+        )  # fmt: skip
 
 
 _child = PreviewChild()

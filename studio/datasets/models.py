@@ -269,6 +269,61 @@ class ScanFinding(models.Model):
         return f"line {self.line}: {self.kind}"
 
 
+class RowTableState(models.TextChoices):
+    """How far the preparation of a version's rows has come."""
+
+    WAITING = "waiting", "Waiting"
+    RUNNING = "running", "Running"
+    DONE = "done", "Done"
+    FAILED = "failed", "Failed"
+
+
+class RowTable(models.Model):
+    """A version's rows at rest, to be looked through and filtered: a blob of its own. See row_tables.py."""
+
+    version = models.OneToOneField(DatasetVersion, on_delete=models.CASCADE, related_name="row_table")
+    state = models.CharField(max_length=10, choices=RowTableState.choices, default=RowTableState.WAITING)
+    attempt = models.PositiveIntegerField(default=0, help_text="Rises each time a worker takes it: the fencing token.")
+    num_read = models.PositiveBigIntegerField(default=0, help_text="Rows that were read so far.")
+    sha256 = models.CharField(max_length=64, blank=True, db_index=True, help_text="Of the Parquet file; empty: none.")
+    num_bytes = models.BigIntegerField(default=0, help_text="Of the Parquet file.")
+    columns = models.JSONField(
+        default=list,
+        help_text="To filter by: {name, num_missing, values: [[value, rows], ...] of the most frequent}.",
+    )
+    error = models.TextField(blank=True, help_text="Why it could not be made, for people.")
+    error_next_step = models.TextField(blank=True)
+    seconds = models.FloatField(default=0.0, help_text="What it took.")
+    queued_at = models.DateTimeField(default=timezone.now, help_text="When it was last asked for.")
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the worker that makes it was last alive.")
+
+    def __str__(self) -> str:
+        return f"Rows of {self.version}"
+
+    def is_done(self) -> bool:
+        return self.state == RowTableState.DONE
+
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it unless it is asked for again."""
+        return self.state in {RowTableState.DONE, RowTableState.FAILED}
+
+    def percent(self) -> int:
+        """How much of the rows is read, from 0 to 99: something is left to do until it is over."""
+        return min(99, 100 * self.num_read // self.version.num_rows) if self.version.num_rows else 0
+
+    def column_names(self) -> list[str]:
+        return [column["name"] for column in self.columns]
+
+    def frequent_values(self) -> list[tuple[str, str, int]]:
+        """(column, value, rows) of the most frequent values that a form can offer: those that can be seen and typed."""
+        return [
+            (column["name"], value, rows)
+            for column in self.columns
+            for value, rows in column["values"]
+            if value.isprintable() and value.strip()
+        ]
+
+
 class SplitState(models.TextChoices):
     """How far the making of a split has come."""
 

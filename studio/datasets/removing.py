@@ -8,7 +8,7 @@ from django.db import models, transaction
 
 from studio.accounts.models import User, record
 from studio.datasets.blobs import remove_unused_blob
-from studio.datasets.models import Dataset, DatasetSplit, DatasetVersion
+from studio.datasets.models import Dataset, DatasetSplit, DatasetVersion, RowTable
 
 
 class DatasetInUseError(Exception):
@@ -28,7 +28,10 @@ def delete_dataset(dataset: Dataset, *, user: User) -> None:
         if users:
             raise DatasetInUseError(users)
         splits = DatasetSplit.objects.filter(version__in=versions).exclude(sha256="")
-        digests = {version.sha256 for version in versions} | set(splits.values_list("sha256", flat=True))
+        tables = RowTable.objects.filter(version__in=versions).exclude(sha256="")
+        digests = {version.sha256 for version in versions}
+        for made in (splits, tables):
+            digests |= set(made.values_list("sha256", flat=True))
         record("dataset.deleted", team=dataset.team, user=user, target=dataset, num_versions=len(versions))
         dataset.delete()
         transaction.on_commit(lambda: _remove_blobs(digests))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from django.apps import apps
 from django.db.models import Model
@@ -49,7 +50,8 @@ def base_models() -> list[Any]:
 class Bar:
     """A bar of a drawing 100 high and BAR_WIDTH wide, and its line of the table beside it.
 
-    `short` stands under it, `name` in the table; `mark` is the length at which a line is drawn at its right side.
+    `short` stands under it, `name` in the table; `mark` is the length at which a line is drawn at its right side;
+    `query` is that of the page of rows which shows those that are counted, where it can.
     """
 
     x: int
@@ -59,6 +61,7 @@ class Bar:
     name: str
     count: int
     mark: int | None = None
+    query: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,17 @@ BAR_WIDTH = 20
 Count = tuple[str, str, int, int | None]
 
 
-def drawing(counts: Sequence[Count], *, what: str, counted: str, description: str) -> Drawing:
-    """Bars of (short name, name, count, mark)."""
+def drawing(
+    counts: Sequence[Count], *, what: str, counted: str, description: str, queries: Sequence[str] = ()
+) -> Drawing:
+    """Bars of (short name, name, count, mark), and for each the query that shows its rows."""
     highest = max((count for _, _, count, _ in counts), default=0) or 1
     bars = []
     for index, (short, name, count, mark) in enumerate(counts):
         height = 100 * count / highest
-        bars.append(Bar(index * BAR_WIDTH + 1, f"{100 - height:.2f}", f"{height:.2f}", short, name, count, mark))
+        query = queries[index] if queries else ""
+        place = index * BAR_WIDTH + 1
+        bars.append(Bar(place, f"{100 - height:.2f}", f"{height:.2f}", short, name, count, mark, query))
     return Drawing(bars, BAR_WIDTH * len(bars), description, what, counted, sum(bar.count for bar in bars))
 
 
@@ -108,10 +115,14 @@ def histogram(found: dict[str, Any], unit: str, counted: str = "rows") -> Histog
     if not bins:
         return None
     counts: list[Count] = []
+    queries: list[str] = []
     below = 0
     for bound, rows in bins:
         mark = bound if bound in CUTS and unit == "tokens" else None
         counts.append((f"{bound:,}", f"{below:,} to {bound:,}", rows, mark))
+        # Rows can be asked for by their characters, which no base model decides.
+        if unit == "characters" and counted == "rows":
+            queries.append(urlencode({"state": "usable", "min_characters": below, "max_characters": bound}))
         below = bound + 1
     num = found["num_rows"]
     cut = found.get("cut", {})
@@ -119,6 +130,7 @@ def histogram(found: dict[str, Any], unit: str, counted: str = "rows") -> Histog
         drawing=drawing(
             counts, what=unit.capitalize(), counted=counted.capitalize(),
             description=f"Lengths of {num:,} {counted} in {unit}, the longest {found['longest']:,}",
+            queries=queries,
         ),
         cuts=[(bound, cut[str(bound)]) for bound in CUTS if str(bound) in cut],
         num_rows=num,
@@ -138,7 +150,13 @@ def turns(statistics: dict[str, Any]) -> Drawing | None:
         (f"{num}+" if num == MAX_TURNS else str(num), f"{num} or more" if num == MAX_TURNS else str(num), rows, None)
         for num, rows in found
     ]
-    return drawing(counts, what="Turns", counted="Rows", description="Rows by their number of turns")
+    queries = [
+        urlencode({"state": "usable", "min_turns": num} | ({"max_turns": num} if num < MAX_TURNS else {}))
+        for num, _rows in found
+    ]
+    return drawing(
+        counts, what="Turns", counted="Rows", description="Rows by their number of turns", queries=queries
+    )  # fmt: skip
 
 
 def roles(statistics: dict[str, Any]) -> Drawing | None:

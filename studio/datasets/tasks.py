@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from studio.datasets import changes, fetching, inspecting, repairing, resumable, scanning, splitting
+from studio.datasets import changes, fetching, inspecting, repairing, resumable, row_tables, scanning, splitting
 
 
 @shared_task
@@ -71,3 +71,15 @@ def scan_dataset(version_id: int) -> None:
 def scan_waiting() -> None:
     """Queue scans whose message was lost or whose worker died, and those that a version lacks."""
     scanning.scan_waiting()
+
+
+@shared_task
+def prepare_rows(version_id: int) -> None:
+    """Write a version's rows at rest."""
+    row_tables.prepare(version_id)
+
+
+@shared_task
+def prepare_waiting() -> None:
+    """Queue rows at rest whose message was lost or whose worker died."""
+    row_tables.prepare_waiting()

@@ -122,7 +122,9 @@ def _status_of(error: OSError) -> int:
 def version_or_404(request: TeamRequest, dataset_id: int, number: int) -> DatasetVersion:
     """A version of the team's datasets, with how many its dataset has."""
     siblings = DatasetVersion.objects.filter(dataset=OuterRef("dataset")).values("dataset").annotate(num=Count("pk"))
-    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related("dataset", "created_by")
+    versions = DatasetVersion.objects.filter(dataset__team=request.team).select_related(
+        "dataset", "created_by", "row_table"
+    )
     versions = versions.annotate(num_versions=Subquery(siblings.values("num")))
     return get_object_or_404(versions, dataset_id=dataset_id, number=number)
 
@@ -151,32 +153,7 @@ def detail(request: TeamRequest, dataset_id: int) -> HttpResponse:
     return redirect(dataset.versions.order_by("-number")[0])
 
 
-@team_page()
-@require_GET
-def version_page(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
-    """The first rows as chats; while it is inspected, how far that is."""
-    version = version_or_404(request, dataset_id, number)
-    context: dict[str, Any] = {}
-    if version.is_inspecting():
-        _ask_again(version)
-    if version.is_ready() and version.num_usable:
-        context["examples"] = showing.preview(version)
-    return render_tab(request, version, "preview", context)
-
-
-@team_page()
-@require_GET
-def row(request: TeamRequest, dataset_id: int, number: int, line: int) -> HttpResponse:
-    """One row as a chat."""
-    version = version_or_404(request, dataset_id, number)
-    if not version.is_ready():
-        raise Http404
-    return render(
-        request, "datasets/row.html", {"version": version, "line": line, "example": showing.row(version, line)}
-    )
-
-
-def _ask_again(version: DatasetVersion) -> None:
+def ask_again(version: DatasetVersion) -> None:
     """A message that was lost, or a worker that died: whoever looks at the page asks again."""
     if waiting_versions().filter(pk=version.pk).exists():
         queue_inspection(version.pk)
@@ -188,7 +165,7 @@ def inspection(request: TeamRequest, dataset_id: int, number: int) -> HttpRespon
     """The fragment that shows an inspection's stages, and asks for itself again until it is over."""
     version = version_or_404(request, dataset_id, number)
     if version.is_inspecting():
-        _ask_again(version)
+        ask_again(version)
     response = render(request, "datasets/_inspection.html", {"version": version})
     if not version.is_inspecting():
         response["HX-Redirect"] = version.get_absolute_url()

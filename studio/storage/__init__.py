@@ -1,9 +1,9 @@
 """Where files live: one interface over a local folder or an S3-compatible storage. Blobs are addressed by content.
 
-Layout below the data folder: `blobs/<aa>/<sha256>` (uploads), `uploads/` (those on their way, parts.py),
-`base_models/<name>/`, `jobs/<job id>/` (recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (finished
-products) and `quantised/<revision>/` (bases that workers have quantised, made again when they are gone). Everything is
-written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
+Layout below the data folder: `blobs/<aa>/<sha256>` (uploads, and rows at rest), `uploads/` (those on their way,
+parts.py), `base_models/<name>/`, `jobs/<job id>/` (recipe, checkpoints, attempts), `adapters/<team id>/<job id>/` (the
+finished products) and `quantised/<revision>/` (bases that workers have quantised, made again when they are gone). All
+is written aside, flushed to disk and then renamed, so a reader never sees half a file. With a storage that machines
 share (STUDIO_S3_BUCKET) the same paths are its keys, and each machine's data folder is a cache of it.
 """
 
@@ -41,7 +41,9 @@ __all__ = [
     "explain_disk_error",
     "fetch_blob",
     "file_digests",
+    "finished_blob",
     "incoming_blob",
+    "incoming_folder",
     "is_blob_stored",
     "is_remote",
     "job_folder",
@@ -159,6 +161,31 @@ def store_blob(chunks: Iterable[bytes], *, max_bytes: int) -> StoredBlob:
     with incoming_blob(chunks, max_bytes=max_bytes) as incoming:
         incoming.keep()
         return StoredBlob(incoming.sha256, incoming.num_bytes)
+
+
+def incoming_folder() -> Path:
+    """Where files lie that are on their way to becoming blobs: on the disk of the blobs, so that a rename is enough."""
+    folder: Path = settings.DATA_DIR / "blobs" / "incoming"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def finished_blob(path: Path) -> IncomingBlob:
+    """A whole file in `incoming_folder()` as a blob that can be kept; it is flushed to the disk.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1024**2):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_disk_error(error) from error
+    return IncomingBlob(digest.hexdigest(), num_bytes, path)
 
 
 def refuse_without_space(num_bytes: int) -> None:

@@ -628,7 +628,7 @@ def test_the_adapter_of_a_base_without_a_template_brings_the_one_that_it_was_tra
 # --- validations that choose ---
 
 OVERFITTING = {
-    "learning_rate": 0.2, "schedule": "constant", "warmup_share": 0.5, "epochs": 2, "max_steps": 10,
+    "learning_rate": 0.6, "schedule": "constant", "warmup_share": 0.5, "epochs": 2, "max_steps": 10,
     "validate_every_steps": 2, "checkpoint_every_steps": 3,
 }  # fmt: skip
 """A rate that rises until it is far too high: the validation loss is best at step 4 and gets worse from there."""

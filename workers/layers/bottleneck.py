@@ -207,14 +207,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """What the sublayer gives, adapted: a tensor (B, T, H), or a tuple that begins with one."""
         output = self.base_layer(*args, **kwargs)
         residual_BTH, self._residual_BTH = self._residual_BTH, None
+        if isinstance(output, tuple):
+            return (self.adapted(output[0], residual_BTH), *output[1:])
+        return self.adapted(output, residual_BTH)
+
+    def adapted(self, output_BTH: Tensor, residual_BTH: Tensor | None) -> Tensor:
+        """A sublayer's output with the active adapters' changes; `residual_BTH` is the stream before the sublayer."""
         names = [name for name in self.active_adapters if name in self.bottleneck_down]
         if self.disable_adapters or not names:
-            return output
-        if isinstance(output, tuple):
-            return (self._adapt(output[0], residual_BTH, names), *output[1:])
-        return self._adapt(output, residual_BTH, names)
-
-    def _adapt(self, output_BTH: Tensor, residual_BTH: Tensor | None, names: list[str]) -> Tensor:
+            return output_BTH
         dtype = output_BTH.dtype
         for name in names:
             down: Any = self.bottleneck_down[name]

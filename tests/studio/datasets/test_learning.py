@@ -17,6 +17,7 @@ from studio.accounts.models import ApiToken, Membership, Role, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.learning import PreviewChild, PreviewError
 from studio.datasets.models import DatasetVersion
+from studio.datasets.row_tables import prepare
 from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 from tests.tiny import CHAT_TEMPLATE, make_tiny_base
 from workers.examples import Example, Message
@@ -79,6 +80,20 @@ def test_the_page_shows_the_ids_labels_and_counts_of_training(
     assert "so the model learns to stop" in shown
     assert f"?base={base.pk}&length=512&loss_on=assistant&line=2" in shown
     assert "&line=4" in shown
+
+
+def test_prepared_rows_are_learned_as_those_of_the_file_are(
+    upload: Upload, bob_client: Client, team: Team, bob: User, base: BaseModel, django_assert_max_num_queries: Any
+) -> None:
+    version = upload(jsonl([{"prompt": "no answer"}, *good_rows(), {"prompt": "no answer"}]))
+    client = caller(team, bob)
+    queries = [f"?base_model_id={base.pk}&line={line}" for line in (1, 2, 7, 13, 14, 5000)]
+    of_the_file = [client.get(api_of(version, query)).json() for query in queries]
+    assert [found["line"] for found in of_the_file] == [2, 2, 7, 13, None, None]
+    prepare(version.pk)
+    assert [client.get(api_of(version, query)).json() for query in queries] == of_the_file
+    with django_assert_max_num_queries(8):
+        assert "<strong>Line 2</strong>" in bob_client.get(page(version)).content.decode()
 
 
 def test_it_opens_with_the_first_row_of_the_first_base_model_and_the_recipes_settings(

@@ -46,14 +46,14 @@ def test_they_are_asked_for_after_the_inspection_and_run_one_after_the_other(
     upload: Upload, no_broker: list[Any]
 ) -> None:
     version = upload(planted())
-    assert no_broker == [version.pk, version.pk]  # the inspection, then the scans
+    assert no_broker == [version.pk] * 3  # the inspection, then the rows at rest and the scans
     for num_run in range(1, len(scans())):
         scan_next(version.pk)
         assert version.scans.filter(state=ScanState.DONE).count() == num_run
-        assert no_broker[1 + num_run :] == [version.pk]
+        assert no_broker[2 + num_run :] == [version.pk]
     scan_next(version.pk)
     assert {scan.state for scan in version.scans.all()} == {"done"}
-    assert no_broker[2:] == [version.pk] * (len(scans()) - 1)
+    assert no_broker[3:] == [version.pk] * (len(scans()) - 1)
     assert [scan.name for scan in scans_of(version)] == list(scans())
     found = exact(version)
     assert (found.num_findings, found.kinds) == (2, {"duplicate": 2})

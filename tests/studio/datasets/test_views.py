@@ -133,7 +133,9 @@ def test_the_statistics_are_drawings_with_their_figures_in_tables_beside_them(
     shown = bob_client.get(page(version, "statistics/")).content.decode()
     assert "Tokens with tiny" in shown
     assert shown.count('<svg class="text-primary') == 5
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL)]
+    rows_shown = re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL)
+    # Some bars' names are links to the rows that they count.
+    cells = [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows_shown]
     assert ["512 tokens", "4", "25 %"] in cells
     assert ["1,024 tokens", "4", "25 %"] in cells
     assert ["2,048 tokens", "0", "0 %"] in cells

@@ -1,0 +1,281 @@
+"""Tokens per second and peak memory of real training steps on random weights of a size: one JSON line per run.
+
+    python -m tests.bench.training ours --shape 8b --method lora --rows DIR
+    python -m tests.bench.training merge DIR
+
+A step is the product's own, from the loop that jobs run: collation, copies to the device, forward and backward pass,
+clipping, the optimizer, and every event written as it would be to the worker's pipe. The rows are those of an
+instruction dataset in their lengths: log-normal, 220 tokens in the median, 16 to 2,048, the first 35 % without loss.
+
+A row that a folder has already is not measured again, so a run that broke off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from tests.bench.start import SHAPES
+from tests.tiny import tokenizer_json
+from workers import devices, training
+from workers.base_folders import BaseFolder
+from workers.base_scores import BaseScores
+from workers.batching import TokenRows
+from workers.checkpoints import trainable_parameters
+from workers.events import Event, StepEvent
+from workers.examples import Example, Message
+from workers.memory import DatasetFacts
+from workers.methods import get_method
+from workers.recipe import Recipe
+from workers.rendering import Rendered
+from workers.results import OverlapRecord
+from workers.shapes import ModelShape
+
+TINY = {
+    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+ALL_SHAPES = SHAPES | {
+    "135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    },
+    "tiny": TINY,
+}  # fmt: skip
+MASKED_SHARE = 0.35
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=__doc__.split("\n\n")[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    ours = kinds.add_parser("ours", help="the product's own steps")
+    ours.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
+    ours.add_argument("--method", default="lora")
+    ours.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
+    ours.add_argument("--batch", type=int, default=16, help="rows of a step")
+    ours.add_argument("--micro", type=int, help="rows at once; by default the whole step")
+    ours.add_argument("--length", type=int, help="every row has this many tokens")
+    ours.add_argument("--steps", type=int, default=30)
+    ours.add_argument("--warm", type=int, default=8, help="steps before the clock runs")
+    ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
+    ours.add_argument("--plain", action="store_true", help="the model's own blocks")
+    ours.add_argument("--rows", type=Path, help="folder of the JSON lines; by default they are printed alone")
+    merge = kinds.add_parser("merge", help="the table of a folder's lines")
+    merge.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.kind == "merge":
+        print(table(options.folder))
+        return
+    name = "-".join(
+        str(one)
+        for one in (
+            "ours", options.shape, options.method, options.precision, options.batch, options.micro or options.batch,
+            options.length or "mixed", "lean" if options.lean else "full", "plain" if options.plain else "fast",
+        )
+    )  # fmt: skip
+    path = None if options.rows is None else options.rows / f"{name}.json"
+    if path is not None and path.exists():
+        print(f"{name} is measured already.")
+        return
+    line = json.dumps({"name": name} | measure(options))
+    print(line)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n", "utf-8")
+
+
+@dataclass
+class Ready:
+    """A renderer of rows that are tokens already."""
+
+    lengths: list[int]
+    num_tokens: int
+
+    def examples(self) -> Iterator[Example]:
+        for line in range(1, len(self.lengths) + 1):
+            yield Example(line, (Message("assistant", "."),))
+
+    def try_render(self, example: Example) -> Rendered:
+        length = self.lengths[example.line - 1]
+        ids = np.random.default_rng([17, example.line]).integers(3, self.num_tokens, length).tolist()
+        masked = int(MASKED_SHARE * length)
+        return Rendered(ids, [False] * masked + [True] * (length - masked), "", 0, [])
+
+
+def row_lengths(num: int, length: int | None) -> list[int]:
+    """Tokens of each row, seeded."""
+    if length is not None:
+        return [length] * num
+    drawn = np.random.default_rng(17).lognormal(np.log(220), 0.8, num)
+    return [int(one) for one in np.clip(drawn, 16, 2048)]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and gives what came out: rates over the steps behind the warm ones."""
+    device = devices.choose_device()
+    sizes = ALL_SHAPES[options.shape]
+    lengths = row_lengths(options.batch * options.steps, options.length)
+    recipe = Recipe.model_validate(
+        {
+            "name": "bench", "base_model": {"name": options.shape},
+            "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
+            "settings": {"dropout": 0.0} if "lora" in options.method else {},
+            "training": {
+                "learning_rate": 2e-4, "max_steps": options.steps, "batch_size": options.batch,
+                "micro_batch_size": options.micro or options.batch, "max_length": 2048, "packing": True,
+                "gradient_checkpointing": options.lean, "checkpoint_every_steps": 10**6, "validate_every_steps": 0,
+            },
+            "evaluation": {"num_samples_shown": 0},
+        }
+    )  # fmt: skip
+    seen: list[tuple[float, StepEvent]] = []
+    with tempfile.TemporaryDirectory() as temporary, open(os.devnull, "w") as pipe:  # noqa: PTH123
+
+        def report(event: Event) -> None:
+            pipe.write(event.model_dump_json() + "\n")
+            if isinstance(event, StepEvent):
+                seen.append((time.monotonic(), event))
+
+        folder = Path(temporary)
+        ready = Ready(lengths, sizes["vocab_size"])
+        tokens, problems, num_cut = TokenRows.render(ready.examples(), ready, folder)  # type: ignore[arg-type]
+        assert not problems
+        assert not num_cut
+        # Trained prompts and prefixes begin as a text's tokens.
+        (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
+        model = random_model(sizes, options.precision, device)
+        model.name_or_path = model.config._name_or_path = str(folder)
+        run = training.Run(
+            recipe,
+            training.Folders(folder, folder, folder),
+            1,
+            device,
+            BaseFolder(folder, shape_of(sizes), [], "", 0, has_chat_template=True, context_length=8192),
+            ready,  # type: ignore[arg-type]
+            training.Data(
+                tokens,
+                list(range(len(tokens))),
+                [],
+                [],
+                0,
+                0,
+                "",
+                OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
+            ),
+            DatasetFacts(len(tokens), sum(lengths), max(lengths)),
+            training.facts_of_device(device),
+            report,
+            lambda: None,
+            BaseScores(folder / "base_scores"),
+            visits=training.Visits(len(tokens)),
+        )
+        method = get_method(options.method)
+        devices.seed_everything(17)
+        model = method.attach(model, method.read_settings(recipe.settings)).train()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with nullcontext() if options.plain else training.computed_by_hand(run, model):
+            training.optimise(run, model)
+            keeping = [] if run.engine is None else list(run.engine.keeping)
+    warm, *later = [(when, event) for when, event in seen if event.step >= options.warm]
+    assert later, "no step is left behind the warm ones"
+    seconds = later[-1][0] - warm[0]
+    return {
+        "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
+        "blocks": "by hand" if keeping else "the model's own",
+        "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
+        "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
+        "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
+        "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
+        "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][1].loss, 4),
+        "last_loss": round(seen[-1][1].loss, 4), "device": devices.device_name(device), "versions": training.versions(),
+    }  # fmt: skip
+
+
+def shape_of(sizes: dict[str, int]) -> ModelShape:
+    """The sizes as estimates know them; nothing of them is used by a step."""
+    return ModelShape(
+        family="llama", num_layers=sizes["num_hidden_layers"], hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"], num_heads=sizes["num_attention_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"], head_size=sizes["head_dim"],
+        vocabulary_size=sizes["vocab_size"], context_length=8192, tied_embeddings=False, num_parameters=0, linears=(),
+    )  # fmt: skip
+
+
+def random_model(sizes: dict[str, int], precision: str, device: torch.device) -> Any:
+    """A frozen Llama with random weights, made on the device itself; quantised layer by layer for nf4."""
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    dtype = torch.float32 if precision == "float32" or device.type == "cpu" else torch.bfloat16
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(17)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.requires_grad_(False)
+    if precision == "nf4":
+        quantise(model, dtype)
+    return model.eval()
+
+
+def quantise(model: Any, dtype: torch.dtype) -> None:
+    """Puts NF4 layers with quantised scales in the place of the blocks' linear layers."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for block in model.model.layers:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                small = Linear4bit(
+                    module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
+                    device="meta",
+                )  # fmt: skip
+                weight = module.weight.data
+                small.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+                small = small.to(weight.device)
+                small.support_avx512bf16_for_cpu = False
+                block.set_submodule(name, small)
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def table(folder: Path) -> str:
+    """The lines of a folder as a Markdown table; the median where a name was measured more than once."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        for line in path.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            found.setdefault(row["name"], []).append(row)
+    lines = [
+        "| contender | shape | method | precision | tokens/s | peak GiB | tokens a step | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for rows in found.values():
+        row = rows[0]
+        rate = median(one["tokens_per_second"] for one in rows)
+        peak = median(one["peak_gib"] for one in rows)
+        lines.append(
+            f"| {row['contender']} ({row['blocks']}) | {row['shape']} | {row['method']} | {row['precision']} "
+            f"| {rate:,.0f} | {peak:.1f} | {row['tokens_per_step']:,} | {row['steps']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

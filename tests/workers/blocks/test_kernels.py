@@ -1,0 +1,129 @@
+"""Each kernel gives what the plain lines of torch give: on a GPU, or anywhere with TRITON_INTERPRET=1 and triton."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from workers.blocks import pointwise
+from workers.blocks.pointwise import Activation, Norm
+
+CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU, or triton with TRITON_INTERPRET=1")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "_has_kernels", lambda tensor: False)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(
+        found.float(), expected.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=2e-2 if dtype == torch.bfloat16 else 1e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds_one", [False, True])
+@pytest.mark.parametrize(("width", "padded"), [(64, 64), (96, 160), (300, 364)])
+def test_norms(width: int, padded: int, adds_one: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.blocks import kernels
+
+    plain(monkeypatch)
+    x, norm = random(7, width, dtype=dtype), Norm(random(width, dtype=dtype), 1e-5, adds_one)
+    expected, found = (torch.full((7, padded), 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    inverse = pointwise.rms_norm(x, norm, expected)
+    assert_close(kernels.rms_norm(x, norm, found), inverse, torch.float32)
+    assert_close(found, expected, dtype)
+    gradient, added = random(7, padded, dtype=dtype), random(7, width, dtype=dtype)
+    for one in (None, added):
+        expected = pointwise.rms_norm_backward(gradient, x, norm, inverse, one)
+        assert_close(kernels.rms_norm_backward(gradient, x, norm, inverse, one), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size", "turned"), [(3, 16, 16), (4, 32, 12), (5, 8, 8)])
+@pytest.mark.parametrize("back", [False, True])
+def test_rotation(
+    heads: int, size: int, turned: int, back: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.blocks import kernels
+
+    plain(monkeypatch)
+    angles = random(6, turned // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    # Heads as they lie in the joined product: not contiguous.
+    joined = random(6, (heads + 2) * size, dtype=dtype)
+    expected, found = (joined.clone()[:, : heads * size].unflatten(1, (heads, size)) for _ in range(2))
+    pointwise.rotate(expected, cos, sin, back=back)
+    kernels.rotate(found, cos, sin, back=back)
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("width", "padded"), [(48, 112), (300, 300)])
+def test_gates(
+    width: int, padded: int, activation: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.blocks import kernels
+
+    plain(monkeypatch)
+    gate_up = 3 * random(5, 2 * width, dtype=dtype)
+    expected, found = (torch.full((5, padded), 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    pointwise.gated(gate_up, activation, expected)
+    kernels.gated(gate_up, activation, found)
+    assert_close(found, expected, dtype)
+    gradient = random(5, padded, dtype=dtype)
+    expected = pointwise.gated_backward(gradient, gate_up.clone(), activation)
+    assert_close(kernels.gated_backward(gradient, gate_up.clone(), activation), expected, dtype)
+
+
+def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
+    from workers.blocks import kernels
+
+    x = torch.ones(200, 300, device=DEVICE)
+    found = kernels.dropped(x, 0.25, 7)
+    assert torch.equal(found, kernels.dropped(x, 0.25, 7))
+    assert not torch.equal(found, kernels.dropped(x, 0.25, 8))
+    assert sorted(found.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])
+def test_4_bit_weights_come_back_as_bitsandbytes_has_them(rows: int, columns: int) -> None:
+    from workers.blocks import kernels
+
+    # Triton's interpreter cuts numbers off where it should round them.
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    packed, state = quantize_4bit(random(rows, columns, dtype=dtype), quant_type="nf4", compress_statistics=True)
+    wide = torch.full((rows, columns + 64), 9.0, dtype=dtype, device=DEVICE)
+    kernels.dequantise_nf4(packed, state, wide[:, :columns])
+    assert torch.equal(wide[:, :columns], dequantize_4bit(packed, state))
+    assert bool((wide[:, columns:] == 9.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [97, 5000])
+def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.blocks import kernels
+
+    plain(monkeypatch)
+    logits = 5 * random(4, width, dtype=dtype)
+    logits[1] *= 30  # sure of itself
+    targets = torch.tensor([0, width - 1, 7, int(logits[3].argmax())], device=DEVICE)
+    for with_gradient in (False, True):
+        expected, found = logits.clone(), logits.clone()
+        losses = pointwise.cross_entropy(expected, targets, with_gradient=with_gradient)
+        assert_close(kernels.cross_entropy(found, targets, with_gradient=with_gradient), losses, torch.float32)
+        if with_gradient:
+            assert_close(found, expected, dtype)

@@ -1,0 +1,238 @@
+"""Causal attention of rows that stand one behind the other, each seeing itself alone, forward and backward.
+
+On a GPU it is the FlashAttention-2 (Dao 2023) that torch carries, which takes where rows begin and leaves no mask; on
+a CPU it is torch's flash attention row by row.
+
+Letters of shapes: T tokens of all rows, G query heads, H key heads, D features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_FEATURES = 256
+"""Most features of a head that the flash kernels take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where rows begin and end in a batch of T tokens.
+
+    `starts` is (number of rows + 1,) int32 on the device, the last the number of tokens; `lengths` is the same for the
+    host, so that nobody waits for the device.
+    """
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+        """Rows of known lengths; the copy to a GPU does not wait."""
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        if device.type == "cuda":
+            starts = starts.pin_memory().to(device, non_blocking=True)
+        return cls(tuple(lengths), starts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def behind(self, num_virtual: int) -> Rows:
+        """The same rows with as many tokens more before each."""
+        return _behind(self, num_virtual)
+
+    def places_behind(self, num_virtual: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where in these rows, which begin with virtual tokens, their own tokens stand, and where the virtual ones."""
+        return _places_behind(self, num_virtual, device)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def slices(self) -> list[slice]:
+        """The tokens of each row."""
+        return [slice(first, last) for first, last in pairwise([0, *accumulate(self.lengths)])]
+
+
+@lru_cache(maxsize=2)
+def _behind(rows: Rows, num_virtual: int) -> Rows:
+    return Rows.of([length + num_virtual for length in rows.lengths], rows.starts.device)
+
+
+@lru_cache(maxsize=2)
+def _places_behind(rows: Rows, num_virtual: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    is_virtual = torch.cat([torch.arange(length) < num_virtual for length in rows.lengths])
+    found = [one.nonzero().flatten() for one in (~is_virtual, is_virtual)]
+    if device.type == "cuda":
+        found = [one.pin_memory().to(device, non_blocking=True) for one in found]
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attention gave and what its gradient needs: `out_TGD`, the logarithms of its sums, and random state."""
+
+    out_TGD: Tensor
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How far attention looks and how it scales: `window` tokens back, the query itself counted, or all when None."""
+
+    scale: float
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Trained keys and values, (P, H, D) each, that stand before those of each row and are seen by all of it."""
+
+    key_PHD: Tensor
+    value_PHD: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.key_PHD.shape[0])
+
+
+def attend(
+    query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, prefix: Prefix | None = None
+) -> Attended:
+    """softmax(q k^T x scale) v within each row, causal; the query heads share key heads in groups of G / H."""
+    if query_TGD.is_cuda:
+        return _attend_on_gpu(query_TGD, key_THD, value_THD, rows, sight, prefix)
+    out_TGD = torch.empty_like(query_TGD, memory_format=torch.contiguous_format)
+    sums = []
+    num_virtual = 0 if prefix is None else prefix.num_tokens
+    for part in rows.slices():
+        query, key, value = _heads_first(query_TGD[part], key_THD[part], value_THD[part], prefix)
+        mask = _mask(query, sight, num_virtual)
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, mask is None, attn_mask=mask, scale=sight.scale
+        )
+        out_TGD[part] = out[0].transpose(0, 1)
+        sums.append(logsumexp)
+    return Attended(out_TGD, tuple(sums))
+
+
+def attend_backward(
+    gradient_TGD: Tensor,
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    attended: Attended,
+    rows: Rows,
+    sight: Sight,
+    prefix: Prefix | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Prefix | None]:
+    """The gradients by queries, keys, values and the prefix."""
+    if query_TGD.is_cuda:
+        return _attend_backward_on_gpu(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, prefix)
+    by_query, by_key, by_value = (torch.empty_like(one) for one in (query_TGD, key_THD, value_THD))
+    num_virtual = 0 if prefix is None else prefix.num_tokens
+    by_prefix = (
+        None if prefix is None else Prefix(*(torch.zeros_like(one) for one in (prefix.key_PHD, prefix.value_PHD)))
+    )
+    num_key_heads = key_THD.shape[1]
+    for part, logsumexp in zip(rows.slices(), attended.kept, strict=True):
+        query, key, value = _heads_first(query_TGD[part], key_THD[part], value_THD[part], prefix)
+        mask = _mask(query, sight, num_virtual)
+        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient_TGD[part].transpose(0, 1)[None], query, key, value, attended.out_TGD[part].transpose(0, 1)[None],
+            logsumexp, 0.0, mask is None, attn_mask=mask, scale=sight.scale,
+        )  # fmt: skip
+        by_query[part] = of_query[0].transpose(0, 1)
+        for found_THD, of_heads, place in ((by_key, of_key, "key_PHD"), (by_value, of_value, "value_PHD")):
+            shared = of_heads[0].unflatten(0, (num_key_heads, -1)).sum(1).transpose(0, 1)
+            found_THD[part] = shared[num_virtual:]
+            if by_prefix is not None:
+                getattr(by_prefix, place).add_(shared[:num_virtual])
+    return by_query, by_key, by_value, by_prefix
+
+
+def _attend_on_gpu(
+    query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, prefix: Prefix | None
+) -> Attended:
+    key, value, key_rows = _joined(key_THD, value_THD, rows, prefix)
+    left, right = _window(sight)
+    out, logsumexp, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        query_TGD, key, value, rows.starts, key_rows.starts, rows.longest, key_rows.longest, 0.0, True, False,
+        scale=sight.scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return Attended(out, (logsumexp, state, unused))
+
+
+def _attend_backward_on_gpu(
+    gradient_TGD: Tensor,
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    attended: Attended,
+    rows: Rows,
+    sight: Sight,
+    prefix: Prefix | None,
+) -> tuple[Tensor, Tensor, Tensor, Prefix | None]:
+    key, value, key_rows = _joined(key_THD, value_THD, rows, prefix)
+    left, right = _window(sight)
+    logsumexp, state, unused = attended.kept
+    by_query, by_key, by_value = torch.ops.aten._flash_attention_backward(
+        gradient_TGD, query_TGD, key, value, attended.out_TGD, logsumexp, rows.starts, key_rows.starts,
+        rows.longest, key_rows.longest, 0.0, True, state, unused,
+        scale=sight.scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    if prefix is None:
+        return by_query, by_key, by_value, None
+    own, virtual = key_rows.places_behind(prefix.num_tokens, key.device)
+    of_prefix = (
+        one.index_select(0, virtual).unflatten(0, (len(rows.lengths), -1)).sum(0) for one in (by_key, by_value)
+    )
+    return by_query, by_key.index_select(0, own), by_value.index_select(0, own), Prefix(*of_prefix)
+
+
+def _window(sight: Sight) -> tuple[int | None, int | None]:
+    """How many keys to the left and right of a query the kernel looks at; None for all."""
+    return (None, None) if sight.window is None else (sight.window - 1, 0)
+
+
+def _joined(key_THD: Tensor, value_THD: Tensor, rows: Rows, prefix: Prefix | None) -> tuple[Tensor, Tensor, Rows]:
+    """Keys and values with the prefix before each row's own, and where rows begin among them."""
+    if prefix is None:
+        return key_THD, value_THD, rows
+    num_virtual = prefix.num_tokens
+    key_rows = rows.behind(num_virtual)
+    own, virtual = key_rows.places_behind(num_virtual, key_THD.device)
+    found = []
+    for own_THD, of_prefix in ((key_THD, prefix.key_PHD), (value_THD, prefix.value_PHD)):
+        joined = own_THD.new_empty(key_rows.num_tokens, *own_THD.shape[1:])
+        joined.index_copy_(0, own, own_THD)
+        joined.index_copy_(0, virtual, of_prefix.repeat(len(rows.lengths), 1, 1))
+        found.append(joined)
+    return found[0], found[1], key_rows
+
+
+def _heads_first(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, G, tokens, D) each: torch's CPU kernel knows no groups of heads, so keys and values are repeated."""
+    group = query.shape[1] // key.shape[1]
+    if prefix is not None:
+        key, value = torch.cat([prefix.key_PHD, key]), torch.cat([prefix.value_PHD, value])
+    key, value = (one.transpose(0, 1).repeat_interleave(group, 0)[None] for one in (key, value))
+    return query.transpose(0, 1)[None], key, value
+
+
+def _mask(query: Tensor, sight: Sight, num_virtual: int) -> Tensor | None:
+    """What a row sees of a prefix and itself, (1, 1, tokens, keys), added to the scores; None where causal says all."""
+    if sight.window is None and not num_virtual:
+        return None
+    num_tokens = query.shape[2]
+    seen = torch.ones(num_tokens, num_virtual + num_tokens, dtype=torch.bool).tril(num_virtual)
+    if sight.window is not None:
+        seen = seen.triu(num_virtual + 1 - sight.window)
+    hidden = torch.zeros(seen.shape, dtype=query.dtype)
+    return hidden.masked_fill_(~seen, torch.finfo(query.dtype).min)[None, None]

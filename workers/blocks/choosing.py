@@ -1,0 +1,66 @@
+"""Whether a run's blocks are computed by hand: where they can be, and where they agree with the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.batching import Batch
+from workers.blocks.engine import Engine, agrees, install
+from workers.blocks.families import NotByHandError
+from workers.device_errors import is_out_of_memory
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""How far loss and gradients may be from the model's own, relative: rounding alone, with room. A kernel that goes wrong
+on a device or in a version of its library that nobody tried is off by more."""
+
+
+def hand_written(
+    model: Any,
+    sample: Batch,
+    loss: Callable[[Any, Batch], Tensor],
+    *,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> Engine | None:
+    """The hand-written blocks of a model with its adapter, tried on `sample`, a small packed batch.
+
+    None where the model's own blocks do it: they are not among those written by hand, or the two do not agree, of
+    which a warning is given.
+    """
+    device = sample.input_ids.device
+    try:
+        # Beside the weights only on a GPU: on a CPU the file that is mapped into memory would be read and copied.
+        engine = install(model, is_wide=device.type == "cuda")
+    except NotByHandError as reason:
+        if device.type == "cuda":
+            say(f"The model's own blocks are used, which are slower: {reason}.")
+        return None
+    try:
+        off = agrees(engine, model, sample, loss, tolerance=TOLERANCE.get(_dtype(model), 0.1))
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        engine.remove()
+        if is_out_of_memory(error):
+            raise
+        warn(f"The fast blocks do not run here, and the model's own are used: {_first_line(error)}")
+        return None
+    if off is not None:
+        engine.remove()
+        warn(
+            f"The fast blocks give gradients that are {off:.0%} off the model's own, so they are not used. Please "
+            "report this with the versions on the adapter's page."
+        )
+        return None
+    return engine
+
+
+def _dtype(model: Any) -> torch.dtype:
+    found: torch.dtype = model.get_input_embeddings().weight.dtype
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

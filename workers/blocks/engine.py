@@ -1,0 +1,225 @@
+"""Puts hand-written blocks in the place of a model's own while rows are trained on, and takes care that they agree.
+
+Only a forward pass inside `Engine.rows` takes them; any other, as for generation, runs the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.batching import Batch
+from workers.blocks.attention import Prefix, Rows
+from workers.blocks.budget import block_bytes, choose_keeping
+from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
+from workers.blocks.function import Block, Keeping, run_block
+from workers.blocks.linears import Group
+from workers.blocks.sublayers import Surroundings
+from workers.blocks.weights import Quantised
+from workers.layers.bottleneck import BottleneckLayer
+from workers.layers.prefix import MARK as PREFIX_MARK
+from workers.layers.prompt import PromptTunedModel
+from workers.losses import head_is_plain
+
+NO_MASKS = "rows_by_hand"
+"""A name of attention that transformers knows no masks for, so that it makes none."""
+_SEEDS = 2**31 - 16
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block, and the bottleneck adapter behind or beside it, which adds its result to the stream."""
+
+    block: Block
+    adapter: BottleneckLayer | None = None
+
+    def parameters(self) -> Iterator[Any]:
+        yield from self.block.parameters()
+        if self.adapter is not None:
+            yield from (one for one in self.adapter.parameters() if one.requires_grad)
+
+
+def _parts(read: Adapted) -> Iterator[_Part]:
+    """A layer in one block, or a block for each half where an adapter stands between."""
+    if read.after_attention is None and read.after_feed_forward is None:
+        yield _Part(Block((read.attention, read.feed_forward)))
+    else:
+        yield _Part(Block((read.attention,)), read.after_attention)
+        yield _Part(Block((read.feed_forward,)), read.after_feed_forward)
+
+
+class Engine:
+    """The hand-written blocks of one model, in the order of its layers; `keeping` says what each keeps."""
+
+    def __init__(self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], num_virtual_tokens: int = 0) -> None:
+        """`num_virtual_tokens` stand before each row's own in the layers' inputs."""
+        self._parts = [list(_parts(one)) for one in read]
+        self.blocks = tuple(part.block for parts in self._parts for part in parts)
+        self.keeping: list[Keeping] = ["all"] * len(self.blocks)
+        self._model = model
+        self._layers = tuple(layers)
+        self._num_virtual_tokens = num_virtual_tokens
+        config = _plain(model).config.get_text_config()
+        self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
+        self._drops = any(group.dropout for group in self._groups())
+        self._rows: Rows | None = None
+        self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        self._collect_copies()
+        for place, layer in enumerate(layers):
+            self._take_over(layer, place)
+
+    def _groups(self) -> Iterator[Group]:
+        for block in self.blocks:
+            for half in block.sublayers:
+                yield from (half.inputs, half.outputs)
+
+    def _collect_copies(self) -> None:
+        self._copies = {}
+        for group in self._groups():
+            for source, target, factor in group.copies():
+                sources, targets = self._copies.setdefault(factor, ([], []))
+                sources.append(source)
+                targets.append(target)
+
+    def _refresh(self) -> None:
+        """Takes over what the optimizer has changed, all layers at once: a handful of kernels."""
+        with torch.no_grad():
+            for factor, (sources, targets) in self._copies.items():
+                scaled = sources if factor == 1.0 else torch._foreach_mul([one.detach() for one in sources], factor)
+                torch._foreach_copy_(targets, [one.detach() for one in scaled])
+
+    def _take_over(self, layer: Any, place: int) -> None:
+        own_forward = layer.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._rows is None:
+                return own_forward(hidden_states, *args, **kwargs)
+            return self._run(place, hidden_states, kwargs["position_embeddings"])
+
+        layer.forward = forward
+
+    def _run(self, place: int, hidden_BTH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        rows = self._rows
+        assert rows is not None
+        if hidden_BTH.shape[:2] != (1, rows.num_tokens):
+            raise RuntimeError(
+                f"a block was given {tuple(hidden_BTH.shape[:2])} tokens of {rows.num_tokens} packed ones"
+            )
+        cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
+        # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
+        seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
+        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
+        first = sum(map(len, self._parts[:place]))
+        for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
+            result_BTH = run_block(part.block, hidden_BTH[0], around, keeping, seed)[None]
+            if part.adapter is not None:
+                result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
+            hidden_BTH = result_BTH
+        return hidden_BTH
+
+    def _prefix(self, place: int, hidden_BTH: Tensor) -> Prefix | None:
+        """The trained keys and values of a layer, in the type of its own."""
+        source = getattr(self._layers[place].self_attn, PREFIX_MARK, None)
+        if source is None or source.prefix_P2LHD is None:
+            return None
+        index = self._layers[place].self_attn.layer_idx
+        slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
+        return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
+
+    @contextmanager
+    def rows(self, batch: Batch) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over the packed rows of `batch`."""
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = NO_MASKS
+        self._refresh()
+        lengths = [length + self._num_virtual_tokens for length in batch.lengths]
+        self._rows = Rows.of(lengths, batch.input_ids.device)
+        try:
+            yield
+        finally:
+            self._rows = None
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+
+    def keep_copies(self) -> None:
+        """Computes quantised weights back once and for all, into memory of their own."""
+        for group in self._groups():
+            if isinstance(group.weights, Quantised):
+                group.weights = group.weights.kept()
+        self._collect_copies()
+
+    def keep_least(self) -> None:
+        """Each block keeps its input alone, as with gradient checkpointing."""
+        self.keeping = ["input"] * len(self.blocks)
+
+    def keep_what_fits(self, num_tokens: int, *, free_bytes: int) -> None:
+        """Settles what each block keeps, for batches of up to `num_tokens` tokens of the rows' own."""
+        element = _plain(self._model).get_input_embeddings().weight.element_size()
+        costs = [block_bytes(block, element) for block in self.blocks]
+        self.keeping = choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes)
+
+    def remove(self) -> None:
+        """Leaves the model as it was."""
+        for layer in self._layers:
+            vars(layer).pop("forward", None)
+
+
+def install(model: Any, *, is_wide: bool) -> Engine:
+    """Hand-written blocks for a model with its adapter.
+
+    Raises:
+        NotByHandError: a block of the model, or what the adapter made of it, is not written by hand.
+    """
+    plain = _plain(model)
+    layers = getattr(plain.get_decoder(), "layers", None)
+    if layers is None:
+        raise NotByHandError(f"{type(plain).__name__} keeps its layers elsewhere")
+    how = Making(is_wide)
+    read = [read_layer(layer, how) for layer in layers]
+    own = {id(parameter) for one in read for part in _parts(one) for parameter in part.parameters()}
+    for name, parameter in layers.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise NotByHandError(f"{name} is trained, which no hand-written block knows of")
+    head_is_plain(model)  # asked by a forward pass of the model's own, which is not one over the rows of a batch
+    # Virtual tokens that are embeddings stand before each row in every layer's input.
+    num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
+    return Engine(model, list(layers), read, num_virtual)
+
+
+def agrees(
+    engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], *, tolerance: float
+) -> float | None:
+    """How far loss and gradients of a small batch are from the model's own; None where that is within `tolerance`.
+
+    A relative error: of the loss, and of all gradients taken as one vector. No gradient is left behind, and no random
+    number is used up.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
+    model.eval()  # a mask of dropout would differ
+    try:
+        with torch.random.fork_rng(devices=devices):
+            plain_loss = loss(model, batch)
+            plain = torch.autograd.grad(plain_loss, parameters)
+            with engine.rows(batch):
+                own_loss = loss(model, batch)
+            own = torch.autograd.grad(own_loss, parameters)
+    finally:
+        model.train(was_training)
+    off = [float((own_loss - plain_loss).abs() / plain_loss.abs())]
+    size = torch.stack([one.float().norm() for one in plain]).norm()
+    difference = torch.stack([(a.float() - b.float()).norm() for a, b in zip(own, plain, strict=True)]).norm()
+    off.append(float(difference / size) if float(size) else float(difference))
+    worst = max(off)
+    return None if worst <= tolerance else worst
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

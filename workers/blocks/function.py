@@ -1,0 +1,118 @@
+"""A block as autograd sees it: one function of the hidden states and the trained parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from workers.blocks.attention import Prefix
+from workers.blocks.sublayers import Kept, Sublayer, Surroundings
+
+Keeping = Literal["all", "attention", "input"]
+"""What a block keeps for the way back: what both sublayers computed; attention's alone; or only its own input, from
+which it computes everything again."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sublayers in their order."""
+
+    sublayers: tuple[Sublayer, ...]
+
+    def parameters(self) -> list[Any]:
+        """What is trained, in the order in which gradients are given."""
+        return [parameter for sublayer in self.sublayers for parameter in sublayer.parameters()]
+
+
+def run_block(block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: int | None) -> Tensor:
+    """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix."""
+    prefix = around.prefix
+    key, value = (None, None) if prefix is None else (prefix.key_PHD, prefix.value_PHD)
+    found: Tensor = _BlockFunction.apply(x_TH, key, value, block, around, keeping, seed, *block.parameters())
+    return found
+
+
+_SEEDS_PER_SUBLAYER = 2
+
+
+class _BlockFunction(torch.autograd.Function):
+    """Forward and backward pass of a block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        key_PHD: Tensor | None,
+        value_PHD: Tensor | None,
+        block: Block,
+        around: Surroundings,
+        keeping: Keeping,
+        seed: int | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        if key_PHD is not None and value_PHD is not None:
+            # As they are here, outside of autograd's graph, which would otherwise keep itself alive.
+            around = replace(around, prefix=Prefix(key_PHD.detach(), value_PHD.detach()))
+        ctx.block, ctx.around, ctx.seed = block, around, seed
+        needs_gradient = any(ctx.needs_input_grad)
+        result_TH, kept = _forward(block, x_TH, around, keeping, seed)
+        # Not by save_for_backward: what is kept is written over on the way back, to need no more memory than on the
+        # way here, so it cannot be gone through twice.
+        ctx.kept = kept if needs_gradient and keeping != "input" else None
+        ctx.input = x_TH.detach() if needs_gradient else None
+        return result_TH
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        block: Block = ctx.block
+        gradient_TH = gradients[0].contiguous()
+        kept: list[Kept] | None = ctx.kept
+        if ctx.input is None:
+            raise RuntimeError("A block's gradient was asked for twice; what it had kept is gone.")
+        if kept is None:
+            kept = _kept_again(block, ctx.input, ctx.around, ctx.seed)
+        ctx.kept = ctx.input = None
+        by_parameters: list[list[Tensor]] = []
+        by_prefix: Prefix | None = None
+        for place in reversed(range(len(block.sublayers))):
+            needs_input = place > 0 or ctx.needs_input_grad[0]
+            found = block.sublayers[place].backward(gradient_TH, kept.pop(), ctx.around, needs_input=needs_input)
+            by_parameters.insert(0, found.by_parameters)
+            by_prefix = found.by_prefix or by_prefix
+            if found.by_input is not None:
+                gradient_TH = found.by_input
+        return (
+            gradient_TH if ctx.needs_input_grad[0] else None,
+            None if by_prefix is None else by_prefix.key_PHD,
+            None if by_prefix is None else by_prefix.value_PHD,
+            *[None] * 4,
+            *(one for of_one in by_parameters for one in of_one),
+        )
+
+
+def _forward(
+    block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: int | None
+) -> tuple[Tensor, list[Kept]]:
+    kept = []
+    for place, sublayer in enumerate(block.sublayers):
+        keeps_body = keeping == "all" or (keeping == "attention" and place == 0)
+        x_TH, left = sublayer.forward(x_TH, around, seed=_seed(seed, place), keeps_body=keeps_body)
+        kept.append(left)
+    return x_TH, kept
+
+
+def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: int | None) -> list[Kept]:
+    """What the forward pass would have kept; the last sublayer computes its own part again, and not its result."""
+    *others, _ = block.sublayers
+    kept = []
+    for place, sublayer in enumerate(others):
+        x_TH, left = sublayer.forward(x_TH, around, seed=_seed(seed, place), keeps_body=True)
+        kept.append(left)
+    return [*kept, Kept(x_TH, _seed(seed, len(others)))]
+
+
+def _seed(seed: int | None, place: int) -> int | None:
+    return None if seed is None else seed + _SEEDS_PER_SUBLAYER * place

@@ -1,0 +1,283 @@
+"""The GPU's versions of `pointwise`, in Triton: one pass over memory each.
+
+Imported only where there is a GPU; Triton comes with torch's CUDA builds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.blocks.pointwise import Activation, Norm
+
+
+@triton.jit
+def _rms_norm(
+    x_at, weight_at, out_at, inverse_at, x_row, out_row, epsilon, width, padded,
+    ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_at + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
+    tl.store(inverse_at + row, inverse)
+    weight = tl.load(weight_at + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        found = x * inverse * (1.0 + weight)
+    else:
+        found = (x * inverse).to(out_at.dtype.element_ty).to(tl.float32) * weight
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
+    if REST:
+        rest = width + tl.arange(0, REST)
+        zeros = tl.zeros([REST], out_at.dtype.element_ty)
+        tl.store(out_at + row * out_row + rest, zeros, mask=rest < padded)
+
+
+@triton.jit
+def _rms_norm_backward(
+    gradient_at, x_at, weight_at, inverse_at, added_at, out_at, gradient_row, x_row, added_row, width,
+    ADDS_ONE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    inverse = tl.load(inverse_at + row)
+    normed = tl.load(x_at + row * x_row + column, mask=inside, other=0.0).to(tl.float32) * inverse
+    weight = tl.load(weight_at + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        weight += 1.0
+    scaled = tl.load(gradient_at + row * gradient_row + column, mask=inside, other=0.0).to(tl.float32) * weight
+    found = (scaled - normed * (tl.sum(scaled * normed, 0) / width)) * inverse
+    if ADDS:
+        found += tl.load(added_at + row * added_row + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_at + row * width + column, found.to(out_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    heads_at, cos_at, sin_at, token_stride, head_stride, angle_row, num_heads, half,
+    BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = (head < num_heads) & (pair < half)
+    cos = tl.load(cos_at + token * angle_row + pair, mask=pair < half, other=0.0).to(tl.float32)
+    sin = tl.load(sin_at + token * angle_row + pair, mask=pair < half, other=0.0).to(tl.float32)
+    if BACK:
+        sin = -sin
+    at = heads_at + token * token_stride + head * head_stride + pair
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, (first * cos - second * sin).to(heads_at.dtype.element_ty), mask=inside)
+    tl.store(at + half, (second * cos + first * sin).to(heads_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    # By the exponential of a negative number, which cannot overflow.
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    found = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(x < 0, -found, found)
+
+
+@triton.jit
+def _gated(gate_up_at, out_at, out_row, width, padded, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up_at + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_at + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        found = gate * tl.sigmoid(gate)
+    else:
+        found = 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate)))
+    found = found.to(out_at.dtype.element_ty).to(tl.float32) * up
+    found = tl.where(inside, found, 0.0)
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=column < padded)
+
+
+@triton.jit
+def _gated_backward(gradient_at, gate_up_at, gradient_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gradient = tl.load(gradient_at + row * gradient_row + column, mask=inside, other=0.0).to(tl.float32)
+    at = gate_up_at + row * 2 * width + column
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        sigmoid = tl.sigmoid(gate)
+        act = gate * sigmoid
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    else:
+        bent = _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate))
+        act = 0.5 * gate * (1.0 + bent)
+        slope = 0.5 * (1.0 + bent) + 0.5 * gate * (1.0 - bent * bent) * 0.7978845608028654 * (
+            1.0 + 3.0 * 0.044715 * gate * gate
+        )
+    tl.store(at, (gradient * up * slope).to(gate_up_at.dtype.element_ty), mask=inside)
+    tl.store(at + width, (gradient * act).to(gate_up_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dropped(x_at, out_at, x_row, width, share, scale, seed, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_at + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    kept = tl.rand(seed, row * width + column) >= share
+    tl.store(out_at + row * width + column, tl.where(kept, x * scale, 0.0).to(out_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(logits_at, targets_at, losses_at, WIDTH: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = logits_at + row * WIDTH
+    # The maximum and the sum of exponentials in one pass (Milakov and Gimelshein 2018).
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(at + column, mask=column < WIDTH, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        largest = larger
+    target = tl.load(targets_at + row)
+    normaliser = largest + tl.log(total)
+    tl.store(losses_at + row, normaliser - tl.load(at + target).to(tl.float32))
+    if WRITES:
+        for start in range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(at + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            found = tl.exp(x - normaliser)
+            found = tl.where(column == target, found - 1.0, found)
+            tl.store(at + column, found.to(logits_at.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def _dequantise_nf4(
+    packed_at, absmax_at, absmax_code_at, absmax_scale_at, code_at, out_at, out_row, row_bytes, offset,
+    ELEMENTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < row_bytes
+    flat = row * row_bytes + byte
+    packed = tl.load(packed_at + flat, mask=inside, other=0).to(tl.int32)
+    block = (flat * 2) // ELEMENTS
+    code = tl.load(absmax_at + block, mask=inside, other=0).to(tl.int32)
+    absmax = tl.load(absmax_code_at + code) * tl.load(absmax_scale_at + block // BLOCKS, mask=inside, other=0.0)
+    absmax += tl.load(offset)
+    # The first of two elements is in the upper half of their byte.
+    first = tl.load(code_at + (packed >> 4)) * absmax
+    second = tl.load(code_at + (packed & 15)) * absmax
+    column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    found = tl.interleave(first, second).to(out_at.dtype.element_ty)
+    tl.store(out_at + row * out_row + column, found, mask=column < 2 * row_bytes)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
+    """As `pointwise.rms_norm`."""
+    num_rows, width = x_TH.shape
+    inverse_T = torch.empty(num_rows, dtype=torch.float32, device=x_TH.device)
+    block = triton.next_power_of_2(width)
+    _rms_norm[(num_rows,)](
+        x_TH, norm.weight_H, out_TK, inverse_T, x_TH.stride(0), out_TK.stride(0), norm.epsilon, width, out_TK.shape[1],
+        ADDS_ONE=norm.adds_one, BLOCK=block, num_warps=_warps(block),
+        REST=triton.next_power_of_2(out_TK.shape[1] - width) if out_TK.shape[1] > width else 0,
+    )  # fmt: skip
+    return inverse_T
+
+
+def rms_norm_backward(
+    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, added_to: Tensor | None
+) -> Tensor:
+    """As `pointwise.rms_norm_backward`."""
+    num_rows, width = x_TH.shape
+    out_TH = torch.empty(num_rows, width, dtype=x_TH.dtype, device=x_TH.device)
+    block = triton.next_power_of_2(width)
+    added = x_TH if added_to is None else added_to
+    _rms_norm_backward[(num_rows,)](
+        gradient_TK, x_TH, norm.weight_H, inverse_T, added, out_TH,
+        gradient_TK.stride(0), x_TH.stride(0), added.stride(0), width,
+        ADDS_ONE=norm.adds_one, ADDS=added_to is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out_TH
+
+
+def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool) -> Tensor:
+    """As `pointwise.rotate`."""
+    num_tokens, num_heads, _ = heads_TGD.shape
+    assert heads_TGD.stride(2) == 1
+    assert cos_TE.stride() == sin_TE.stride()
+    half = cos_TE.shape[-1] // 2
+    _rotate[(num_tokens,)](
+        heads_TGD, cos_TE, sin_TE, heads_TGD.stride(0), heads_TGD.stride(1), cos_TE.stride(0), num_heads, half,
+        BACK=back, HEADS=triton.next_power_of_2(num_heads), HALF=triton.next_power_of_2(half), num_warps=4,
+    )  # fmt: skip
+    return heads_TGD
+
+
+def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
+    """As `pointwise.gated`."""
+    num_rows, width, padded = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, out_TK.shape[1]
+    block = min(2048, triton.next_power_of_2(padded))
+    _gated[(num_rows, triton.cdiv(padded, block))](
+        gate_up_T2F, out_TK, out_TK.stride(0), width, padded, SILU=activation == "silu", BLOCK=block, num_warps=4
+    )
+
+
+def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+    """As `pointwise.gated_backward`."""
+    num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    block = min(2048, triton.next_power_of_2(width))
+    _gated_backward[(num_rows, triton.cdiv(width, block))](
+        gradient_TK, gate_up_T2F, gradient_TK.stride(0), width, SILU=activation == "silu", BLOCK=block, num_warps=4
+    )
+    return gate_up_T2F
+
+
+def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
+    """As `pointwise.dropped`, from Triton's Philox numbers."""
+    num_rows, width = x_TK.shape
+    out_TK = torch.empty(num_rows, width, dtype=x_TK.dtype, device=x_TK.device)
+    block = min(2048, triton.next_power_of_2(width))
+    _dropped[(num_rows, triton.cdiv(width, block))](
+        x_TK, out_TK, x_TK.stride(0), width, share, 1.0 / (1.0 - share), seed, BLOCK=block, num_warps=4
+    )
+    return out_TK
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:
+    """As `pointwise.cross_entropy`."""
+    assert logits_CV.is_contiguous()
+    num_rows, width = logits_CV.shape
+    losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _cross_entropy[(num_rows,)](
+        logits_CV, targets_C, losses_C, WIDTH=width, WRITES=with_gradient, BLOCK=block, num_warps=8
+    )
+    return losses_C
+
+
+def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor) -> None:
+    """As `pointwise.dequantise_4bit`, for NF4 with quantised scales (Dettmers et al. 2023, section 3)."""
+    num_rows, num_columns = out_NK.shape
+    assert num_columns % 2 == 0
+    assert out_NK.stride(1) == 1
+    row_bytes = num_columns // 2
+    block = min(1024, triton.next_power_of_2(row_bytes))
+    _dequantise_nf4[(num_rows, triton.cdiv(row_bytes, block))](
+        packed, state.absmax, state.state2.code, state.state2.absmax, state.code, out_NK, out_NK.stride(0), row_bytes,
+        state.offset, ELEMENTS=state.blocksize, BLOCKS=state.state2.blocksize, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""Frozen linear layers that read the same input, as one product, with their low-rank branches inside it.
+
+y = x W^T + s (x A^T) B^T is also [x, x A^T] [W, s B]^T: with the columns of s B beside those of W, the branch costs
+only the thin product x A^T (the frozen weights stay as they are). Layers that read the same input (queries, keys and
+values; gate and up) stand below one another and are one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workers.blocks.pointwise import dropped
+from workers.blocks.weights import PAD, Weights
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The trained low-rank branch of one layer: `down` is A, (rank, K), `up` is B, (N, rank), in their own types."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    scale: float
+    dropout: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One frozen linear layer's sizes, its bias, (N,) or None, and its branch or None."""
+
+    num_inputs: int
+    num_outputs: int
+    bias: Tensor | None = None
+    branch: Branch | None = None
+
+
+@dataclass
+class Read:
+    """A group's input as its forward pass leaves it: `x_TK`, and the branches' x A^T, `thin_TR`; for layers without
+    branches neither is needed on the way back."""
+
+    x_TK: Tensor | None
+    thin_TR: Tensor | None
+    seed: int | None = None
+
+
+class Group:
+    """Layers that read the same input; their outputs stand side by side.
+
+    One mask of dropout serves all layers of a group, where peft draws one for each: each branch's inputs are dropped
+    as often, and fresh ones at each step.
+    """
+
+    def __init__(self, layers: Sequence[Layer], weights: Weights, dtype: torch.dtype) -> None:
+        self.layers = tuple(layers)
+        self.num_inputs = layers[0].num_inputs
+        self.num_outputs = sum(layer.num_outputs for layer in layers)
+        self.branches = tuple(layer.branch for layer in layers if layer.branch is not None)
+        self.num_ranks = sum(branch.rank for branch in self.branches)
+        self.dropout = max((branch.dropout for branch in self.branches), default=0.0)
+        self._dtype = dtype
+        self._bias_N = _joined_bias(layers)
+        self._down_RK: Tensor | None = None
+        self._ups: list[Tensor] = []
+        self._side_NR: Tensor | None = None
+        self.weights = weights
+
+    @property
+    def weights(self) -> Weights:
+        """The frozen weights; setting others, of the same values, moves what the branches need to where those are."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        self._weights = weights
+        if not self.branches:
+            return
+        device = self.branches[0].down.device
+        self._down_RK = torch.zeros(self.num_ranks, self.num_inputs, dtype=self._dtype, device=device)
+        self._side_NR = None
+        if not self.is_folded:
+            self._ups = [torch.zeros_like(branch.up, dtype=self._dtype) for branch in self.branches]
+            return
+        side = getattr(weights, "side", None)
+        if side is None:
+            side = torch.zeros(self.num_outputs, self.num_ranks, dtype=self._dtype, device=device)
+        else:
+            side.zero_()  # an earlier adapter may have left its own
+        self._side_NR = side
+        self._ups = [side[outputs, ranks] for outputs, ranks in self._places()]
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the branches ride in the frozen product."""
+        return self._weights.are_joined and 0 < self.num_ranks <= PAD and not self.dropout
+
+    @property
+    def width(self) -> int:
+        """Columns that an input should have, so that the branches ride in the product; those behind K at zero."""
+        return self.num_inputs + PAD if self.is_folded else self.num_inputs
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained, A before B, layer by layer: the order of the gradients of `backward`."""
+        for branch in self.branches:
+            yield branch.down
+            yield branch.up
+
+    def copies(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """What is to be copied before a forward pass, because the optimizer changes it: from where, to where, and the
+        factor."""
+        for branch, (_, ranks), up in zip(self.branches, self._places(), self._ups, strict=True):
+            assert self._down_RK is not None
+            yield branch.down, self._down_RK[ranks], 1.0
+            yield branch.up, up, branch.scale
+
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """For each branch the outputs that it adds to, and its place among the ranks."""
+        first_output = first_rank = 0
+        for layer in self.layers:
+            if layer.branch is not None:
+                last_rank = first_rank + layer.branch.rank
+                yield slice(first_output, first_output + layer.num_outputs), slice(first_rank, last_rank)
+                first_rank = last_rank
+            first_output += layer.num_outputs
+
+    def forward(self, x_TK: Tensor, *, seed: int | None = None, added_to: Tensor | None = None) -> tuple[Tensor, Read]:
+        """(T, N), plus `added_to`; and what `backward` needs besides the input.
+
+        `x_TK` has `width` columns, or K.
+        """
+        columns = self.num_inputs
+        if not self.branches:
+            return self._frozen(x_TK[:, :columns], added_to), Read(None, None)
+        thin_TR = self.thin(x_TK, seed=seed)
+        if self.is_folded and x_TK.shape[1] > columns:
+            x_TK[:, columns : columns + self.num_ranks] = thin_TR
+            joined_NK = self._weights.joined(self._side_NR)
+            assert joined_NK is not None
+            return self._product(x_TK, joined_NK, added_to), Read(x_TK, thin_TR, seed)
+        out_TN = self._frozen(x_TK[:, :columns], added_to)
+        for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
+            out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
+        return out_TN, Read(x_TK, thin_TR, seed)
+
+    def thin(self, x_TK: Tensor, *, seed: int | None = None) -> Tensor:
+        """x A^T of all branches, (T, R)."""
+        assert self._down_RK is not None, "no layer of the group has a branch"
+        return self._dropped(x_TK[:, : self.num_inputs], seed) @ self._down_RK.T
+
+    def _dropped(self, x_TK: Tensor, seed: int | None) -> Tensor:
+        return dropped(x_TK, self.dropout, seed) if self.dropout and seed is not None else x_TK
+
+    def _product(self, x_TK: Tensor, weight_NK: Tensor, added_to: Tensor | None) -> Tensor:
+        if added_to is not None:
+            found = torch.addmm(added_to, x_TK, weight_NK.T)
+            return found if self._bias_N is None else found.add_(self._bias_N)
+        if self._bias_N is not None:
+            return torch.addmm(self._bias_N, x_TK, weight_NK.T)
+        return x_TK @ weight_NK.T
+
+    def _frozen(self, x_TK: Tensor, added_to: Tensor | None) -> Tensor:
+        """x W^T of all layers, with biases."""
+        joined_NK = self._weights.joined(None)
+        if joined_NK is not None:
+            return self._product(x_TK, joined_NK[:, : self.num_inputs], added_to)
+        weights = self._weights.parts()
+        if len(weights) == 1:
+            return self._product(x_TK, weights[0], added_to)
+        assert added_to is None, "only a group of one layer is added to something"
+        out_TN = torch.empty(x_TK.shape[0], self.num_outputs, dtype=x_TK.dtype, device=x_TK.device)
+        for part_TN, layer, weight_NK in zip(self._parts(out_TN), self.layers, weights, strict=True):
+            if layer.bias is not None:
+                torch.addmm(layer.bias, x_TK, weight_NK.T, out=part_TN)
+            else:
+                torch.mm(x_TK, weight_NK.T, out=part_TN)
+        return out_TN
+
+    def _parts(self, joined_TN: Tensor) -> tuple[Tensor, ...]:
+        return joined_TN.split([layer.num_outputs for layer in self.layers], dim=1)
+
+    def backward(
+        self, gradient_TN: Tensor, read: Read, *, needs_input: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient by the first K columns of the input, in a tensor that may have more; and those of `parameters`.
+
+        The first is None where not needed. `read.x_TK` holds the same values as in the forward pass.
+        """
+        columns = self.num_inputs
+        by_input: Tensor | None = None
+        by_thin: Tensor | None = None
+        if self.is_folded and needs_input:
+            joined_NK = self._weights.joined(self._side_NR)
+            assert joined_NK is not None
+            by_input = gradient_TN @ joined_NK
+            by_thin = by_input[:, columns : columns + self.num_ranks]
+        else:
+            if needs_input:
+                by_input = self._frozen_backward(gradient_TN)
+            if self.branches:
+                by_thin = torch.empty(
+                    gradient_TN.shape[0], self.num_ranks, dtype=gradient_TN.dtype, device=gradient_TN.device
+                )
+                for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
+                    torch.mm(gradient_TN[:, outputs], up, out=by_thin[:, ranks])
+        if by_thin is None:
+            return by_input, []
+        assert read.x_TK is not None
+        assert read.thin_TR is not None
+        assert self._down_RK is not None
+        by_down_RK = _product_float(by_thin.T, self._dropped(read.x_TK[:, :columns], read.seed))
+        if by_input is not None:
+            if self.dropout and read.seed is not None:
+                # The same mask and scale as on the way forward.
+                by_input[:, :columns] += self._dropped(by_thin @ self._down_RK, read.seed)
+            else:
+                by_input[:, :columns].addmm_(by_thin, self._down_RK)
+        gradients = []
+        for (outputs, ranks), branch in zip(self._places(), self.branches, strict=True):
+            by_up = _product_float(gradient_TN[:, outputs].T, read.thin_TR[:, ranks]) * branch.scale
+            gradients += [by_down_RK[ranks].to(branch.down.dtype), by_up.to(branch.up.dtype)]
+        return by_input, gradients
+
+    def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
+        joined_NK = self._weights.joined(None)
+        if joined_NK is not None:
+            return gradient_TN @ joined_NK[:, : self.num_inputs]
+        (first_TN, first_NK), *others = zip(self._parts(gradient_TN), self._weights.parts(), strict=True)
+        found_TK = first_TN @ first_NK
+        for part_TN, weight_NK in others:
+            found_TK.addmm_(part_TN, weight_NK)
+        return found_TK
+
+
+def _product_float(left: Tensor, right: Tensor) -> Tensor:
+    """A product in float32 of two 16-bit factors: the sum over all tokens is not rounded at the end."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:
+    """All biases behind one another, zeros for a layer without; None where none has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    some = next(layer.bias for layer in layers if layer.bias is not None)
+    return torch.cat(
+        [some.new_zeros(layer.num_outputs) if layer.bias is None else layer.bias.detach() for layer in layers]
+    )

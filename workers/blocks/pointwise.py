@@ -1,0 +1,180 @@
+"""What a block computes element by element or row by row, forward and backward.
+
+On a GPU each function is one kernel (`kernels`); elsewhere it is the few lines of torch that stand here, which are
+also what the kernels are tested against. Rounding is that of transformers' modules: to the activations' type between
+two of its operations, float32 within one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Activation = Literal["silu", "gelu_tanh"]
+
+_GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
+_GELU_CUBIC = 0.044715
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm (Zhang and Sennrich 2019): x / rms(x) x weight.
+
+    `weight_H` is (H,). With `adds_one`, as in Gemma, the factor is 1 + weight and the product is rounded once.
+    """
+
+    weight_H: Tensor
+    epsilon: float
+    adds_one: bool = False
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
+    """Writes the normalised rows into the first H columns of `out_TK`, zeros into the others; gives 1 / rms, (T,)."""
+    if _has_kernels(x_TH):
+        from workers.blocks import kernels
+
+        return kernels.rms_norm(x_TH, norm, out_TK)
+    x = x_TH.float()
+    inverse_T = torch.rsqrt(x.square().mean(-1) + norm.epsilon)
+    width = x_TH.shape[1]
+    out_TK[:, :width] = _scaled(x * inverse_T[:, None], norm, x_TH.dtype)
+    if out_TK.shape[1] > width:
+        out_TK[:, width:] = 0
+    return inverse_T
+
+
+def _scaled(normed_TH: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    if norm.adds_one:
+        return (normed_TH * (1.0 + norm.weight_H.float())).to(dtype)
+    return normed_TH.to(dtype) * norm.weight_H
+
+
+def rms_norm_backward(
+    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, added_to: Tensor | None = None
+) -> Tensor:
+    """The gradient by `x_TH` from that of the first H columns of the norm's output, plus `added_to`."""
+    if _has_kernels(x_TH):
+        from workers.blocks import kernels
+
+        return kernels.rms_norm_backward(gradient_TK, x_TH, norm, inverse_T, added_to)
+    width = x_TH.shape[1]
+    normed_TH = x_TH.float() * inverse_T[:, None]
+    weight_H = norm.weight_H.float() + 1.0 if norm.adds_one else norm.weight_H.float()
+    scaled_TH = gradient_TK[:, :width].float() * weight_H
+    found = (scaled_TH - normed_TH * (scaled_TH * normed_TH).mean(-1, keepdim=True)) * inverse_T[:, None]
+    if added_to is not None:
+        found = found + added_to.float()
+    return found.to(x_TH.dtype)
+
+
+def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = False) -> Tensor:
+    """Rotary position embedding of heads (T, G, D), in their own memory (Su et al. 2021); `back` turns the other way.
+
+    The first E features of a head turn, in pairs (d, d + E/2); `cos_TE` and `sin_TE` hold each angle twice, as
+    transformers makes them. Turning back is the gradient of turning, because a rotation's transpose is its inverse.
+    """
+    if _has_kernels(heads_TGD):
+        from workers.blocks import kernels
+
+        return kernels.rotate(heads_TGD, cos_TE, sin_TE, back=back)
+    width = cos_TE.shape[-1]
+    half = width // 2
+    cos, sin = cos_TE[:, None, :half], sin_TE[:, None, :half]
+    if back:
+        sin = -sin
+    first, second = heads_TGD[..., :half].clone(), heads_TGD[..., half:width].clone()
+    heads_TGD[..., :half] = first * cos - second * sin
+    heads_TGD[..., half:width] = second * cos + first * sin
+    return heads_TGD
+
+
+def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
+    """Writes activation(gate) x up into the first F columns of `out_TK`, zeros into the others."""
+    if _has_kernels(gate_up_T2F):
+        from workers.blocks import kernels
+
+        kernels.gated(gate_up_T2F, activation, out_TK)
+        return
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    width = gate_TF.shape[1]
+    act_TF = functional.silu(gate_TF) if activation == "silu" else functional.gelu(gate_TF, approximate="tanh")
+    torch.mul(act_TF, up_TF, out=out_TK[:, :width])
+    if out_TK.shape[1] > width:
+        out_TK[:, width:] = 0
+
+
+def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+    """The gradient by gate and up, (T, 2F), in the memory of `gate_up_T2F`."""
+    if _has_kernels(gate_up_T2F):
+        from workers.blocks import kernels
+
+        return kernels.gated_backward(gradient_TK, gate_up_T2F, activation)
+    width = gate_up_T2F.shape[1] // 2
+    gradient_TF = gradient_TK[:, :width].float()
+    gate_TF, up_TF = (part.float() for part in gate_up_T2F.chunk(2, dim=-1))
+    if activation == "silu":
+        sigmoid_TF = torch.sigmoid(gate_TF)
+        act_TF = gate_TF * sigmoid_TF
+        slope_TF = sigmoid_TF * (1.0 + gate_TF * (1.0 - sigmoid_TF))
+    else:
+        square_TF = gate_TF.square()
+        tanh_TF = torch.tanh(_GELU_SCALE * gate_TF * (1.0 + _GELU_CUBIC * square_TF))
+        act_TF = 0.5 * gate_TF * (1.0 + tanh_TF)
+        slope_TF = 0.5 * (1.0 + tanh_TF) + 0.5 * gate_TF * (1.0 - tanh_TF.square()) * _GELU_SCALE * (
+            1.0 + 3.0 * _GELU_CUBIC * square_TF
+        )
+    gate_up_T2F[:, :width] = gradient_TF * up_TF * slope_TF
+    gate_up_T2F[:, width:] = gradient_TF * act_TF
+    return gate_up_T2F
+
+
+def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
+    """A copy of `x_TK` with a share of its elements at 0 and the others scaled up, the same for the same seed."""
+    if _has_kernels(x_TK):
+        from workers.blocks import kernels
+
+        return kernels.dropped(x_TK, share, seed)
+    generator = torch.Generator(device=x_TK.device).manual_seed(seed)
+    kept = torch.rand(x_TK.shape, generator=generator, device=x_TK.device) >= share
+    return x_TK * kept.to(x_TK.dtype) * (1.0 / (1.0 - share))
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:
+    """Cross-entropy in nats of each row, (C,) float32; `logits_CV` is written over.
+
+    With the gradient by each row's own loss, softmax minus one at the target, in its place; else with anything.
+    """
+    if _has_kernels(logits_CV):
+        from workers.blocks import kernels
+
+        return kernels.cross_entropy(logits_CV, targets_C, with_gradient=with_gradient)
+    logits = logits_CV.float()
+    normaliser_C = logits.logsumexp(dim=-1)
+    losses_C = normaliser_C - logits.gather(1, targets_C[:, None])[:, 0]
+    if with_gradient:
+        # In the logits' own memory, where they are float32 already.
+        softmax_CV = logits.sub_(normaliser_C[:, None]).exp_()
+        softmax_CV[torch.arange(targets_C.shape[0], device=targets_C.device), targets_C] -= 1.0
+        if softmax_CV.data_ptr() != logits_CV.data_ptr():
+            logits_CV.copy_(softmax_CV)
+    return losses_C
+
+
+def dequantise_4bit(packed: Tensor, state: Any, out_NK: Tensor) -> None:
+    """Writes 4-bit weights as bitsandbytes holds them into `out_NK`, whose rows may lie apart."""
+    if _has_kernels(packed) and state.quant_type == "nf4" and state.nested:
+        from workers.blocks import kernels
+
+        kernels.dequantise_nf4(packed, state, out_NK)
+        return
+    from bitsandbytes.functional import dequantize_4bit
+
+    out_NK.copy_(dequantize_4bit(packed, state))

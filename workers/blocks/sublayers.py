@@ -1,0 +1,336 @@
+"""The two halves of a decoder block, forward and backward: attention, and the feed-forward network.
+
+Each is x + [norm](body(norm(x))): what it keeps for the way back is what is dear to compute again, and how much of
+that is kept is chosen from outside. What is cheap (norms, rotations' inverses, activations) is always computed again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, attend_backward
+from workers.blocks.linears import Group, Read
+from workers.blocks.pointwise import (
+    Activation,
+    Norm,
+    gated,
+    gated_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a batch gives a block: its rows, the angles of its tokens, (T, E) each, and what stands before its keys."""
+
+    rows: Rows
+    cos_TE: Tensor
+    sin_TE: Tensor
+    prefix: Prefix | None = None
+
+
+@dataclass
+class Gradients:
+    """The gradients of a sublayer: by its input, None where not needed; by its parameters, in their order; and by the
+    prefix of its keys and values, where there is one."""
+
+    by_input: Tensor | None
+    by_parameters: list[Tensor]
+    by_prefix: Prefix | None = None
+
+
+@dataclass
+class Kept:
+    """What a sublayer's forward pass leaves for its backward pass; `body` only where it is not to be computed again."""
+
+    x_TH: Tensor
+    seed: int | None
+    body: Any = None
+
+
+class Sublayer(ABC):
+    """One half of a block."""
+
+    norm: Norm
+    inputs: Group
+    outputs: Group
+    post_norm: Norm | None
+    adds_input: bool
+    """Whether the result has the input added, as the residual stream wants it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained, in the order of the gradients of `backward`."""
+        yield from self.inputs.parameters()
+        yield from self.outputs.parameters()
+
+    @abstractmethod
+    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+        """The sublayer's result, (T, H), and what its backward pass needs; drops by `seed`, and nothing for None."""
+
+    @abstractmethod
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
+        """The gradients; `kept` is written over."""
+
+    @abstractmethod
+    def kept_features(self) -> int:
+        """Numbers for one token that keeping the body takes, besides the sublayer's input."""
+
+    def _normed(self, x_TH: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        out_TK = torch.empty(x_TH.shape[0], width, dtype=x_TH.dtype, device=x_TH.device)
+        return out_TK, rms_norm(x_TH, self.norm, out_TK)
+
+    def _into_stream(self, x_TH: Tensor, out_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What follows the last product where a norm stands there: the result, and 1 / rms of what was normalised."""
+        assert self.post_norm is not None
+        normed_TH = torch.empty_like(out_TH)
+        inverse_T = rms_norm(out_TH, self.post_norm, normed_TH)
+        return (normed_TH.add_(x_TH) if self.adds_input else normed_TH), inverse_T
+
+    def _out_of_norm(self, gradient_TK: Tensor, kept: Kept, inverse_T: Tensor, gradient_TH: Tensor) -> Tensor:
+        """The gradient by the sublayer's input from that behind its norm and that of the stream."""
+        added_to = gradient_TH if self.adds_input else None
+        return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, added_to)
+
+
+@dataclass
+class HeadNorms:
+    """Norms of each head's query and key before they turn (Qwen 3, Gemma 3)."""
+
+    query: Norm
+    key: Norm
+
+
+@dataclass
+class _AttentionBody:
+    qkv_TQ: Tensor
+    thin_TR: Tensor | None
+    attended: Attended
+    thin_out_TR: Tensor | None
+    # With norms of heads: what was normalised, and the turned result of it; else `qkv_TQ` is turned itself.
+    turned_TQ: Tensor | None = None
+    inverses: tuple[Tensor, Tensor] | None = None
+    out_TH: Tensor | None = None
+    out_inverse_T: Tensor | None = None
+
+
+@dataclass
+class Attention(Sublayer):
+    """Attention with rotary positions; `num_heads` query heads share `num_key_heads` key heads of `head_size`."""
+
+    norm: Norm
+    inputs: Group
+    outputs: Group
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+    sight: Sight
+    head_norms: HeadNorms | None = None
+    post_norm: Norm | None = None
+    adds_input: bool = True
+    _sizes: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = self.head_size
+        self._sizes = (self.num_heads * size, self.num_key_heads * size, self.num_key_heads * size)
+
+    def kept_features(self) -> int:
+        features = self.inputs.num_outputs * (2 if self.head_norms is not None else 1) + self._sizes[0]
+        normed = 0 if self.post_norm is None else self.outputs.num_outputs
+        return features + self.inputs.num_ranks + self.outputs.num_ranks + normed
+
+    def _heads(self, joined_TQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = joined_TQ.split(self._sizes, dim=1)
+        size = self.head_size
+        return query.unflatten(1, (-1, size)), key.unflatten(1, (-1, size)), value.unflatten(1, (-1, size))
+
+    def _body(self, normed_TK: Tensor, around: Surroundings, seed: int | None) -> _AttentionBody:
+        """Everything up to what attention gives; the product behind it is not among it."""
+        qkv_TQ, read = self.inputs.forward(normed_TK, seed=seed)
+        body = _AttentionBody(qkv_TQ, read.thin_TR, Attended(qkv_TQ, ()), None)
+        query, key, value = self._heads(qkv_TQ)
+        if self.head_norms is not None:
+            body.turned_TQ = torch.empty_like(qkv_TQ)
+            query, key, turned_value = self._heads(body.turned_TQ)
+            turned_value.copy_(value)
+            raw_query, raw_key, _ = self._heads(qkv_TQ)
+            body.inverses = (
+                _norm_heads(raw_query, self.head_norms.query, query),
+                _norm_heads(raw_key, self.head_norms.key, key),
+            )
+            value = turned_value
+        self._turn(query, key, around)
+        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix)
+        return body
+
+    def _turn(self, query: Tensor, key: Tensor, around: Surroundings, *, back: bool = False) -> None:
+        rotate(query, around.cos_TE, around.sin_TE, back=back)
+        rotate(key, around.cos_TE, around.sin_TE, back=back)
+
+    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+        normed_TK, _ = self._normed(x_TH, self.inputs.width)
+        body = self._body(normed_TK, around, seed)
+        del normed_TK
+        result_TH = self._finish(x_TH, body, seed)
+        return result_TH, Kept(x_TH, seed, body if keeps_body else None)
+
+    def _finish(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> Tensor:
+        attended_TN = body.attended.out_TGD.flatten(1)
+        adds_here = self.adds_input and self.post_norm is None
+        out_TH, read = self.outputs.forward(attended_TN, seed=_next(seed), added_to=x_TH if adds_here else None)
+        body.thin_out_TR = read.thin_TR
+        if self.post_norm is not None:
+            body.out_TH = out_TH
+            out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
+        return out_TH
+
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
+        normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
+        body = kept.body
+        if body is None:
+            body = self._body(normed_TK, around, kept.seed)
+            self._finish_again(kept.x_TH, body, kept.seed)
+        by_out_TH = gradient_TH
+        if self.post_norm is not None:
+            assert body.out_TH is not None
+            assert body.out_inverse_T is not None
+            by_out_TH = rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+        attended_TN = body.attended.out_TGD.flatten(1)
+        by_attended_TN, of_outputs = self.outputs.backward(
+            by_out_TH, Read(attended_TN, body.thin_out_TR, _next(kept.seed))
+        )
+        assert by_attended_TN is not None
+        by_attended = by_attended_TN[:, : self._sizes[0]].unflatten(1, (-1, self.head_size))
+        turned_TQ = body.qkv_TQ if body.turned_TQ is None else body.turned_TQ
+        by_query, by_key, by_value, by_prefix = attend_backward(
+            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, around.prefix
+        )
+        self._turn(by_query, by_key, around, back=True)
+        if self.head_norms is not None:
+            assert body.inverses is not None
+            raw_query, raw_key, _ = self._heads(body.qkv_TQ)
+            by_query = _norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0])
+            by_key = _norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1])
+        by_qkv_TQ = torch.cat([by_query.flatten(1), by_key.flatten(1), by_value.flatten(1)], dim=1)
+        by_normed_TK, of_inputs = self.inputs.backward(
+            by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
+        )
+        by_input_TH = None
+        if by_normed_TK is not None:
+            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        return Gradients(by_input_TH, of_inputs + of_outputs, by_prefix)
+
+    def _finish_again(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> None:
+        """What the backward pass needs of what stands behind attention, without more products than that takes."""
+        if self.post_norm is not None:
+            self._finish(x_TH, body, seed)
+        elif self.outputs.branches:
+            body.thin_out_TR = self.outputs.thin(body.attended.out_TGD.flatten(1), seed=_next(seed))
+
+
+@dataclass
+class _FeedForwardBody:
+    gate_up_T2F: Tensor
+    thin_TR: Tensor | None
+    thin_out_TR: Tensor | None = None
+    out_TH: Tensor | None = None
+    out_inverse_T: Tensor | None = None
+
+
+@dataclass
+class FeedForward(Sublayer):
+    """down(activation(gate x) * up x), as in SwiGLU and GeGLU (Shazeer 2020)."""
+
+    norm: Norm
+    inputs: Group
+    outputs: Group
+    activation: Activation
+    post_norm: Norm | None = None
+    adds_input: bool = True
+
+    def kept_features(self) -> int:
+        normed = 0 if self.post_norm is None else self.outputs.num_outputs
+        return self.inputs.num_outputs + self.inputs.num_ranks + self.outputs.num_ranks + normed
+
+    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+        normed_TK, _ = self._normed(x_TH, self.inputs.width)
+        gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed)
+        body = _FeedForwardBody(gate_up_T2F, read.thin_TR)
+        del normed_TK, read
+        result_TH = self._finish(x_TH, body, seed)
+        return result_TH, Kept(x_TH, seed, body if keeps_body else None)
+
+    def _gated(self, body: _FeedForwardBody) -> Tensor:
+        gate_up_T2F = body.gate_up_T2F
+        out_TK = torch.empty(
+            gate_up_T2F.shape[0], self.outputs.width, dtype=gate_up_T2F.dtype, device=gate_up_T2F.device
+        )
+        gated(gate_up_T2F, self.activation, out_TK)
+        return out_TK
+
+    def _finish(self, x_TH: Tensor, body: _FeedForwardBody, seed: int | None) -> Tensor:
+        adds_here = self.adds_input and self.post_norm is None
+        out_TH, read = self.outputs.forward(self._gated(body), seed=_next(seed), added_to=x_TH if adds_here else None)
+        # A view into the product's whole input would keep that alive.
+        body.thin_out_TR = read.thin_TR
+        if self.post_norm is not None:
+            body.out_TH = out_TH
+            out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
+        return out_TH
+
+    def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
+        normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
+        body = kept.body
+        if body is None:
+            gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed)
+            body = _FeedForwardBody(gate_up_T2F, read.thin_TR)
+            if self.post_norm is not None:
+                self._finish(kept.x_TH, body, kept.seed)
+        by_out_TH = gradient_TH
+        if self.post_norm is not None:
+            assert body.out_TH is not None
+            assert body.out_inverse_T is not None
+            by_out_TH = rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+        read = Read(None, None, _next(kept.seed))
+        if self.outputs.branches:
+            read.x_TK = self._gated(body)
+            thin_TR = body.thin_out_TR
+            read.thin_TR = self.outputs.thin(read.x_TK, seed=read.seed) if thin_TR is None else thin_TR
+        by_act_TK, of_outputs = self.outputs.backward(by_out_TH, read)
+        del read
+        assert by_act_TK is not None
+        by_gate_up_T2F = gated_backward(by_act_TK, body.gate_up_T2F, self.activation)
+        del by_act_TK
+        by_normed_TK, of_inputs = self.inputs.backward(
+            by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
+        )
+        by_input_TH = None
+        if by_normed_TK is not None:
+            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        return Gradients(by_input_TH, of_inputs + of_outputs)
+
+
+def _next(seed: int | None) -> int | None:
+    return None if seed is None else seed + 1
+
+
+def _norm_heads(heads_TGD: Tensor, norm: Norm, out_TGD: Tensor) -> Tensor:
+    """Normalises each head by itself; gives 1 / rms, (T x G,)."""
+    rows = heads_TGD.reshape(-1, heads_TGD.shape[-1])
+    out = torch.empty_like(rows)
+    inverse = rms_norm(rows, norm, out)
+    out_TGD.copy_(out.view(out_TGD.shape))
+    return inverse
+
+
+def _norm_heads_backward(gradient_TGD: Tensor, heads_TGD: Tensor, norm: Norm, inverse: Tensor) -> Tensor:
+    size = heads_TGD.shape[-1]
+    found = rms_norm_backward(gradient_TGD.reshape(-1, size), heads_TGD.reshape(-1, size), norm, inverse)
+    return found.view(gradient_TGD.shape)
