@@ -23,7 +23,7 @@ from jobs.waking import wake_workers
 from studio.accounts.models import ApiToken, Membership, Role, Team, User, record
 from studio.catalogue.models import Adapter, BaseModel, Suite
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
-from studio.reviews.scan_limits import refuse_blocked
+from studio.reviews.scan_limits import BlockedByScanError, refuse_blocked
 from workers.errors import RecipeError
 from workers.failpoints import failpoint
 from workers.recipe import DatasetRef, Recipe
@@ -93,6 +93,8 @@ def queue_job(
     # Not before: what was queued under an older policy is the answer to the same request still.
     if dataset_version is not None and kind == JobKind.TRAIN:
         refuse_blocked(dataset_version, team)
+        for number, version in enumerate(mixed):
+            _refuse_blocked_mix(version, team, field=f"mix.{number}")
     try:
         with transaction.atomic():
             for number, (ref, version) in enumerate(zip(recipe.sources, (dataset_version, *mixed), strict=True)):
@@ -140,6 +142,16 @@ def queue_job(
         raise
     job.refresh_from_db()
     return job
+
+
+def _refuse_blocked_mix(version: DatasetVersion, team: Team, *, field: str) -> None:
+    """As `refuse_blocked` for a further dataset, whose name and field the error says."""
+    try:
+        refuse_blocked(version, team)
+    except BlockedByScanError as error:
+        raise BlockedByScanError(
+            f"{version}: {error.message}", next_step=error.next_step, field=field, details=error.details
+        ) from error
 
 
 def _lock_split(ref: DatasetRef, dataset_version: DatasetVersion | None, *, field: str) -> None:

@@ -128,6 +128,11 @@ class Data:
         return [one.ref.name for one in self.sources]
 
     @property
+    def validates_what_is_scored(self) -> bool:
+        """Whether validations look at the rows of the scores, in whatever order."""
+        return {row.line for row in self.validation} == {row.line for row in self.held_out}
+
+    @property
     def is_mixed(self) -> bool:
         """Whether there are several sources."""
         return len(self.sources) > 1
@@ -899,7 +904,7 @@ def _finite(value: float) -> float | None:
 def score_adapter(run: Run, model: Any, position: Position) -> list[ScoredRow]:
     """The adapter on the rows that the base was scored on."""
     rows = _score(run, model, "evaluating", step=position.step)
-    if run.data.validation is run.data.held_out:  # else the curve is of other rows
+    if run.data.validates_what_is_scored:  # else the curve is of other rows
         run.report(validation_event(position.step, rows))
     return rows
 

@@ -94,6 +94,30 @@ def test_rows_beyond_the_limit_cannot_be_trained_on_and_the_refusal_says_why_and
     assert not Job.objects.exists()
 
 
+def test_a_further_dataset_of_a_mixture_is_held_to_the_limit_and_named(
+    team: Team, alice: User, bob: User, version: DatasetVersion, base: BaseModel
+) -> None:
+    main = make_dataset_version(team, alice, name="Main", num_rows=50)
+    for name in scans():
+        DatasetScan.objects.create(version=main, name=name, state=ScanState.DONE, num_rows=0)
+    mix = [{"name": str(version), "sha256": version.sha256, "format": version.format}]
+    limit(team, alice, secrets=ScanLimit(2))
+
+    def queue_both() -> Job:
+        return queue_job(
+            team=team, user=bob, recipe=make_recipe(base, main, mix=mix), base_model=base, dataset_version=main,
+            mixed=[version], idempotency_key=uuid.uuid4().hex,
+        )  # fmt: skip
+
+    with pytest.raises(BlockedByScanError) as caught:
+        queue_both()
+    assert caught.value.field == "mix.0"
+    assert caught.value.message.startswith(f"{version}: “Secrets” found something in 3 of 40 rows")
+    assert not Job.objects.exists()
+    limit(team, alice, secrets=ScanLimit(3))
+    assert queue_both().num_mixed == 1
+
+
 @pytest.mark.parametrize(
     ("one", "blocks"),
     [
