@@ -93,8 +93,8 @@ def queue_job(
     # Not before: what was queued under an older policy is the answer to the same request still.
     if dataset_version is not None and kind == JobKind.TRAIN:
         refuse_blocked(dataset_version, team)
-        for number, version in enumerate(mixed):
-            _refuse_blocked_mix(version, team, field=f"mix.{number}")
+        for number, further in enumerate(mixed):
+            _refuse_blocked_mix(further, team, field=f"mix.{number}")
     try:
         with transaction.atomic():
             for number, (ref, version) in enumerate(zip(recipe.sources, (dataset_version, *mixed), strict=True)):
