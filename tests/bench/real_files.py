@@ -55,9 +55,8 @@ def run(folder: Path, files: list[Path], temporary: Path) -> int:
 
     team = Team.objects.create(name="Support", slug="support")
     person = make_member("tom", team, Role.TRAINER)
-    print(
-        "| file | read as | columns | rows | usable | set aside | seconds |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| file | read as | columns | rows | usable | set aside | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     wrong = 0
     with running_site(temporary) as root, open_browser(root) as browser:
         browser.sign_in(LoginLink.create_for(person))
