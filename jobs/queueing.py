@@ -160,10 +160,10 @@ def _lock_versions(versions: Sequence[DatasetVersion]) -> None:
 
     A version whose columns are being chosen again is inspected anew, and its splits go with that.
     """
-    keys = {version.pk for version in versions}
-    ready = DatasetVersion.objects.select_for_update(no_key=True).filter(pk__in=keys, state=VersionState.READY)
-    found = set(ready.order_by("pk").values_list("pk", flat=True))
-    changed = next((version for version in versions if version.pk not in found), None)
+    locked = DatasetVersion.objects.select_for_update(no_key=True).filter(pk__in={one.pk for one in versions})
+    states = dict(locked.order_by("pk").values_list("pk", "state"))
+    # One that is gone is told of by the insert, which cannot refer to it.
+    changed = next((one for one in versions if states.get(one.pk, VersionState.READY) != VersionState.READY), None)
     if changed is not None:
         raise RecipeError(
             f"{changed} is being changed just now.", next_step="Wait until it is inspected and try again.",

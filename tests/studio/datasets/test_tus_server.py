@@ -194,6 +194,8 @@ def test_two_that_send_the_same_upload_at_once_do_not_mix(server: WebServer, bob
     client, other = server.signed_in(bob), server.signed_in(bob)
     url = begin(client, content)
     first = Sending(client, url, content, 0, stop_after=2 * MIB)
+    part = part_path(Upload.objects.get().pk)
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, what="the first one's bytes")
     second = send(other, url, content, 0)
     assert (second.status_code, second.headers["Retry-After"]) == (423, "2")
     answer = first.end()
