@@ -26,6 +26,7 @@ from studio.accounts.models import ApiToken, User, record
 from studio.datasets.blobs import lock_blob, remove_unused_blob
 from studio.datasets.inspecting import DEAD_AFTER, InspectionFailedError, run_child, send_task
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
+from studio.datasets.uploads import clean_name
 from studio.storage import incoming_blob
 from studio.streaming import file_chunks
 from workers.errors import ExplainedError
@@ -66,6 +67,7 @@ def ask_split(
     Raises:
         SplitRefusedError: the version has no rows to divide, or has a split of this name or by this question.
     """
+    name = clean_name(name)
     if not version.is_ready() or not version.num_usable:
         raise SplitRefusedError(
             f"{version} has no usable rows that could be divided.", next_step="Wait until it is inspected, or mend it."
