@@ -180,10 +180,13 @@ def delete_split(split: DatasetSplit, *, user: User, token: ApiToken | None = No
             return
         if users := users_of(found):
             names = ", ".join(f"“{one.name}”" for one in users[:3]) + (", …" if users[3:] else "")
-            raise SplitRefusedError(
-                f"{len(users)} jobs and adapters were made with “{found.name}” ({names}), so it stays: without it they "
-                "could not be made again."
+            made, they = (
+                ("One job or adapter was", "that") if len(users) == 1 else
+                (f"{len(users)} jobs and adapters were", "they")
             )  # fmt: skip
+            raise SplitRefusedError(
+                f"{made} made with “{found.name}” ({names}), so it stays: without it {they} could not be made again."
+            )
         record("dataset.split_deleted", team=found.version.dataset.team, user=user, token=token, target=found)
         found.delete()
         if found.sha256:

@@ -160,7 +160,7 @@ def test_a_job_keeps_its_split_and_names_none_that_is_not_its_datasets(
         )  # fmt: skip
 
     job = queue(recipe, "one")
-    with pytest.raises(SplitRefusedError, match="1 jobs and adapters were made with “Mine”"):
+    with pytest.raises(SplitRefusedError, match="One job or adapter was made with “Mine”"):
         delete_split(split, user=alice)
     command = trainer_command(job, job_folder(job.pk))
     assert command[command.index("--split-file") + 1] == str(blob_path(split.sha256))
