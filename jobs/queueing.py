@@ -97,6 +97,7 @@ def queue_job(
             _refuse_blocked_mix(further, team, field=f"mix.{number}")
     try:
         with transaction.atomic():
+            _lock_versions([one for one in (dataset_version, *mixed) if one is not None])
             for number, (ref, version) in enumerate(zip(recipe.sources, (dataset_version, *mixed), strict=True)):
                 _lock_split(ref, version, field="dataset.split" if number == 0 else f"mix.{number - 1}.split")
             job = Job.objects.create(
@@ -152,6 +153,22 @@ def _refuse_blocked_mix(version: DatasetVersion, team: Team, *, field: str) -> N
         raise BlockedByScanError(
             f"{version}: {error.message}", next_step=error.next_step, field=field, details=error.details
         ) from error
+
+
+def _lock_versions(versions: Sequence[DatasetVersion]) -> None:
+    """Keep versions as they are until the job is there; raises RecipeError for one that has changed meanwhile.
+
+    A version whose columns are being chosen again is inspected anew, and its splits go with that.
+    """
+    keys = {version.pk for version in versions}
+    ready = DatasetVersion.objects.select_for_update(no_key=True).filter(pk__in=keys, state=VersionState.READY)
+    found = set(ready.order_by("pk").values_list("pk", flat=True))
+    changed = next((version for version in versions if version.pk not in found), None)
+    if changed is not None:
+        raise RecipeError(
+            f"{changed} is being changed just now.", next_step="Wait until it is inspected and try again.",
+            field="dataset" if changed is versions[0] else "mix",
+        )  # fmt: skip
 
 
 def _lock_split(ref: DatasetRef, dataset_version: DatasetVersion | None, *, field: str) -> None:

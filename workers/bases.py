@@ -56,6 +56,7 @@ class Bases:
         ).model
         if is_wide:
             make_room(model)
+            free(device)  # what the weights lay in before
         return model
 
 

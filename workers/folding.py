@@ -17,7 +17,7 @@ def find_folded(text: str, needle: str, *, most: int) -> list[tuple[int, int]]:
     folded = fold(text)
     if not needle or needle not in folded:
         return []
-    starts = range(len(text) + 1) if len(folded) == len(text) else _origins(text)
+    starts = range(len(text) + 1) if text.isascii() else _origins(text)
     found: list[tuple[int, int]] = []
     place = folded.find(needle)
     while place >= 0 and len(found) < most:

@@ -20,7 +20,7 @@ from workers.batching import Batch
 from workers.blocks.pointwise import cross_entropy
 
 LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**28}
-"""Most bytes of float32 logits at once. Larger brings no speed: a matrix product of this size fills the device."""
+"""Most bytes of logits at once. Larger brings no speed: a matrix product of this size fills the device."""
 
 _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -147,7 +147,9 @@ class _Gathering:
 def _chunked(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, width: int) -> Tensor:
     """Cross-entropy per token from hidden states, with the logits of one chunk of tokens at a time."""
     limit = LOGIT_BYTES.get(hidden_NH.device.type, LOGIT_BYTES["cpu"])
-    size = max(16, limit // (4 * width))
+    size = max(16, limit // (hidden_NH.element_size() * width))
+    # Products work in tiles of 128 rows.
+    size -= size % 128 if size > 128 else 0
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHead.apply(hidden_NH, head.weight, head.bias, targets_N, size)
 

@@ -159,12 +159,16 @@ def open_rows_file(path: str, columns: tuple[str, ...]) -> RowFile:
         ) from error
 
 
-_remembered: OrderedDict[tuple[str, Filters], tuple[Any, int]] = OrderedDict()
+_remembered: OrderedDict[tuple[str, str, Filters], tuple[Any, int]] = OrderedDict()
 
 
-def matching(path: str, file: RowFile, filters: Filters, end: float) -> tuple[Mask, bool]:
-    """Which rows fit, and whether all were looked at before the clock (time.monotonic) came to `end`."""
-    key = (path, filters)
+def matching(path: str, file: RowFile, filters: Filters, end: float, *, asked_by: str = "") -> tuple[Mask, bool]:
+    """Which rows fit, and whether all were looked at before the clock (time.monotonic) came to `end`.
+
+    Answers are remembered for those who asked, `asked_by`: equal files of two teams are one file here, and a quick
+    answer would tell one that the other has it.
+    """
+    key = (asked_by, path, filters)
     if key in _remembered:
         _remembered.move_to_end(key)
         return np.unpackbits(_remembered[key][0], count=file.num_rows).view(np.bool_), True
@@ -306,7 +310,7 @@ def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
     file = open_rows_file(path, tuple(request["names"]))
     filters = _checked(Filters(**request["filters"]), file)
     assert order in get_args(Order), order
-    mask, is_whole = matching(path, file, filters, end)
+    mask, is_whole = matching(path, file, filters, end, asked_by=request.get("asked_by", ""))
     lines = file.numbers("line")
     keys = lines if order == "line" else file.numbers("characters") * (-1 if order == "longest" else 1)
     places = np.flatnonzero(mask)

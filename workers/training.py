@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
-from workers.bases import Bases
+from workers.bases import Bases, free
 from workers.batching import Batch, Plan, TokenRows, batches, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
@@ -452,7 +452,8 @@ def load_base(run: Run) -> Any:
     run.report(PhaseEvent(phase="loading"))
     assert run.recipe.precision != "auto"
     # Trained weights lie as the optimizer wants them; frozen ones may have adapters' columns beside them.
-    is_wide = run.device.type == "cuda" and not get_method(run.recipe.method).product.is_whole_model
+    is_wide = run.device.type == "cuda" and run.recipe.precision == "bfloat16"
+    is_wide = is_wide and not get_method(run.recipe.method).product.is_whole_model
     return run.bases.load(run.base, run.recipe.precision, run.device, say=run.say, is_wide=is_wide)
 
 
@@ -558,7 +559,9 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
     training, tokens, rows = run.recipe.training, run.data.tokens, run.data.train
     by_length = sorted(rows, key=tokens.length)
-    sample = collate(by_length[:2], tokens, packing=True, pad_id=0).to(run.device)
+    middle = len(by_length) // 2
+    # Rows of the usual length: longer than a kernel's tile, and not for long.
+    sample = collate(by_length[max(0, middle - 1) : middle + 1], tokens, packing=True, pad_id=0).to(run.device)
     objective = get_objective(run.recipe.objective)
     run.engine = hand_written(
         model,
@@ -572,12 +575,13 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     elif run.engine is not None and run.device.type == "cuda":
         assert training.micro_batch_size != "auto"
         size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
-        longest = sum(tokens.length(row) for row in by_length[-size:])
+        longest = [tokens.length(row) for row in by_length[-size:]]
+        free(run.device)
         # Gradients and both moments come with the first step.
-        later = (
-            12 * sum(one.numel() for one in checkpoints.trainable_parameters(model).values()) + 3 * LOGIT_BYTES["cuda"]
-        )
-        run.engine.keep_what_fits(longest, free_bytes=devices.free_memory_bytes(run.device) - later)
+        num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
+        room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
+        # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
+        run.engine.keep_what_fits(longest, free_bytes=room if run.max_micro_batch_size is None else room // 2)
     try:
         yield
     finally:
@@ -764,6 +768,8 @@ def _forward_backward(
     settings = run.recipe.training
     noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
     row_sums: list[torch.Tensor] = []
+    if run.engine is not None:
+        run.engine.refresh()
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)

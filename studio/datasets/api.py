@@ -363,10 +363,10 @@ def map_version(request: ApiRequest, dataset_id: int, number: int, body: Mapping
     _check_columns(version, body.columns, plugin.fields, plugin.required_fields)
     if version.is_inspecting():
         raise ApiError(409, "inspecting", f"{version} is being inspected.", help="Wait until its state changes.")
-    if version.users():
+    # Asked again under a lock: a job may have begun to use it meanwhile.
+    if version.users() or not remap(version, body.columns):
         raise ApiError(409, "dataset_in_use", f"{version} is used by jobs, so it stays as it is.",
                        help="Upload the file as a new dataset.")  # fmt: skip
-    remap(version, body.columns)
     record("dataset.mapped", team=request.team, user=request.user, token=request.token, target=version)
     version.refresh_from_db()
     return Status(202, version)

@@ -91,12 +91,10 @@ def row_table(request: TeamRequest, dataset_id: int, number: int) -> HttpRespons
         raise Http404
     table = ask_for_rows(version)
     may_change = request.membership.may(Role.TRAINER)
-    response = render(
+    # No redirect when it is over: whoever reads the first rows, or is about to click, would lose their place.
+    return render(
         request, "datasets/_row_table.html", {"version": version, "table": table, "may_change": may_change}
     )  # fmt: skip
-    if table.is_over():
-        response["HX-Redirect"] = version.get_absolute_url()
-    return response
 
 
 @team_page(Role.TRAINER)

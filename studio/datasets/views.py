@@ -363,16 +363,19 @@ def mapping(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     if not version.column_names:
         messages.error(request, "This file has no columns that could be chosen.")
         return redirect(version)
+    in_use = f"{version} is used by jobs, so it stays as it is. Upload the file as a new dataset."
     if version.users():
-        messages.error(request, f"{version} is used by jobs, so it stays as it is. Upload the file as a new dataset.")
+        messages.error(request, in_use)
         return redirect(version)
     form = MappingForm(request.POST or None, column_names=version.column_names, initial=version.columns)
     columns = version.columns
     if request.method == "POST":
         columns = form.columns() if form.is_valid() else {}
         if form.is_valid() and request.POST.get("action") == "use":
-            remap(version, columns)
-            record("dataset.mapped", team=request.team, user=request.user, target=version, columns=columns)
+            if remap(version, columns):
+                record("dataset.mapped", team=request.team, user=request.user, target=version, columns=columns)
+            else:
+                messages.error(request, in_use)
             return redirect(version)
     rows = showing.mapped_rows(version, columns) if columns else []
     context = {
@@ -385,14 +388,19 @@ def mapping(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
     return render(request, "datasets/mapping.html", context, status=status)
 
 
-def remap(version: DatasetVersion, columns: dict[str, str]) -> None:
-    """Store chosen columns and inspect the version again."""
+def remap(version: DatasetVersion, columns: dict[str, str]) -> bool:
+    """Store chosen columns and inspect the version again; False when a job has begun to use it meanwhile."""
     with transaction.atomic():
+        # The lock that queueing a job takes: one of the two comes first, and the other sees it.
+        DatasetVersion.objects.select_for_update(no_key=True).filter(pk=version.pk).values_list("pk").first()
+        if version.users():
+            return False
         DatasetVersion.objects.filter(pk=version.pk).exclude(state=VersionState.INSPECTING).update(
             state=VersionState.INSPECTING, format="mapped", columns=columns, heartbeat_at=None, statistics={},
             error="", error_next_step="", queued_at=timezone.now(),
         )  # fmt: skip
         transaction.on_commit(lambda: queue_inspection(version.pk))
+    return True
 
 
 @team_page(Role.TRAINER)

@@ -32,6 +32,7 @@ from tests.bench.start import SHAPES
 from tests.tiny import tokenizer_json
 from workers import devices, training
 from workers.base_folders import BaseFolder
+from workers.base_models import prepare_process
 from workers.base_scores import BaseScores
 from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
@@ -39,6 +40,7 @@ from workers.events import Event, StepEvent
 from workers.examples import Example, Message
 from workers.memory import DatasetFacts
 from workers.methods import get_method
+from workers.mixing import portions
 from workers.recipe import Recipe
 from workers.rendering import Rendered
 from workers.results import OverlapRecord
@@ -70,6 +72,7 @@ def main() -> None:
     ours.add_argument("--length", type=int, help="every row has this many tokens")
     ours.add_argument("--steps", type=int, default=30)
     ours.add_argument("--warm", type=int, default=8, help="steps before the clock runs")
+    ours.add_argument("--dropout", type=float, default=0.0, help="of low-rank branches; the product's default is 0.05")
     ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
     ours.add_argument("--plain", action="store_true", help="the model's own blocks")
     ours.add_argument("--rows", type=Path, help="folder of the JSON lines; by default they are printed alone")
@@ -83,7 +86,8 @@ def main() -> None:
         str(one)
         for one in (
             "ours", options.shape, options.method, options.precision, options.batch, options.micro or options.batch,
-            options.length or "mixed", "lean" if options.lean else "full", "plain" if options.plain else "fast",
+            options.length or "mixed", f"dropout{options.dropout:g}",
+            "lean" if options.lean else "full", "plain" if options.plain else "fast",
         )
     )  # fmt: skip
     path = None if options.rows is None else options.rows / f"{name}.json"
@@ -132,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         {
             "name": "bench", "base_model": {"name": options.shape},
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
-            "settings": {"dropout": 0.0} if "lora" in options.method else {},
+            "settings": {"dropout": options.dropout} if "lora" in options.method else {},
             "training": {
                 "learning_rate": 2e-4, "max_steps": options.steps, "batch_size": options.batch,
                 "micro_batch_size": options.micro or options.batch, "max_length": 2048, "packing": True,
@@ -156,6 +160,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         assert not num_cut
         # Trained prompts and prefixes begin as a text's tokens.
         (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
+        prepare_process()
         model = random_model(sizes, options.precision, device)
         model.name_or_path = model.config._name_or_path = str(folder)
         run = training.Run(
@@ -174,6 +179,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 0,
                 "",
                 OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
+                [],
+                portions([len(tokens)], []),
+                frozenset(),
             ),
             DatasetFacts(len(tokens), sum(lengths), max(lengths)),
             training.facts_of_device(device),

@@ -19,6 +19,7 @@ from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetSplit, DatasetVersion
 from studio.datasets.splitting import SplitRefusedError, ask_split, delete_split, freeze, make_default
+from studio.datasets.views import remap
 from studio.storage import adapter_folder, blob_path, job_folder
 from tests.factories import make_base_model, make_dataset_version
 from tests.faults.trainers import run_attempt
@@ -175,6 +176,23 @@ def test_a_job_keeps_its_split_and_names_none_that_is_not_its_datasets(
         queue(recipe.model_copy(update={"dataset": gone}), "two")
     assert caught.value.field == "dataset.split"
     assert Job.objects.count() == 1
+
+
+def test_columns_are_chosen_again_before_a_job_or_not_at_all(
+    base_model: BaseModel, version: DatasetVersion, team: Team, alice: User
+) -> None:
+    """Both look before they lock: what the one saw then, the other may have changed."""
+    form = JobForm(posted(base_model, version), team=team)
+    assert form.is_valid(), form.errors
+    asked = {"team": team, "user": alice, "recipe": form.to_recipe(), "base_model": base_model}
+    DatasetVersion.objects.filter(pk=version.pk).update(state="inspecting")
+    with pytest.raises(RecipeError, match="is being changed just now"):
+        queue_job(**asked, dataset_version=version, idempotency_key="one")
+    DatasetVersion.objects.filter(pk=version.pk).update(state="ready")
+    queue_job(**asked, dataset_version=version, idempotency_key="two")
+    assert not remap(version, {"prompt": "instruction", "completion": "output"})
+    version.refresh_from_db()
+    assert version.state == "ready"
 
 
 @pytest.mark.django_db(transaction=True)

@@ -132,6 +132,9 @@ def test_hits_are_placed_in_the_text_as_it_is_shown() -> None:
     assert places == ["STRASSE", "Straße"]
     pieces = unicodedata.normalize("NFD", "L'été en été")
     assert [unicodedata.normalize("NFC", pieces[a:b]) for a, b in find_folded(pieces, "été", most=9)] == ["été", "été"]
+    # One letter becomes two, two become one: as long as before, and yet not in its place.
+    mixed = "straße und cafe\u0301"
+    assert [mixed[a:b] for a, b in find_folded(mixed, "und", most=9)] == ["und"]
     assert find_folded("aaaa", "aa", most=1) == [(0, 2)]
     assert find_folded("anything", "", most=5) == []
 

@@ -29,16 +29,20 @@ class BlockBytes:
         return {"all": self.all, "attention": self.attention, "input": self.input}[keeping]
 
 
-def block_bytes(block: Block, element: int) -> BlockBytes:
-    """Bytes for one token of a block whose numbers take `element` bytes."""
+def block_bytes(block: Block, element: int, *, has_adapter: bool = False) -> BlockBytes:
+    """Bytes for one token of a block whose numbers take `element` bytes.
+
+    A bottleneck adapter behind it keeps what it reads in float32, and a mask of its dropout, whatever the block keeps.
+    """
     bodies = [sublayer.kept_features() * element for sublayer in block.sublayers]
     hidden = block.sublayers[0].inputs.num_inputs * element
+    adapter = 5 * block.sublayers[0].inputs.num_inputs if has_adapter else 0
     # One block's own working memory on the way back: everything that it would keep, and as much of gradients.
     return BlockBytes(
-        all=sum(bodies) + hidden * len(bodies),
-        attention=bodies[0] + hidden * len(bodies),
-        input=hidden,
-        working=2 * (sum(bodies) + hidden * len(bodies)),
+        all=sum(bodies) + hidden * len(bodies) + adapter,
+        attention=bodies[0] + hidden * len(bodies) + adapter,
+        input=hidden + adapter,
+        working=2 * (sum(bodies) + hidden * len(bodies) + adapter),
     )
 
 

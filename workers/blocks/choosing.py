@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from workers.batching import Batch
 from workers.blocks.engine import Engine, agrees, install
 from workers.blocks.families import NotByHandError
-from workers.device_errors import is_out_of_memory
+from workers.device_errors import is_gpu_failure, is_out_of_memory
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far loss and gradients may be from the model's own, relative: rounding alone, with room. A kernel that goes wrong
@@ -41,16 +42,18 @@ def hand_written(
         return None
     try:
         off = agrees(engine, model, sample, loss, tolerance=TOLERANCE.get(_dtype(model), 0.1))
-    except (RuntimeError, NotImplementedError, ImportError) as error:
+    except Exception as error:
+        # Of a compiler, a kernel or an operation of another version; the model's own blocks do without them.
         engine.remove()
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_gpu_failure(error):
             raise
         warn(f"The fast blocks do not run here, and the model's own are used: {_first_line(error)}")
         return None
     if off is not None:
         engine.remove()
+        how_far = f"{off:.0%} off" if math.isfinite(off) else "no numbers, unlike"
         warn(
-            f"The fast blocks give gradients that are {off:.0%} off the model's own, so they are not used. Please "
+            f"The fast blocks give gradients that are {how_far} the model's own, so they are not used. Please "
             "report this with the versions on the adapter's page."
         )
         return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -87,9 +89,10 @@ def make_room(model: Any) -> None:
     """
     for layer in getattr(model.get_decoder(), "layers", ()):
         if type(layer).__name__ in PRE_NORM | SANDWICH_NORM:
-            for modules in (_inputs_of(layer.self_attn), _inputs_of(layer.mlp), [layer.mlp.down_proj]):
-                if all(type(module) is nn.Linear for module in modules):
-                    widen(modules)
+            with suppress(NotByHandError):
+                for modules in (_inputs_of(layer.self_attn), _inputs_of(layer.mlp), [layer.mlp.down_proj]):
+                    if all(type(module) is nn.Linear for module in modules):
+                        widen(modules)
 
 
 _INPUTS = ("qkv_proj",), ("q_proj", "k_proj", "v_proj"), ("gate_up_proj",), ("gate_proj", "up_proj")
@@ -97,7 +100,9 @@ _INPUTS = ("qkv_proj",), ("q_proj", "k_proj", "v_proj"), ("gate_up_proj",), ("ga
 
 def _inputs_of(half: Any) -> list[Any]:
     """The linear layers of a sublayer that read its normalised input."""
-    names = next(names for names in _INPUTS if hasattr(half, names[0]))
+    names = next((names for names in _INPUTS if hasattr(half, names[0])), None)
+    if names is None:
+        raise NotByHandError(f"{type(half).__name__} has its linear layers elsewhere")
     return [getattr(half, name) for name in names]
 
 
@@ -112,6 +117,8 @@ def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
         raise NotByHandError("its attention looks ahead")
     if getattr(config, "resid_pdrop", 0.0):
         raise NotByHandError("it drops what it adds to the residual stream")
+    if how.is_wide and module.o_proj.weight.is_cuda and module.head_dim % 8:
+        raise NotByHandError(f"its heads have {module.head_dim} features, which are no multiple of 8")
     if module.head_dim > MAX_HEAD_FEATURES:
         raise NotByHandError(f"its heads have {module.head_dim} features; flash attention takes {MAX_HEAD_FEATURES}")
     norm, after = layer.input_layernorm, _own(layer.post_attention_layernorm)
@@ -176,6 +183,8 @@ def _group(modules: Sequence[Any], how: Making, *, reads_norm: bool = True) -> G
         Layer(base.in_features, base.out_features, None if base.bias is None else base.bias.detach(), _branch(module))
         for module, base in zip(modules, bases, strict=True)
     ]
+    if bases[0].weight.is_cuda and bases[0].weight.dtype == torch.float32:
+        raise NotByHandError("its weights are float32, which no flash attention takes")
     kinds = {type(base).__name__ for base in bases}
     if kinds == {"Linear"}:
         weights: Weights = widen(bases) if how.is_wide and reads_norm else Apart(bases)
@@ -194,7 +203,7 @@ def _branch(module: Any) -> Branch | None:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if not names:
         return None
-    if len(names) > 1 or module.lora_variant or module.merged:
+    if len(names) > 1 or module.lora_variant or module.merged or module.disable_adapters:
         raise NotByHandError("its adapter is more than one low-rank branch")
     name = names[0]
     down, up = module.lora_A[name], module.lora_B[name]

@@ -125,7 +125,7 @@ def _gated_backward(gradient_at, gate_up_at, gradient_row, width, SILU: tl.const
     tl.store(at + width, (gradient * act).to(gate_up_at.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _dropped(x_at, out_at, x_row, width, share, scale, seed, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -139,6 +139,9 @@ def _dropped(x_at, out_at, x_row, width, share, scale, seed, BLOCK: tl.constexpr
 def _cross_entropy(logits_at, targets_at, losses_at, WIDTH: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = logits_at + row * WIDTH
+    # Before the row is written over, by whichever of the threads.
+    target = tl.load(targets_at + row)
+    picked = tl.load(at + target).to(tl.float32)
     # The maximum and the sum of exponentials in one pass (Milakov and Gimelshein 2018).
     largest = -float("inf")
     total = 0.0
@@ -148,9 +151,8 @@ def _cross_entropy(logits_at, targets_at, losses_at, WIDTH: tl.constexpr, WRITES
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
-    target = tl.load(targets_at + row)
     normaliser = largest + tl.log(total)
-    tl.store(losses_at + row, normaliser - tl.load(at + target).to(tl.float32))
+    tl.store(losses_at + row, normaliser - picked)
     if WRITES:
         for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -189,6 +191,7 @@ def _warps(block: int) -> int:
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     """As `pointwise.rms_norm`."""
     num_rows, width = x_TH.shape
+    assert x_TH.stride(1) == out_TK.stride(1) == 1
     inverse_T = torch.empty(num_rows, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(width)
     _rms_norm[(num_rows,)](
@@ -204,6 +207,7 @@ def rms_norm_backward(
 ) -> Tensor:
     """As `pointwise.rms_norm_backward`."""
     num_rows, width = x_TH.shape
+    assert x_TH.stride(1) == gradient_TK.stride(1) == 1
     out_TH = torch.empty(num_rows, width, dtype=x_TH.dtype, device=x_TH.device)
     block = triton.next_power_of_2(width)
     added = x_TH if added_to is None else added_to
@@ -230,6 +234,7 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool) -> 
 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     """As `pointwise.gated`."""
+    assert gate_up_T2F.is_contiguous()
     num_rows, width, padded = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, out_TK.shape[1]
     block = min(2048, triton.next_power_of_2(padded))
     _gated[(num_rows, triton.cdiv(padded, block))](
@@ -239,6 +244,8 @@ def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
 
 def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
     """As `pointwise.gated_backward`."""
+    assert gate_up_T2F.is_contiguous()
+    assert gradient_TK.stride(1) == 1
     num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     block = min(2048, triton.next_power_of_2(width))
     _gated_backward[(num_rows, triton.cdiv(width, block))](
@@ -250,6 +257,7 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
 def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
     """As `pointwise.dropped`, from Triton's Philox numbers."""
     num_rows, width = x_TK.shape
+    assert x_TK.stride(1) == 1
     out_TK = torch.empty(num_rows, width, dtype=x_TK.dtype, device=x_TK.device)
     block = min(2048, triton.next_power_of_2(width))
     _dropped[(num_rows, triton.cdiv(width, block))](

@@ -99,7 +99,7 @@ class Group:
     @property
     def is_folded(self) -> bool:
         """Whether the branches ride in the frozen product."""
-        return self._weights.are_joined and 0 < self.num_ranks <= PAD and not self.dropout
+        return self._weights.are_joined and 0 < self.num_ranks <= PAD
 
     @property
     def width(self) -> int:

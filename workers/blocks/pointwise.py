@@ -7,12 +7,18 @@ two of its operations, float32 within one.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from workers.device_errors import is_gpu_failure, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -33,7 +39,29 @@ class Norm:
 
 
 def _has_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    return tensor.is_cuda and _kernels_work(tensor.device)
+
+
+@cache
+def _kernels_work(device: torch.device) -> bool:
+    """Whether this machine can compile kernels for a GPU, and they give what plain torch does; the log says if not."""
+    try:
+        from workers.blocks import kernels
+
+        logits_CV = torch.linspace(-9, 9, 4 * 5000, device=device).sin().view(4, 5000).to(torch.bfloat16)
+        targets_C = torch.tensor([0, 7, 2500, 4999], device=device)
+        found_CV, expected_CV = logits_CV.clone(), logits_CV.clone()
+        found_C = kernels.cross_entropy(found_CV, targets_C, with_gradient=True)
+        expected_C = _plain_cross_entropy(expected_CV, targets_C, with_gradient=True)
+        works = torch.allclose(found_C, expected_C, rtol=1e-3) and torch.allclose(found_CV, expected_CV, rtol=2e-2)
+    except Exception as error:
+        if is_out_of_memory(error) or is_gpu_failure(error):
+            raise
+        logger.warning("Kernels cannot be compiled here, so plain torch does their work: %s", error)
+        return False
+    if not works:
+        logger.warning("Kernels give other numbers than plain torch here, so that does their work.")
+    return works
 
 
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
@@ -156,6 +184,10 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) 
         from workers.blocks import kernels
 
         return kernels.cross_entropy(logits_CV, targets_C, with_gradient=with_gradient)
+    return _plain_cross_entropy(logits_CV, targets_C, with_gradient=with_gradient)
+
+
+def _plain_cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:
     logits = logits_CV.float()
     normaliser_C = logits.logsumexp(dim=-1)
     losses_C = normaliser_C - logits.gather(1, targets_C[:, None])[:, 0]

@@ -37,6 +37,10 @@ class Weights(ABC):
     def are_joined(self) -> bool:
         """Whether `joined` gives a tensor."""
 
+    def copy_bytes(self) -> int:
+        """What keeping the weights as the product wants them would take; 0 where they are so."""
+        return 0
+
 
 class Apart(Weights):
     """Weights where the model's loading left them."""
@@ -113,6 +117,9 @@ class Quantised(Weights):
             dequantise_4bit(module.weight.data, module.weight.quant_state, part_NK)
             found.append(part_NK)
         return found
+
+    def copy_bytes(self) -> int:
+        return self._num_outputs * (self._num_inputs + PAD) * self._dtype.itemsize
 
     def kept(self) -> Wide:
         """The weights computed back once and for all."""

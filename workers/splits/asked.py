@@ -66,15 +66,21 @@ class SplitRequest(BaseModel):
         return self.model_dump(mode="json")
 
     def sizes(self, num_rows: int) -> dict[Part, int | None]:
-        """Rows that each part is to have of so many; None for every row that is left."""
-        found: dict[Part, int | None] = {}
-        for part in PARTS:
-            size: float | None = getattr(self, part)
-            if size is None:
-                found[part] = None
-            else:
-                found[part] = round(size * num_rows) if self.method == "share" else int(size)
-        return found
+        """Rows that each part is to have of so many; None for every row that is left.
+
+        Shares are rounded together, by largest remainder: those that add up to 1 leave no row over and ask for none too
+        many.
+        """
+        sizes: dict[Part, float | None] = {part: getattr(self, part) for part in PARTS}
+        if self.method != "share":
+            return {part: None if size is None else int(size) for part, size in sizes.items()}
+        exact = {part: size * num_rows for part, size in sizes.items() if size is not None}
+        found = {part: int(rows + 1e-9) for part, rows in exact.items()}
+        total = min(num_rows, round(sum(exact.values())))
+        by_remainder = sorted(exact, key=lambda part: (found[part] - exact[part], PARTS.index(part)))
+        for part in by_remainder[: total - sum(found.values())]:
+            found[part] += 1
+        return {part: None if size is None else found[part] for part, size in sizes.items()}
 
     def _problems(self) -> list[tuple[str, str]]:
         return self._problems_of_column() if self.method == "column" else self._problems_of_sizes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import time
 from datetime import timedelta
 from html import unescape
 from pathlib import Path
@@ -274,7 +273,8 @@ def test_rows_that_were_never_prepared_are_asked_for_by_whoever_looks(
     RowTable.objects.filter(version=version).update(heartbeat_at=ago, queued_at=ago)
     prepare(version.pk)
     answer = bob_client.get(f"{version.get_absolute_url()}rows/")
-    assert answer["HX-Redirect"] == version.get_absolute_url()
+    assert "HX-Redirect" not in answer, "whoever reads the first rows keeps their place"
+    assert "Look through them" in answer.content.decode()
     assert "are being prepared" not in read(bob_client, version, "rows/5/")
 
 
@@ -362,16 +362,15 @@ def test_a_worker_that_was_presumed_dead_stores_nothing(upload: Upload, monkeypa
 def test_a_search_that_is_too_slow_or_too_large_gets_a_sentence(
     prepared: DatasetVersion, bob_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for child, sentence in (
-        (SearchChild(seconds=0.0001), "The time for looking was over"),
-        (SearchChild(memory_bytes=60 * 1024**2), "more memory than a search may use"),
+    for child, sentences in (
+        # By itself, or ended by the one who waits for it.
+        (SearchChild(seconds=0.0001), ("The time for looking was over", "takes longer than")),
+        (SearchChild(memory_bytes=60 * 1024**2), ("more memory than a search may use",)),
     ):
         monkeypatch.setattr(row_searching, "_child", child)
-        started = time.monotonic()
         page = read(bob_client, prepared, "?q=what")
         child.close()
-        assert sentence in page or "takes longer than" in page
-        assert time.monotonic() - started < 20
+        assert any(sentence in page for sentence in sentences)
 
 
 def test_the_api_gives_what_the_page_shows(prepared: DatasetVersion, team: Team, bob: User) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def gradients(model: Any, batch: Batch, engine: Any = None) -> tuple[float, dict
     if engine is None:
         loss = loss_of(model, batch)
     else:
+        engine.refresh()
         with engine.rows(batch):
             loss = loss_of(model, batch)
     loss.backward()
@@ -133,10 +135,11 @@ def test_dropout_is_drawn_anew_and_comes_back_with_the_generator() -> None:
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
+@pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "wide"])
 @pytest.mark.parametrize("keeping", ["all", "attention", "input"])
-def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping) -> None:
+def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping, is_wide: bool) -> None:
     model = with_lora(make_model("llama").double(), dropout=0.5).double().train()
-    engine = install(model, is_wide=False)
+    engine = install(model, is_wide=is_wide)
     engine.keeping = [keeping] * len(engine.blocks)
     batch = make_batch()
     torch.manual_seed(2)
@@ -150,6 +153,7 @@ def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping) ->
             for name, one in parameters.items():
                 one.add_(directions[name], alpha=side * step)
         torch.manual_seed(2)
+        engine.refresh()
         with engine.rows(batch), torch.no_grad():
             losses.append(float(loss_of(model, batch)))
     slope = (losses[0] - losses[1]) / (2 * step)
@@ -167,11 +171,30 @@ def test_agreement_is_measured_without_leaving_a_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(one.grad is None for one in model.parameters())
 
+    down = engine.blocks[0].sublayers[0].inputs.branches[0].down
+    handle = down.register_hook(lambda gradient: gradient * float("nan"))
+    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) == math.inf
+    handle.remove()
+
     block = engine.blocks[1].sublayers[1]
     block.activation = "gelu_tanh"  # what a kernel that went wrong would do
     off = agrees(engine, model, make_batch(), loss_of, tolerance=1e-4)
     assert off is not None
     assert off > 1e-3
+
+
+def test_a_branch_that_begins_at_zero_is_looked_at_as_if_it_did_not() -> None:
+    model = with_lora(make_model("llama"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    engine = install(model, is_wide=True)
+    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) is None
+    assert not any(bool(one.any()) for name, one in model.named_parameters() if "lora_B" in name)
+    engine.remove()
+    engine = install(model, is_wide=True)
+    engine.refresh = lambda: None  # what the optimizer changes is not taken over
+    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) is not None
 
 
 def test_blocks_that_nobody_wrote_by_hand_say_why() -> None:

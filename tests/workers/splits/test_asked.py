@@ -18,6 +18,17 @@ def test_shares_and_counts_become_rows() -> None:
     assert SplitRequest.from_dict(asked).sizes(200) == {"train": 100, "validation": 0, "test": 33}
 
 
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0.1), (0.7, 0.15, 0.15), (0.5, 0.25, 0.25), (0.34, 0.33, 0.33)])
+def test_shares_that_add_up_to_1_leave_no_row_over_and_ask_for_none_too_many(shares: tuple[float, ...]) -> None:
+    asked = SplitRequest.from_dict(
+        {"method": "share", **dict(zip(("train", "validation", "test"), shares, strict=True))}
+    )
+    for num in range(10, 220):
+        sizes = asked.sizes(num)
+        assert sum(size or 0 for size in sizes.values()) == num
+        assert all(abs((size or 0) - share * num) < 1 for size, share in zip(sizes.values(), shares, strict=True))
+
+
 def test_what_a_method_does_not_use_is_dropped_so_that_equal_questions_are_equal() -> None:
     column = {"method": "column", "part_column": "split"}
     assert SplitRequest.from_dict({**column, "test": 0.3, "seed": 4}) == SplitRequest.from_dict(column)
