@@ -697,7 +697,8 @@ def duplicate(
         values[group] = {**asked[group], **getattr(body, group)}
     if body.base_model is not None:
         values["base_model"] = {"name": base_model.name, "revision": base_model.revision}
-    if body.dataset_version is not None or body.dataset_split is not None:
+    # Its own version, named again, keeps its split.
+    if body.dataset_version not in (None, job.dataset_version_id) or body.dataset_split is not None:
         values["dataset"] = _dataset_of(version, _split(version, body.dataset_split))
     if body.mix is not None:
         mixed = _mixed(request, version, body.mix)

@@ -247,7 +247,10 @@ class Job(models.Model):
 
     def mixed_versions(self) -> list[DatasetVersion]:
         """The further dataset versions of its recipe, in its order; uses what was prefetched."""
-        return [one.dataset_version for one in self.mix.all()]
+        rows = self.mix.all()
+        if "mix" not in getattr(self, "_prefetched_objects_cache", {}):
+            rows = rows.select_related("dataset_version__dataset")
+        return [one.dataset_version for one in rows]
 
 
 class JobDataset(MixedVersion):

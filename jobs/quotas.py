@@ -243,6 +243,7 @@ class LimitsOut(Out):
     num_running: int
     gpu_hours: float = Field(description="Used within the window, running jobs included.")
     costs: list[CostOut] = Field(description="Of these, each hour at the price that held when its attempt began.")
+    unpriced_gpu_hours: float = Field(description="Those of `gpu_hours` that ran without a price; in none of `costs`.")
     calendar: list[PeriodOut] = Field(description="This week, this month and the month before.")
 
 
@@ -273,10 +274,9 @@ def _shown(team: Team) -> dict[str, Any]:
     values = {name: getattr(quota, name) for name in FIELDS}
     prices = [{"device": name, "price_per_gpu_hour": float(price)} for name, price in quota.device_prices]
     calendar = [{"label": one.label, **cost_values(one.cost)} for one in usage.calendar]
-    window = cost_values(usage.window)
     return {
-        **values, "device_prices": prices, "num_running": usage.num_running, "gpu_hours": window["gpu_hours"],
-        "costs": window["costs"], "calendar": calendar,
+        **values, "device_prices": prices, "num_running": usage.num_running, **cost_values(usage.window),
+        "calendar": calendar,
     }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def suggestions(asked: Recipe, shape: ModelShape, dataset: DatasetFacts, device:
         found += [one] if one is not None else []
     small = in_4_bits(loose)
     if not found and small is not None and (length := trial.longest_fitting(small)) is not None:
-        words, cost = _shorter_words(length, dataset)
+        words, cost = _shorter_words(length, dataset, small)
         one = trial.of(f"{_small_words(small)} and {words}", cost, _with_training(small, max_length=length))
         found += [one] if one is not None else []
     return found[:MAX_SUGGESTIONS]
@@ -159,7 +159,7 @@ def _other_changes(asked: Recipe, now: Recipe, trial: _Trial) -> Iterator[tuple[
                 yield f"a rank of {lower}", f"{rank / lower:.2g} times fewer weights learn", changed
                 break
     if (length := trial.longest_fitting(asked)) is not None:
-        yield *_shorter_words(length, trial.dataset), _with_training(asked, max_length=length)
+        yield *_shorter_words(length, trial.dataset, asked), _with_training(asked, max_length=length)
     for name in method.cheaper:
         if small is None or name != small.method:
             other = _with_training(asked, learning_rate="auto").model_copy(
@@ -192,14 +192,16 @@ def _with_rank(asked: Recipe, now: Recipe, rank: int) -> Recipe:
     return asked.model_copy(update={"settings": settings})
 
 
-def _shorter_words(length: int, dataset: DatasetFacts) -> tuple[str, str]:
-    """A maximum length in words, and which share of the rows it cuts."""
+def _shorter_words(length: int, dataset: DatasetFacts, recipe: Recipe) -> tuple[str, str]:
+    """A maximum length in words, and which share of the rows it cuts or leaves out."""
     words = f"rows of at most {length:,} tokens"
+    fate = "are left out" if recipe.training.long_rows == "leave_out" else "lose their ends"
     if not dataset.lengths:
-        return words, "longer rows lose their ends"
+        return words, f"longer rows {fate}"
     cut = sum(rows for bound, rows in dataset.lengths.items() if bound > length)
-    share = cut / max(1, sum(dataset.lengths.values()))
-    return words, f"up to {100 * share:.2g} % of the rows lose their ends" if cut else "no row is that long"
+    # To two digits, and 100 rather than 1e+02.
+    percent = float(f"{100 * cut / max(1, sum(dataset.lengths.values())):.2g}")
+    return words, f"up to {percent:g} % of the rows {fate}" if cut else "no row is that long"
 
 
 def _small_words(recipe: Recipe) -> str:

@@ -147,7 +147,7 @@ def setting_rows(adapters: list[Adapter]) -> list[Row]:
     ]
     facts = {
         "base revision": lambda one: one.base_model.revision[:12],
-        "dataset version": lambda one: one.data_label,
+        "dataset version": lambda one: ", ".join(map(str, one.versions_of_data())),
         "trained parameters": lambda one: f"{one.num_trainable:,}",
         "size in bytes": lambda one: f"{one.num_bytes:,}",
         "training time, s": lambda one: f"{one.provenance.get('train_seconds', 0):,.0f}",
@@ -165,6 +165,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         if isinstance(inner, dict):
             found |= _flat(inner, f"{name}.")
+        elif isinstance(inner, list) and any(isinstance(one, dict) for one in inner):
+            found |= _flat({str(number): one for number, one in enumerate(inner, start=1)}, f"{name}.")
         elif isinstance(inner, list):
             found[name] = ", ".join(map(str, inner)) or NONE
         else:

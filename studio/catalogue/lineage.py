@@ -63,7 +63,6 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
         .annotate(json=JSONObject(people=Count("user", distinct=True), **preferred))
         .values("json")
     )
-    mix = AdapterDataset.objects.filter(adapter=OuterRef("pk")).order_by("place")
     scores = Prefetch("scores", Score.objects.select_related("run__suite"))
     return (
         team.adapters.prefetch_related(scores)
@@ -81,9 +80,15 @@ def adapters_for_page(team: Team) -> QuerySet[Adapter]:
             ),
             sample_counts=Subquery(samples),
             choice_counts=Subquery(choices),
-            mixed_rows=ArraySubquery(mix.values(json=JSONObject(**AdapterDataset.ROW))),
+            mixed_rows=mixed_rows(),
         )
     )
+
+
+def mixed_rows() -> ArraySubquery:
+    """The further datasets of an adapter in their order, as the annotation `mixed_rows` that `Adapter.mixed` reads."""
+    mix = AdapterDataset.objects.filter(adapter=OuterRef("pk")).order_by("place")
+    return ArraySubquery(mix.values(json=JSONObject(**AdapterDataset.ROW)))
 
 
 def training_cost(adapter: Adapter) -> Cost:

@@ -16,6 +16,7 @@ from django.views.decorators.http import require_GET, require_POST
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import record
 from studio.catalogue import listing, saved_views
+from studio.catalogue.lineage import mixed_rows
 from studio.catalogue.models import Adapter, SavedView, Score, TestSet
 from studio.csv_tables import csv_response
 from studio.query_values import whole_number
@@ -159,7 +160,8 @@ def _json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 def adapters_by_id(request: TeamRequest, ids: list[int]) -> list[Adapter]:
     """The team's adapters of these numbers, in their order; others are left out."""
-    rows = request.team.adapters.select_related("base_model", "dataset_version__dataset", "created_by").defer(
+    rows = request.team.adapters.annotate(mixed_rows=mixed_rows())
+    rows = rows.select_related("base_model", "dataset_version__dataset", "created_by").defer(
         "files",
         "card",
         "suspicious",

@@ -62,30 +62,41 @@ def recipe_sections(recipe: dict[str, Any], asked: dict[str, Any] | None = None)
 
 
 def _mixture_rows(recipe: dict[str, Any]) -> Iterator[RecipeRow]:
-    """The datasets of a recipe of several, with their weights."""
+    """The datasets of a recipe of several, with their weights and how rows of each are held out."""
     mix = recipe.get("mix", ())
     if not mix:
         return
-    main = str(recipe.get("dataset", {}).get("name", ""))
-    yield RecipeRow("Dataset 1", f"{main}, weight 1", help="An epoch is one pass over it.", is_told=True)
+    main = recipe.get("dataset", {})
+    value = f"{main.get('name', '')}, weight 1, {_held_out(main)}"
+    yield RecipeRow("Dataset 1", value, help="An epoch is one pass over it.", is_told=True)
     for number, one in enumerate(mix, start=2):
-        weight = _text(one.get("weight", 1.0))
-        yield RecipeRow(
-            f"Dataset {number}", f"{one.get('name', '')}, weight {weight}", help="Rows for each row of dataset 1.",
-            is_told=True,
-        )  # fmt: skip
+        value = f"{one.get('name', '')}, weight {_text(one.get('weight', 1.0))}, {_held_out(one)}"
+        yield RecipeRow(f"Dataset {number}", value, help="Rows for each row of dataset 1.", is_told=True)
+        # That of dataset 1 is among the held-out rows.
+        if frozen := one.get("split"):
+            yield RecipeRow(f"Dataset {number} split's sha256", frozen["sha256"])
+
+
+def _held_out(source: dict[str, Any]) -> str:
+    """How rows of one of several datasets are held out."""
+    frozen = source.get("split")
+    return f"split “{_split_name(frozen)}”" if frozen else "held-out share"
+
+
+def _split_name(frozen: dict[str, Any]) -> str:
+    return str(frozen["name"] or frozen["sha256"][:12])
 
 
 def _split_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:
-    """The frozen split, or where there is none how rows are held out."""
-    frozen = recipe.get("dataset", {}).get("split")
-    if not frozen:
+    """The frozen split of the main dataset, and how rows are held out of every dataset that has none."""
+    splits = [one.get("split") for one in (recipe.get("dataset", {}), *recipe.get("mix", ()))]
+    if frozen := splits[0]:
+        yield RecipeRow("Split", _split_name(frozen), is_changed=True)
+        yield RecipeRow("Split's sha256", frozen["sha256"])
+        for part in ("train", "validation", "test"):
+            yield RecipeRow(f"Rows of {part}", f"{frozen[f'num_{part}']:,}", "rows")
+    if not all(splits):
         yield from _rows(SplitSettings, recipe.get("split", {}), asked.get("split", {}))
-        return
-    yield RecipeRow("Split", frozen["name"] or frozen["sha256"][:12], is_changed=True)
-    yield RecipeRow("Split's sha256", frozen["sha256"])
-    for part in ("train", "validation", "test"):
-        yield RecipeRow(f"Rows of {part}", f"{frozen[f'num_{part}']:,}", "rows")
 
 
 def _method_rows(recipe: dict[str, Any], asked: dict[str, Any]) -> Iterator[RecipeRow]:

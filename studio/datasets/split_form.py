@@ -7,6 +7,7 @@ from typing import Any
 
 from django import forms
 
+from studio.hidden_characters import visible
 from workers.errors import RecipeProblems
 from workers.splits.asked import PARTS, SplitRequest
 
@@ -69,7 +70,7 @@ class SplitForm(forms.Form):
 
     def __init__(self, *args: Any, column_names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        columns = [("", "none"), *((name, name) for name in column_names)]
+        columns = [("", "none"), *((name, visible(name)) for name in column_names)]
         for name in ("part_column", "group_column", "stratify_column"):
             self.fields[name].choices = columns  # type: ignore[attr-defined]
 

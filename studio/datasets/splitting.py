@@ -26,6 +26,7 @@ from studio.accounts.models import ApiToken, User, record
 from studio.datasets.blobs import lock_blob, remove_unused_blob
 from studio.datasets.inspecting import DEAD_AFTER, InspectionFailedError, run_child, send_task
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
+from studio.datasets.uploads import clean_name
 from studio.storage import incoming_blob
 from studio.streaming import file_chunks
 from workers.errors import ExplainedError
@@ -66,6 +67,7 @@ def ask_split(
     Raises:
         SplitRefusedError: the version has no rows to divide, or has a split of this name or by this question.
     """
+    name = clean_name(name)
     if not version.is_ready() or not version.num_usable:
         raise SplitRefusedError(
             f"{version} has no usable rows that could be divided.", next_step="Wait until it is inspected, or mend it."
@@ -178,10 +180,13 @@ def delete_split(split: DatasetSplit, *, user: User, token: ApiToken | None = No
             return
         if users := users_of(found):
             names = ", ".join(f"“{one.name}”" for one in users[:3]) + (", …" if users[3:] else "")
-            raise SplitRefusedError(
-                f"{len(users)} jobs and adapters were made with “{found.name}” ({names}), so it stays: without it they "
-                "could not be made again."
+            made, they = (
+                ("One job or adapter was", "that") if len(users) == 1 else
+                (f"{len(users)} jobs and adapters were", "they")
             )  # fmt: skip
+            raise SplitRefusedError(
+                f"{made} made with “{found.name}” ({names}), so it stays: without it {they} could not be made again."
+            )
         record("dataset.split_deleted", team=found.version.dataset.team, user=user, token=token, target=found)
         found.delete()
         if found.sha256:

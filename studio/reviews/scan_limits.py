@@ -15,6 +15,7 @@ from django.db.models import Case, Count, OuterRef, QuerySet, Subquery, When
 from django.db.models.functions import JSONObject
 from django.urls import reverse
 from django.utils import timezone
+from django.utils.text import get_text_list
 
 from studio.accounts.models import ApiToken, Team, User, record
 from studio.datasets.models import DatasetScan, DatasetVersion, ScanFinding, ScanState
@@ -207,8 +208,16 @@ def _num_found(scan: Mapping[str, Any]) -> int:
 
 
 def _remedy(blocks: list[Standing]) -> str:
-    if all(one.state in {ScanState.WAITING, ScanState.RUNNING} for one in blocks):
-        return "Wait until it is over: the dataset's scans say how far it is."
-    if any(one.may_be_run() for one in blocks):
-        return "Run it on the dataset's scans page."
-    return "Mend or remove these rows, which the dataset's scans list, and upload a new version."
+    """What to do about every scan that blocks: those that ask for the same in one sentence."""
+    labels_of: dict[str, list[str]] = {}
+    for one in blocks:
+        labels_of.setdefault(_remedy_of(one), []).append(f"“{one.label}”")
+    return " ".join(remedy.format(get_text_list(labels, "and")) for remedy, labels in labels_of.items())
+
+
+def _remedy_of(block: Standing) -> str:
+    if block.may_be_run():
+        return "Run {} on the dataset's scans page."
+    if block.state in {ScanState.WAITING, ScanState.RUNNING}:
+        return "Wait for the result of {}: the dataset's scans say how far it is."
+    return "Mend or remove the rows that {} found, which the dataset's scans list, and upload a new version."

@@ -20,6 +20,7 @@ from studio.datasets import inspecting
 from studio.datasets.models import DatasetVersion
 from studio.datasets.repairing import queue_repair, repair
 from studio.datasets.scanning import scan_next
+from studio.datasets.splitting import ask_split, freeze
 from tests.conftest import make_member, signed_in
 from tests.end_to_end.browsing import Browser, open_browser, require_chromium
 from tests.factories import make_adapter, make_score
@@ -33,6 +34,7 @@ from tests.web_server import web_server
 from workers.events import AnswersEvent, FixedPrompt, PromptsEvent
 from workers.results import RunRowRecord, SampleRecord, SuspiciousRecord
 from workers.scans import scans
+from workers.splits.asked import SplitRequest
 
 pytestmark = pytest.mark.django_db
 
@@ -84,6 +86,7 @@ PAGES = {
     "versions/": 0,
     "statistics/": 0,
     "used-by/": 0,
+    "splits/": 0,
 }
 
 
@@ -122,6 +125,33 @@ def test_a_corrected_version_shows_before_and_after_as_text(upload: Upload, bob_
     made = DatasetVersion.objects.get(dataset=version.dataset, number=2)
     inspecting.inspect(made.pk)
     look(bob_client, f"{made.get_absolute_url()}corrections/", at_least=5)
+
+
+def test_the_pages_of_splits_show_columns_values_and_reasons_as_text(
+    upload: Upload, alice: User, bob_client: Client
+) -> None:
+    few, many = f"{MARKUP[1]}\u202e", f"{MARKUP[0]} \u200b"
+    rows = [
+        {"prompt": f"What is {number}?", "completion": f"It is {number}.", few: TEXTS[number % 10], many: f"v{number}"}
+        for number in range(600)
+    ]
+    version = upload(jsonl(rows))
+    assert {few, many} <= set(version.column_names), "both can be chosen"
+    # Of nine rows for ten values one is without any, which the notes tell.
+    asked = {"method": "count", "validation": 0, "test": 9, "keep_together": "nothing"}
+    made, failed = (
+        ask_split(version, SplitRequest.from_dict(asked | {"stratify_column": column}), name="", user=alice)
+        for column in (few, many)
+    )
+    for split, state in ((made, "done"), (failed, "failed")):
+        freeze(split.pk)
+        split.refresh_from_db()
+        assert split.state == state, split.error
+    look(bob_client, made.get_absolute_url(), at_least=10)
+    look(bob_client, failed.get_absolute_url(), at_least=2)
+    look(bob_client, failed.get_absolute_url(), at_least=1, **{"HX-Request": "true"})
+    # Each of the three selects offers both columns.
+    look(bob_client, f"{version.get_absolute_url()}splits/", at_least=6)
 
 
 def test_an_adapters_samples_suspicious_rows_and_blind_choices_show_it_as_text(

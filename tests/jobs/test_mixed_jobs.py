@@ -65,6 +65,21 @@ def post(client: Client, *arguments: Any, **changes: Any) -> Any:
     return client.post(reverse("jobs:new"), form_data(*arguments, **changes))
 
 
+def test_the_further_datasets_of_a_job_are_read_with_their_names_at_once(
+    base_model: BaseModel, version: DatasetVersion, faq: DatasetVersion, team: Team, alice: User,
+    bob_client: Client, django_assert_num_queries: DjangoAssertNumQueries,
+) -> None:  # fmt: skip
+    more = make_dataset_version(team, alice, name="Colours", rows=colour_rows(40))
+    answer = post(bob_client, base_model, version, (faq, "0.5"), (more, "1"))
+    assert answer.status_code == 302, answer.text
+    job = Job.objects.get()
+    with django_assert_num_queries(1):
+        assert [str(one) for one in job.mixed_versions()] == ["FAQ v1", "Colours v1"]
+    job = Job.objects.prefetch_related("mix__dataset_version__dataset").get()
+    with django_assert_num_queries(0):
+        assert [str(one) for one in job.mixed_versions()] == ["FAQ v1", "Colours v1"]
+
+
 # --- the form --------------------------------------------------------------------------------------------------------
 
 

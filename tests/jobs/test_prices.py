@@ -89,6 +89,9 @@ def test_hours_before_there_was_a_price_are_said_and_in_no_sum(team: Team, bob: 
     assert f"3.00{EUR}" in page
     assert "2.00 GPU-hours of them ran before your team had set a price" in page
     assert "2.00 GPU-hours had no price yet" in bob_client.get("/jobs/limits/").text
+    _token, secret = ApiToken.issue(team=team, user=bob, name="costs", scopes=["read"])
+    shown = Client().get("/api/v1/limits/", headers={"Authorization": f"Bearer {secret}"}).json()
+    assert (shown["gpu_hours"], shown["unpriced_gpu_hours"]) == (pytest.approx(3, abs=0.01), pytest.approx(2, abs=0.01))
 
 
 def test_a_changed_currency_leaves_what_was_paid_as_it_was(team: Team, bob: User) -> None:

@@ -143,7 +143,11 @@ def test_the_api_takes_a_split_by_its_id(
     job = made.json()["id"]
     copy = client.post(f"/api/v1/jobs/{job}/duplicate/", {"name": "y"}, content_type="application/json")
     assert copy.json()["recipe"]["dataset"]["split"]["sha256"] == split.sha256
-    other = post(f"{job}/duplicate/")
+    same = post(f"{job}/duplicate/")
+    assert same.json()["recipe"]["dataset"]["split"]["sha256"] == split.sha256, "its own version keeps its split"
+    foreign = make_dataset_version(team, alice, name="Other", num_rows=60)
+    other = post(f"{job}/duplicate/", dataset_version=foreign.pk)
+    assert other.json()["recipe"]["dataset"]["sha256"] == foreign.sha256
     assert "split" not in other.json()["recipe"]["dataset"]
 
 
@@ -161,7 +165,7 @@ def test_a_job_keeps_its_split_and_names_none_that_is_not_its_datasets(
         )  # fmt: skip
 
     job = queue(recipe, "one")
-    with pytest.raises(SplitRefusedError, match="1 jobs and adapters were made with “Mine”"):
+    with pytest.raises(SplitRefusedError, match="One job or adapter was made with “Mine”"):
         delete_split(split, user=alice)
     command = trainer_command(job, job_folder(job.pk))
     assert command[command.index("--split-file") + 1] == str(blob_path(split.sha256))

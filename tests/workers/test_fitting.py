@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.workers.test_resolving import SEVEN_B
@@ -120,7 +122,14 @@ def test_a_shorter_length_is_the_longest_that_fits_and_says_which_share_it_cuts(
     longer = resolve(asked.model_copy(update={"training": training}), SEVEN_B, UNEVEN, card)
     assert estimate(longer, SEVEN_B, UNEVEN, card).verdict != "fits"
     cut = sum(rows for bound, rows in HISTOGRAM.items() if bound > length)
-    assert shorter.cost == f"up to {cut / 10:.2g} % of the rows lose their ends"
+    assert shorter.cost == f"up to {float(f'{cut / 10:.2g}'):g} % of the rows lose their ends"
+
+
+@pytest.mark.parametrize(("long_rows", "fate"), [("cut", "lose their ends"), ("leave_out", "are left out")])
+def test_a_shorter_length_says_what_becomes_of_longer_rows(long_rows: str, fate: str) -> None:
+    asked = recipe(micro_batch_size=8, gradient_checkpointing=False, long_rows=long_rows)
+    shorter = next(one for one in found(asked, 48) if one.words.startswith("rows of at most"))
+    assert re.fullmatch(rf"up to [\d.]+ % of the rows {fate}", shorter.cost)
 
 
 def test_a_lower_rank_keeps_the_adapters_factor() -> None:

@@ -78,7 +78,8 @@ def make_split(
         if rows.strata is not None:
             notes += _notes_of_strata(part_N, rows.strata)
     if asked.group_column and (num := rows.groups.count(0)):
-        notes.append(f"{num:,} rows have nothing in “{asked.group_column}”: each is a group of its own.")
+        rows_have, each = ("One row has", "it") if num == 1 else (f"{num:,} rows have", "each")
+        notes.append(f"{rows_have} nothing in “{asked.group_column}”: {each} is a group of its own.")
     lines_N = np.array(rows.lines, np.int64)
     lines = {part: lines_N[part_N == number].tolist() for number, part in enumerate(PARTS)}
     split = FrozenSplit(
@@ -108,9 +109,9 @@ def _notes_of_column(
             notes.append("No value means test, so the rows of validation are the test part: something must be scored.")
     why = _why_together(asked)
     for part, num in lost.items():
+        rows_are = f"One row of {part} is" if num == 1 else f"{num:,} rows of {part} are"
         notes.append(
-            f"{num:,} rows of {part} are left out because rows of a part that is measured on {why}. The column's own "
-            "test rows stay."
+            f"{rows_are} left out because rows of a part that is measured on {why}. The column's own test rows stay."
         )
     return notes
 

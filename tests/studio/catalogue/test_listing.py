@@ -14,6 +14,7 @@ from django.urls import reverse
 
 from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue import listing
+from studio.catalogue.compare_pages import NONE
 from studio.catalogue.models import Adapter, AdapterState, Alias, EvaluationRun, SavedView, Score, TestSet
 from tests.conftest import signed_in
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_result, make_score
@@ -238,6 +239,28 @@ def test_the_comparison_shows_what_differs_and_says_what_cannot_be_compared(
     assert "settings.rank,64,16" in b"".join(answer.streaming_content).decode()
 
 
+def test_the_comparison_names_every_dataset_of_a_mixture_and_each_of_its_settings(
+    make: Any, team: Team, alice: User, alice_client: Client
+) -> None:
+    one, faq = make("one"), make_dataset_version(team, alice, name="FAQ", num_rows=20)
+    metrics = ["loss", {"name": "regex", "settings": {"pattern": "a+"}}]
+    mixture = make_adapter(
+        team, alice, name="mixture", base_model=one.base_model, dataset_version=one.dataset_version, mixed=[faq],
+        evaluation={"metrics": metrics},
+    )  # fmt: skip
+    answer = alice_client.get(f"/models/compare/?runs={one.pk},{mixture.pk}&as=csv")
+    told = {name: values for name, *values in csv.reader(io.StringIO(b"".join(answer.streaming_content).decode()))}
+    assert told["dataset version"] == [str(one.dataset_version), f"{one.dataset_version}, FAQ v1"]
+    assert told["mix.1.name"] == [NONE, "FAQ v1"]
+    assert told["mix.1.weight"] == [NONE, "0.5"]
+    assert told["mix.1.sha256"] == [NONE, faq.sha256]
+    assert (told["evaluation.metrics.1"][1], told["evaluation.metrics.2.settings.pattern"][1]) == ("loss", "a+")
+    assert not any("{" in value for values in told.values() for value in values), "no program's notation"
+    page = alice_client.get(f"/models/compare/?runs={one.pk},{mixture.pk}").text
+    assert "mix.1.weight" in page
+    assert f"{one.dataset_version}, FAQ v1" in page
+
+
 def test_at_most_ten_are_compared_and_only_the_teams(
     make: Any, alice_client: Client, other_team: Team, charlie: User
 ) -> None:
@@ -250,8 +273,14 @@ def test_at_most_ten_are_compared_and_only_the_teams(
     assert alice_client.get("/models/compare/?runs=x,,9999999999").status_code == 200
 
 
-def test_list_and_comparison_keep_to_eight_queries(make: Any, alice_client: Client) -> None:
-    ids = ",".join(str(make(f"adapter-{number}").pk) for number in range(10))
+def test_list_and_comparison_keep_to_eight_queries(make: Any, team: Team, alice: User, alice_client: Client) -> None:
+    made = [make(f"adapter-{number}") for number in range(8)]
+    main, faq = made[0].dataset_version, make_dataset_version(team, alice, name="FAQ", num_rows=20)
+    made += [
+        make_adapter(team, alice, name=f"mixture-{number}", base_model=made[0].base_model, dataset_version=main,
+                     mixed=[faq]) for number in range(2)
+    ]  # fmt: skip
+    ids = ",".join(str(one.pk) for one in made)
     for url in ("/models/?q=adapter&tag=x", "/models/", f"/models/compare/?runs={ids}"):
         alice_client.get(url)
         with CaptureQueriesContext(

@@ -126,7 +126,7 @@ def test_the_cards_front_matter_has_the_figures_of_each_dataset(
 def test_the_recipe_table_has_the_mixture_in_short_and_in_full(adapter: Adapter) -> None:
     (mixture,) = (section for section in recipe_sections(adapter.recipe) if section.title == "Mixture")
     assert [(row.label, row.value) for row in mixture.rows] == [
-        ("Dataset 1", "Support, weight 1"), ("Dataset 2", "FAQ v1, weight 0.5")
+        ("Dataset 1", "Support, weight 1, held-out share"), ("Dataset 2", "FAQ v1, weight 0.5, held-out share")
     ]  # fmt: skip
     assert mixture.chosen == mixture.rows
     assert not any(row.is_changed for row in mixture.rows)

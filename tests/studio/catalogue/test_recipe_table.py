@@ -38,3 +38,35 @@ def test_the_default_metrics_are_no_change_and_one_that_is_gone_keeps_its_name()
     assert gone["Metrics"].value == "beauty; regex"
     assert gone["beauty: taste"].value == "mine"
     assert gone["Regular expression: x"].value == "1"
+
+
+def split(name: str, digit: str) -> dict[str, Any]:
+    return {"name": name, "sha256": digit * 64, "num_train": 30, "num_validation": 0, "num_test": 9}
+
+
+def test_the_split_of_every_dataset_of_a_mixture_is_shown() -> None:
+    def tables(main: dict[str, Any], further: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+        recipe = {
+            "dataset": {"name": "Support v1", **main},
+            "mix": [{"name": "FAQ v1", "weight": 0.5, **further}],
+            "split": {"held_out_share": 0.2},
+        }
+        found = {one.title: {row.label: row.value for row in one.rows} for one in recipe_sections(recipe)}
+        return found["Mixture"], found["Held-out rows"]
+
+    mine, other, unnamed = ({"split": split(name, digit)} for name, digit in (("Mine", "a"), ("Mine", "b"), ("", "c")))
+    mixture, held_out = tables({}, mine)
+    assert mixture == {
+        "Dataset 1": "Support v1, weight 1, held-out share",
+        "Dataset 2": "FAQ v1, weight 0.5, split “Mine”",
+        "Dataset 2 split's sha256": "a" * 64,
+    }
+    assert held_out == {"Held-out share": "0.2"}
+    assert tables({}, mine) != tables({}, other), "two splits of the same name"
+    mixture, held_out = tables(mine, {})
+    assert list(mixture.values()) == ["Support v1, weight 1, split “Mine”", "FAQ v1, weight 0.5, held-out share"]
+    assert held_out["Split's sha256"] == "a" * 64
+    assert held_out["Held-out share"] == "0.2", "the settings hold out rows of FAQ"
+    mixture, held_out = tables(mine, unnamed)
+    assert mixture["Dataset 2"] == "FAQ v1, weight 0.5, split “cccccccccccc”"
+    assert "Held-out share" not in held_out, "no dataset is held out by it"

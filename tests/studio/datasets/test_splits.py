@@ -85,6 +85,8 @@ def test_the_same_question_and_the_same_name_are_refused(upload: Upload, bob: Us
     with pytest.raises(SplitRefusedError, match="has a split “Mine” already") as caught:
         ask_split(version, SplitRequest.from_dict({"test": 0.3}), name="Mine", user=bob)
     assert caught.value.field == "name"
+    with pytest.raises(SplitRefusedError, match="has a split “Mine” already"):
+        ask_split(version, SplitRequest.from_dict({"test": 0.3}), name=" Mine\u202e\u200b", user=bob)
     assert frozen(version, bob, test=0.3).name == "Split 1"
     with pytest.raises(IntegrityError), transaction.atomic():
         DatasetSplit.objects.create(

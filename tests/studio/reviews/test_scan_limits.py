@@ -157,6 +157,24 @@ def test_a_scan_without_a_result_blocks_too_and_says_so(
         queue(version, bob, base)
 
 
+def test_each_scan_that_blocks_has_its_own_remedy(
+    team: Team, alice: User, bob: User, version: DatasetVersion, base: BaseModel
+) -> None:
+    names = ["secrets", "exact_duplicates", "near_duplicates", "personal_data"]
+    limit(team, alice, **{name: ScanLimit(0) for name in names})
+    version.scans.filter(name="exact_duplicates").update(state=ScanState.RUNNING)
+    version.scans.filter(name="near_duplicates").update(state=ScanState.FAILED)
+    version.scans.filter(name="personal_data").delete()
+    with pytest.raises(BlockedByScanError) as caught:
+        queue(version, bob, base)
+    told = caught.value.next_step
+    labels = {name: scans()[name].label for name in scans() if name in names}
+    assert f"Wait for the result of “{labels['exact_duplicates']}”: the dataset's scans say how far it is." in told
+    to_run = [f"“{label}”" for name, label in labels.items() if name in {"near_duplicates", "personal_data"}]
+    assert f"Run {' and '.join(to_run)} on the dataset's scans page." in told
+    assert "Mend or remove the rows that “Secrets” found, which the dataset's scans list" in told
+
+
 def test_one_that_is_not_for_such_rows_does_not_block(team: Team, alice: User, version: DatasetVersion) -> None:
     limit(team, alice, secrets=ScanLimit(0))
     version.scans.filter(name="secrets").update(state=ScanState.SKIPPED)

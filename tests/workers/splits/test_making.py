@@ -110,7 +110,7 @@ def test_a_group_is_never_on_two_sides(tmp_path: Path, together: str) -> None:
             of_customer.setdefault(row["customer"], set()).add(parts[line])
     assert len(of_customer) == 37 == found.report["num_groups"]
     assert {len(found) for found in of_customer.values()} == {1}
-    assert "1 rows have nothing in “customer”: each is a group of its own." in found.report["notes"]
+    assert "One row has nothing in “customer”: it is a group of its own." in found.report["notes"]
 
 
 def test_a_group_that_is_larger_than_a_part_is_said(tmp_path: Path) -> None:
@@ -188,6 +188,14 @@ def test_training_rows_of_a_column_that_leak_into_its_test_rows_are_left_out(tmp
     num_lost = len(plain.split.train) - len(found.split.train)
     assert num_lost > 0
     assert any(note.startswith(f"{num_lost:,} rows of train are left out") for note in found.report["notes"])
+
+
+def test_a_single_row_that_leaks_is_told_as_one(tmp_path: Path) -> None:
+    rows = [{**row, "split": "test" if number >= 30 else "train"} for number, row in enumerate(clean_rows(40))]
+    rows.append({**rows[-1], "split": "train"})
+    found = made(write(tmp_path / "rows.jsonl", rows), method="column", part_column="split", keep_together="equal")
+    assert len(found.split.train) == 30
+    assert any(note.startswith("One row of train is left out because") for note in found.report["notes"])
 
 
 def test_the_same_question_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
