@@ -40,6 +40,11 @@ def hand_written(
         if device.type == "cuda":
             say(f"The model's own blocks are used, which are slower: {reason}.")
         return None
+    except Exception as error:
+        if is_out_of_memory(error) or is_gpu_failure(error):
+            raise
+        warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {_first_line(error)}")
+        return None
     try:
         off = agrees(engine, model, sample, loss, tolerance=TOLERANCE.get(_dtype(model), 0.1))
     except Exception as error:

@@ -185,19 +185,25 @@ def _group(modules: Sequence[Any], how: Making, *, reads_norm: bool = True) -> G
     ]
     if bases[0].weight.is_cuda and bases[0].weight.dtype == torch.float32:
         raise NotByHandError("its weights are float32, which no flash attention takes")
-    kinds = {type(base).__name__ for base in bases}
-    if kinds == {"Linear"}:
+    kinds = {type(base) for base in bases}
+    if kinds == {nn.Linear}:
         weights: Weights = widen(bases) if how.is_wide and reads_norm else Apart(bases)
         return Group(layers, weights, bases[0].weight.dtype)
-    if kinds == {"Linear4bit"}:
+    if all(_is_4_bit(base) for base in bases):
         dtype = bases[0].compute_dtype
         return Group(layers, Quantised(bases, dtype, how.scratch if how.is_wide else None), dtype)
-    raise NotByHandError(f"{' and '.join(sorted(kinds))} are not linear layers that are written by hand")
+    names = " and ".join(sorted(kind.__name__ for kind in kinds))
+    raise NotByHandError(f"{names} is not a linear layer that is written by hand")
+
+
+def _is_4_bit(module: Any) -> bool:
+    """Whether it is bitsandbytes' layer; peft's adapters of such a layer bear the same name."""
+    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
 
 
 def _branch(module: Any) -> Branch | None:
     if not isinstance(module, LoraLayer):
-        if type(module) is not nn.Linear and type(module).__name__ != "Linear4bit":
+        if type(module) is not nn.Linear and not _is_4_bit(module):
             raise NotByHandError(f"an adapter made a {type(module).__name__} of it")
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]

@@ -24,6 +24,8 @@ from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
 from workers.losses import summed_cross_entropy
+from workers.methods import get_method
+from workers.recipe import Precision
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -208,6 +210,14 @@ def test_blocks_that_nobody_wrote_by_hand_say_why() -> None:
         install(make_model("llama").requires_grad_(True), is_wide=False)
     with pytest.raises(NotByHandError, match="GPT2LMHeadModel keeps its layers elsewhere"):
         install(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=97)), is_wide=False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_layers_of_other_adapters_are_not_taken_for_plain_ones(tmp_path: Path, precision: Precision) -> None:
+    base = load(make_tiny_base(tmp_path / "base"), precision, "cpu", compute_dtype=torch.float32).model
+    method = get_method("ia3")
+    with pytest.raises(NotByHandError, match="an adapter made a"):
+        install(method.attach(base, method.read_settings({})), is_wide=False)
 
 
 def test_a_gradient_is_given_once() -> None:
