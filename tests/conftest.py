@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def quick_settings() -> Iterator[None]:
         PASSWORD_HASHERS=["django.contrib.auth.hashers.MD5PasswordHasher"],
     ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def unlimited_memory() -> Iterator[None]:
+    """A test that limits the memory of this process, as our limited children do, would fail those behind it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    yield
+    assert resource.getrlimit(resource.RLIMIT_AS) == before, "run what limits its memory in a process of its own"
 
 
 def make_member(username: str, team: Team, role: Role) -> User:
