@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from workers.base_folders import read_base_folder
 from workers.device_errors import is_gpu_failure, is_out_of_memory
-from workers.errors import BaseModelError
+from workers.errors import BaseModelError, first_line
 from workers.memory import cpu_has_fast_bfloat16
 from workers.quantised import QuantisedCache
 from workers.recipe import Precision
@@ -166,7 +166,7 @@ def _pretend_from(model: Any, folder: Path) -> None:
 
 def _cannot_load(error: Exception) -> BaseModelError:
     return BaseModelError(
-        f"transformers cannot load the base model: {_first_line(error)}",
+        f"transformers cannot load the base model: {first_line(error)}",
         next_step="Choose a causal language model of a family that transformers supports.",
     )
 
@@ -204,8 +204,3 @@ def _check_finite(model: Any) -> None:
                 f"The weights contain values that are not finite, in {name}.",
                 next_step="Copy the folder again, or choose another precision if the model was saved in float32.",
             )
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith(".") else f"{line}."

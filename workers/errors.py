@@ -117,3 +117,9 @@ class DamagedAdapterError(ExplainedError):
     """A file of an adapter is missing or is not what its recorded checksum says."""
 
     code = "damaged_adapter"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, as a sentence; its type's name when it says nothing."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else f"{line}."

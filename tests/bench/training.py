@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.bench.generation import TINY
 from tests.bench.start import SHAPES
 from tests.tiny import tokenizer_json
 from workers import devices, training
@@ -46,10 +47,6 @@ from workers.rendering import Rendered
 from workers.results import OverlapRecord
 from workers.shapes import ModelShape
 
-TINY = {
-    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
 ALL_SHAPES = SHAPES | {
     "135m": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -13,6 +13,7 @@ from workers.batching import Batch
 from workers.blocks.engine import Engine, agrees, install
 from workers.blocks.families import NotByHandError
 from workers.device_errors import is_gpu_failure, is_out_of_memory
+from workers.errors import first_line
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How far loss and gradients may be from the model's own, relative: rounding alone, with room. A kernel that goes wrong
@@ -43,7 +44,7 @@ def hand_written(
     except Exception as error:
         if is_out_of_memory(error) or is_gpu_failure(error):
             raise
-        warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {_first_line(error)}")
+        warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {first_line(error)}")
         return None
     try:
         off = agrees(engine, model, sample, loss, tolerance=TOLERANCE.get(_dtype(model), 0.1))
@@ -52,7 +53,7 @@ def hand_written(
         engine.remove()
         if is_out_of_memory(error) or is_gpu_failure(error):
             raise
-        warn(f"The fast blocks do not run here, and the model's own are used: {_first_line(error)}")
+        warn(f"The fast blocks do not run here, and the model's own are used: {first_line(error)}")
         return None
     if off is not None:
         engine.remove()
@@ -68,7 +69,3 @@ def hand_written(
 def _dtype(model: Any) -> torch.dtype:
     found: torch.dtype = model.get_input_embeddings().weight.dtype
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

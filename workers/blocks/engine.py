@@ -69,8 +69,7 @@ class Engine:
         self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
-        self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        self._collect_copies()
+        self._copies = self._find_copies()
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
 
@@ -79,13 +78,15 @@ class Engine:
             for half in block.sublayers:
                 yield from (half.inputs, half.outputs)
 
-    def _collect_copies(self) -> None:
-        self._copies = {}
+    def _find_copies(self) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
+        """What is copied before a step, by its factor: from where, and to where."""
+        found: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for group in self._groups():
             for source, target, factor in group.copies():
-                sources, targets = self._copies.setdefault(factor, ([], []))
+                sources, targets = found.setdefault(factor, ([], []))
                 sources.append(source)
                 targets.append(target)
+        return found
 
     def refresh(self) -> None:
         """Takes over what the optimizer has changed; to be called before the batches of each step."""
@@ -160,7 +161,7 @@ class Engine:
         for group in self._groups():
             if isinstance(group.weights, Quantised):
                 group.weights = group.weights.kept()
-        self._collect_copies()
+        self._copies = self._find_copies()
 
     def keep_least(self) -> None:
         """Each block keeps its input alone, as with gradient checkpointing."""

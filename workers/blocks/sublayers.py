@@ -56,6 +56,17 @@ class Kept:
     body: Any = None
 
 
+@dataclass(kw_only=True)
+class _Body:
+    """What a sublayer computed between its norm and its last product, and what it needs of what stands behind that:
+    the thin products of both groups' branches, and with a second norm what that normalised, and 1 / rms of it."""
+
+    thin_TR: Tensor | None
+    thin_out_TR: Tensor | None = None
+    out_TH: Tensor | None = None
+    out_inverse_T: Tensor | None = None
+
+
 class Sublayer(ABC):
     """One half of a block."""
 
@@ -87,15 +98,33 @@ class Sublayer(ABC):
         out_TK = torch.empty(x_TH.shape[0], width, dtype=x_TH.dtype, device=x_TH.device)
         return out_TK, rms_norm(x_TH, self.norm, out_TK)
 
-    def _into_stream(self, x_TH: Tensor, out_TH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What follows the last product where a norm stands there: the result, and 1 / rms of what was normalised."""
-        assert self.post_norm is not None
+    def _finish(self, x_TH: Tensor, body: _Body, inner_TN: Tensor, seed: int | None) -> Tensor:
+        """The sublayer's result from the input of its last product; `body` keeps what the way back needs."""
+        adds_here = self.adds_input and self.post_norm is None
+        out_TH, read = self.outputs.forward(inner_TN, seed=_next(seed), added_to=x_TH if adds_here else None)
+        # Not `read` itself: the product's whole input would stay with it.
+        body.thin_out_TR = read.thin_TR
+        if self.post_norm is None:
+            return out_TH
+        body.out_TH = out_TH
         normed_TH = torch.empty_like(out_TH)
-        inverse_T = rms_norm(out_TH, self.post_norm, normed_TH)
-        return (normed_TH.add_(x_TH) if self.adds_input else normed_TH), inverse_T
+        body.out_inverse_T = rms_norm(out_TH, self.post_norm, normed_TH)
+        return normed_TH.add_(x_TH) if self.adds_input else normed_TH
 
-    def _out_of_norm(self, gradient_TK: Tensor, kept: Kept, inverse_T: Tensor, gradient_TH: Tensor) -> Tensor:
-        """The gradient by the sublayer's input from that behind its norm and that of the stream."""
+    def _by_out(self, gradient_TH: Tensor, body: _Body) -> Tensor:
+        """The gradient by what the last product gave."""
+        if self.post_norm is None:
+            return gradient_TH
+        assert body.out_TH is not None
+        assert body.out_inverse_T is not None
+        return rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+
+    def _out_of_norm(
+        self, gradient_TK: Tensor | None, kept: Kept, inverse_T: Tensor, gradient_TH: Tensor
+    ) -> Tensor | None:
+        """The gradient by the sublayer's input from that behind its norm and that of the stream; None without it."""
+        if gradient_TK is None:
+            return None
         added_to = gradient_TH if self.adds_input else None
         return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, added_to)
 
@@ -108,17 +137,13 @@ class HeadNorms:
     key: Norm
 
 
-@dataclass
-class _AttentionBody:
+@dataclass(kw_only=True)
+class _AttentionBody(_Body):
     qkv_TQ: Tensor
-    thin_TR: Tensor | None
     attended: Attended
-    thin_out_TR: Tensor | None
     # With norms of heads: what was normalised, and the turned result of it; else `qkv_TQ` is turned itself.
     turned_TQ: Tensor | None = None
     inverses: tuple[Tensor, Tensor] | None = None
-    out_TH: Tensor | None = None
-    out_inverse_T: Tensor | None = None
 
 
 @dataclass
@@ -154,7 +179,7 @@ class Attention(Sublayer):
     def _body(self, normed_TK: Tensor, around: Surroundings, seed: int | None) -> _AttentionBody:
         """Everything up to what attention gives; the product behind it is not among it."""
         qkv_TQ, read = self.inputs.forward(normed_TK, seed=seed)
-        body = _AttentionBody(qkv_TQ, read.thin_TR, Attended(qkv_TQ, ()), None)
+        body = _AttentionBody(qkv_TQ=qkv_TQ, thin_TR=read.thin_TR, attended=Attended(qkv_TQ, ()))
         query, key, value = self._heads(qkv_TQ)
         if self.head_norms is not None:
             body.turned_TQ = torch.empty_like(qkv_TQ)
@@ -178,18 +203,8 @@ class Attention(Sublayer):
         normed_TK, _ = self._normed(x_TH, self.inputs.width)
         body = self._body(normed_TK, around, seed)
         del normed_TK
-        result_TH = self._finish(x_TH, body, seed)
+        result_TH = self._finish(x_TH, body, body.attended.out_TGD.flatten(1), seed)
         return result_TH, Kept(x_TH, seed, body if keeps_body else None)
-
-    def _finish(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> Tensor:
-        attended_TN = body.attended.out_TGD.flatten(1)
-        adds_here = self.adds_input and self.post_norm is None
-        out_TH, read = self.outputs.forward(attended_TN, seed=_next(seed), added_to=x_TH if adds_here else None)
-        body.thin_out_TR = read.thin_TR
-        if self.post_norm is not None:
-            body.out_TH = out_TH
-            out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
-        return out_TH
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
@@ -197,11 +212,7 @@ class Attention(Sublayer):
         if body is None:
             body = self._body(normed_TK, around, kept.seed)
             self._finish_again(kept.x_TH, body, kept.seed)
-        by_out_TH = gradient_TH
-        if self.post_norm is not None:
-            assert body.out_TH is not None
-            assert body.out_inverse_T is not None
-            by_out_TH = rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+        by_out_TH = self._by_out(gradient_TH, body)
         attended_TN = body.attended.out_TGD.flatten(1)
         by_attended_TN, of_outputs = self.outputs.backward(
             by_out_TH, Read(attended_TN, body.thin_out_TR, _next(kept.seed))
@@ -222,26 +233,20 @@ class Attention(Sublayer):
         by_normed_TK, of_inputs = self.inputs.backward(
             by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
-        by_input_TH = None
-        if by_normed_TK is not None:
-            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
         return Gradients(by_input_TH, of_inputs + of_outputs, by_prefix)
 
     def _finish_again(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> None:
         """What the backward pass needs of what stands behind attention, without more products than that takes."""
         if self.post_norm is not None:
-            self._finish(x_TH, body, seed)
+            self._finish(x_TH, body, body.attended.out_TGD.flatten(1), seed)
         elif self.outputs.branches:
             body.thin_out_TR = self.outputs.thin(body.attended.out_TGD.flatten(1), seed=_next(seed))
 
 
-@dataclass
-class _FeedForwardBody:
+@dataclass(kw_only=True)
+class _FeedForwardBody(_Body):
     gate_up_T2F: Tensor
-    thin_TR: Tensor | None
-    thin_out_TR: Tensor | None = None
-    out_TH: Tensor | None = None
-    out_inverse_T: Tensor | None = None
 
 
 @dataclass
@@ -262,9 +267,9 @@ class FeedForward(Sublayer):
     def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
         normed_TK, _ = self._normed(x_TH, self.inputs.width)
         gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed)
-        body = _FeedForwardBody(gate_up_T2F, read.thin_TR)
+        body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
         del normed_TK, read
-        result_TH = self._finish(x_TH, body, seed)
+        result_TH = self._finish(x_TH, body, self._gated(body), seed)
         return result_TH, Kept(x_TH, seed, body if keeps_body else None)
 
     def _gated(self, body: _FeedForwardBody) -> Tensor:
@@ -275,29 +280,15 @@ class FeedForward(Sublayer):
         gated(gate_up_T2F, self.activation, out_TK)
         return out_TK
 
-    def _finish(self, x_TH: Tensor, body: _FeedForwardBody, seed: int | None) -> Tensor:
-        adds_here = self.adds_input and self.post_norm is None
-        out_TH, read = self.outputs.forward(self._gated(body), seed=_next(seed), added_to=x_TH if adds_here else None)
-        # A view into the product's whole input would keep that alive.
-        body.thin_out_TR = read.thin_TR
-        if self.post_norm is not None:
-            body.out_TH = out_TH
-            out_TH, body.out_inverse_T = self._into_stream(x_TH, out_TH)
-        return out_TH
-
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
         body = kept.body
         if body is None:
             gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed)
-            body = _FeedForwardBody(gate_up_T2F, read.thin_TR)
+            body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
             if self.post_norm is not None:
-                self._finish(kept.x_TH, body, kept.seed)
-        by_out_TH = gradient_TH
-        if self.post_norm is not None:
-            assert body.out_TH is not None
-            assert body.out_inverse_T is not None
-            by_out_TH = rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+                self._finish(kept.x_TH, body, self._gated(body), kept.seed)
+        by_out_TH = self._by_out(gradient_TH, body)
         read = Read(None, None, _next(kept.seed))
         if self.outputs.branches:
             read.x_TK = self._gated(body)
@@ -311,9 +302,7 @@ class FeedForward(Sublayer):
         by_normed_TK, of_inputs = self.inputs.backward(
             by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
-        by_input_TH = None
-        if by_normed_TK is not None:
-            by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
+        by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
         return Gradients(by_input_TH, of_inputs + of_outputs)
 
 
