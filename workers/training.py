@@ -21,7 +21,7 @@ from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases, free
-from workers.batching import Batch, Plan, TokenRows, batches, collate, split_step
+from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.checkpoints import Checkpoint, Position
@@ -143,7 +143,8 @@ class Run:
     """What one attempt carries from phase to phase.
 
     `max_micro_batch_size` bounds the rows in memory at once when that is not None; `step` is the one being taken, None
-    outside the loop, and `micro_batch_size` the rows that it has in memory at once.
+    outside the loop, and `micro_batch_size` the rows that it has in memory at once. `budget` bounds the tokens of a
+    micro-batch, where hand-written blocks take it without padding.
     """
 
     recipe: Recipe
@@ -164,6 +165,7 @@ class Run:
     bases: Bases = field(default_factory=Bases)
     visits: Visits = field(default_factory=lambda: Visits(0))
     engine: Engine | None = None
+    budget: TokenBudget | None = None
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -570,24 +572,32 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )
-    if run.engine is not None and training.gradient_checkpointing is True:
-        run.engine.keep_least()
-    elif run.engine is not None and run.device.type == "cuda":
-        assert training.micro_batch_size != "auto"
-        size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
-        longest = [tokens.length(row) for row in by_length[-size:]]
-        free(run.device)
-        # Gradients and both moments come with the first step.
-        num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
-        room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
-        # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
-        run.engine.keep_what_fits(longest, free_bytes=room if run.max_micro_batch_size is None else room // 2)
+    if run.engine is not None:
+        room = _room(run, model)
+        if training.gradient_checkpointing is True:
+            run.budget = run.engine.keep_least(free_bytes=room)
+        elif room is not None:
+            longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
+            run.budget = run.engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
     try:
         yield
     finally:
         if run.engine is not None:
             run.engine.remove()
-            run.engine = None
+            run.engine = run.budget = None
+
+
+def _room(run: Run, model: Any) -> int | None:
+    """Bytes of a GPU's memory that are free for what blocks keep and work with; None of a CPU's, which has no bound
+    that could be measured."""
+    if run.device.type != "cuda":
+        return None
+    free(run.device)
+    # Gradients and both moments come with the first step.
+    num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
+    room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
+    # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
+    return room if run.max_micro_batch_size is None else room // 2
 
 
 def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
@@ -639,6 +649,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         run.say(f"Resumed at step {position.step}.")
     if run.max_micro_batch_size is not None:
         position = replace(position, micro_batch_size=min(position.micro_batch_size, run.max_micro_batch_size))
+    position = _with_budget(run, position)
     run.report(_plan_event(run, plan, parameters, position))
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
@@ -747,6 +758,17 @@ def parameter_groups(recipe: Recipe, model: Any) -> list[dict[str, Any]]:
     return [{"params": parameters, "learning_rate_factor": factor} for factor, parameters in by_factor.items()]
 
 
+def _with_budget(run: Run, position: Position) -> Position:
+    """The position with the budget of tokens that is in force: that of the attempt before, so that the same
+    micro-batches are added up, or a smaller one where memory ran out with it."""
+    if run.budget is None:
+        return replace(position, micro_batch_tokens=None)
+    before = position.micro_batch_tokens
+    if before is not None and (run.max_micro_batch_size is None or before < run.budget.tokens):
+        run.budget = replace(run.budget, tokens=before)
+    return replace(position, micro_batch_tokens=run.budget.tokens)
+
+
 @dataclass(frozen=True)
 class _Accumulated:
     """What the micro-batches of a step gave. `loss_sum` is on the device, in nats; `loss_weight` is its divisor."""
@@ -762,6 +784,7 @@ def _forward_backward(
 ) -> _Accumulated:
     """Gradients of a step's mean loss per token: the same ones in whatever micro-batches the rows are taken."""
     step_batches = list(_step_batches(run, rows, micro_batch_size))
+    run.micro_batch_size = max(len(batch.lengths) for batch in step_batches)
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
     loss_weight = sum(batch.loss_weight for batch in step_batches)
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
@@ -779,7 +802,8 @@ def _forward_backward(
             batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
-    in_order = [row for group in split_step(rows, run.data.tokens, micro_batch_size) for row in group]
+    groups = split_step(rows, run.data.tokens, micro_batch_size, run.budget)
+    in_order = [row for group in groups for row in group]
     run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)
     return _Accumulated(
         loss_sum=loss_sum,
@@ -792,7 +816,9 @@ def _forward_backward(
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
     # Hand-written blocks take rows without padding; what is learned is the same.
     packing = run.recipe.training.packing is True or run.engine is not None
-    return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
+    return batches(
+        rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0, budget=run.budget
+    )
 
 
 def _num_loss_tokens(data: Data, row: int) -> int:

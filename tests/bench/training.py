@@ -37,7 +37,7 @@ from workers.base_models import prepare_process
 from workers.base_scores import BaseScores
 from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
-from workers.events import Event, StepEvent
+from workers.events import Event, Report, ShouldStop, StepEvent
 from workers.examples import Example, Message
 from workers.memory import DatasetFacts
 from workers.methods import get_method
@@ -151,42 +151,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 seen.append((time.monotonic(), event))
 
         folder = Path(temporary)
-        ready = Ready(lengths, sizes["vocab_size"])
-        tokens, problems, num_cut = TokenRows.render(ready.examples(), ready, folder)  # type: ignore[arg-type]
-        assert not problems
-        assert not num_cut
-        # Trained prompts and prefixes begin as a text's tokens.
-        (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
         prepare_process()
         model = random_model(sizes, options.precision, device)
+        run = make_run(recipe, lengths, sizes, folder, device, report, lambda: None)
         model.name_or_path = model.config._name_or_path = str(folder)
-        run = training.Run(
-            recipe,
-            training.Folders(folder, folder, folder),
-            1,
-            device,
-            BaseFolder(folder, shape_of(sizes), [], "", 0, has_chat_template=True, context_length=8192),
-            ready,  # type: ignore[arg-type]
-            training.Data(
-                tokens,
-                list(range(len(tokens))),
-                [],
-                [],
-                0,
-                0,
-                "",
-                OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
-                [],
-                portions([len(tokens)], []),
-                frozenset(),
-            ),
-            DatasetFacts(len(tokens), sum(lengths), max(lengths)),
-            training.facts_of_device(device),
-            report,
-            lambda: None,
-            BaseScores(folder / "base_scores"),
-            visits=training.Visits(len(tokens)),
-        )
         method = get_method(options.method)
         devices.seed_everything(17)
         model = method.attach(model, method.read_settings(recipe.settings)).train()
@@ -208,6 +176,51 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][1].loss, 4),
         "last_loss": round(seen[-1][1].loss, 4), "device": devices.device_name(device), "versions": training.versions(),
     }  # fmt: skip
+
+
+def make_run(
+    recipe: Recipe,
+    lengths: list[int],
+    sizes: dict[str, int],
+    folder: Path,
+    device: torch.device,
+    report: Report,
+    should_stop: ShouldStop,
+) -> training.Run:
+    """A run over random rows of these lengths, ready for its loop, in a folder of its own."""
+    ready = Ready(lengths, sizes["vocab_size"])
+    tokens, problems, num_cut = TokenRows.render(ready.examples(), ready, folder)  # type: ignore[arg-type]
+    assert not problems
+    assert not num_cut
+    # Trained prompts and prefixes begin as a text's tokens.
+    (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
+    return training.Run(
+        recipe,
+        training.Folders(folder, folder, folder),
+        1,
+        device,
+        BaseFolder(folder, shape_of(sizes), [], "", 0, has_chat_template=True, context_length=8192),
+        ready,  # type: ignore[arg-type]
+        training.Data(
+            tokens,
+            list(range(len(tokens))),
+            [],
+            [],
+            0,
+            0,
+            "",
+            OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
+            [],
+            portions([len(tokens)], []),
+            frozenset(),
+        ),
+        DatasetFacts(len(tokens), sum(lengths), max(lengths)),
+        training.facts_of_device(device),
+        report,
+        should_stop,
+        BaseScores(folder / "base_scores"),
+        visits=training.Visits(len(tokens)),
+    )
 
 
 def shape_of(sizes: dict[str, int]) -> ModelShape:

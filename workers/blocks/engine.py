@@ -9,16 +9,26 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.batching import Batch
+from workers.batching import Batch, TokenBudget
 from workers.blocks.attention import Prefix, Rows
-from workers.blocks.budget import SAFETY, block_bytes, choose_keeping
+from workers.blocks.budget import block_bytes
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
-from workers.blocks.function import Block, Keeping, run_block
+from workers.blocks.function import Block, run_block
+from workers.blocks.keeping import (
+    MOST_TOKENS,
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    token_budget,
+    tokens_that_fit,
+)
 from workers.blocks.linears import Group
 from workers.blocks.sublayers import Surroundings
 from workers.blocks.weights import Quantised
@@ -62,6 +72,7 @@ class Engine:
         self._parts = [list(_parts(one)) for one in read]
         self.blocks = tuple(part.block for parts in self._parts for part in parts)
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
+        self._free_bytes: int | None = None  # by which `keeping` is chosen for each batch, where it is known
         self._model = model
         self._layers = tuple(layers)
         self._num_virtual_tokens = num_virtual_tokens
@@ -146,6 +157,8 @@ class Engine:
         for layer in self._layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
         lengths = [length + self._num_virtual_tokens for length in batch.lengths]
+        if self._free_bytes is not None:
+            self.keeping = choose_keeping(self._costs, num_tokens=sum(lengths), free_bytes=self._free_bytes)
         self._rows = Rows.of(lengths, batch.input_ids.device)
         try:
             yield
@@ -163,25 +176,37 @@ class Engine:
                 group.weights = group.weights.kept()
         self._copies = self._find_copies()
 
-    def keep_least(self) -> None:
-        """Each block keeps its input alone, as with gradient checkpointing."""
-        self.keeping = ["input"] * len(self.blocks)
-
-    def keep_what_fits(self, lengths: Sequence[int], *, free_bytes: int) -> None:
-        """Settles what each block keeps, for batches of rows of up to these lengths, in tokens of their own; and where
-        there is memory beyond that, weights in 4 bits are computed back once."""
+    @cached_property
+    def _costs(self) -> list[BlockBytes]:
         element = _plain(self._model).get_input_embeddings().weight.element_size()
-        costs = [
+        return [
             block_bytes(part.block, element, has_adapter=part.adapter is not None)
             for parts in self._parts
             for part in parts
         ]
-        num_tokens = sum(lengths) + len(lengths) * self._num_virtual_tokens
-        self.keeping = choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes)
+
+    def keep_least(self, *, free_bytes: int | None = None) -> TokenBudget | None:
+        """Each block keeps its input alone, as with gradient checkpointing. Gives what a micro-batch may have for that
+        to stay within `free_bytes`, where these are known."""
+        self._free_bytes = None
+        self.keeping = ["input"] * len(self.blocks)
+        if free_bytes is None:
+            return None
+        fitting = tokens_that_fit(self._costs, "input", free_bytes=free_bytes)
+        return TokenBudget(max(1, min(fitting, MOST_TOKENS)), self._num_virtual_tokens)
+
+    def keep_what_fits(self, *, free_bytes: int, num_tokens: int) -> TokenBudget:
+        """From here on what blocks keep of each batch is chosen by its size; and where there is memory beyond that,
+        weights in 4 bits are computed back once. Gives what a micro-batch should have.
+
+        `num_tokens` are the most of a step's rows, `free_bytes` what is free beside weights and optimizer.
+        """
         copies = sum(group.weights.copy_bytes() for group in self._groups())
-        needed = num_tokens * (sum(cost.all for cost in costs) + max(cost.working for cost in costs))
-        if copies and needed + copies < SAFETY * free_bytes:
+        if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
             self.keep_copies()
+            free_bytes -= copies
+        self._free_bytes = free_bytes
+        return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self._num_virtual_tokens)
 
     def remove(self) -> None:
         """Leaves the model as it was."""

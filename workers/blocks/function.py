@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.blocks.attention import Prefix
+from workers.blocks.keeping import Keeping
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
-
-Keeping = Literal["all", "attention", "input"]
-"""What a block keeps for the way back: what both sublayers computed; attention's alone; or only its own input, from
-which it computes everything again."""
 
 
 @dataclass(frozen=True)

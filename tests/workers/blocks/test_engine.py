@@ -19,7 +19,7 @@ from workers.bases import share, weights_digest
 from workers.batching import Batch
 from workers.blocks.engine import agrees, install
 from workers.blocks.families import NotByHandError, make_room
-from workers.blocks.function import Keeping
+from workers.blocks.keeping import Keeping
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
