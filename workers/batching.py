@@ -315,28 +315,38 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: int) -> Batch:
+def _end_with_loss(tokens: TokenRows, row: int, most: int | None) -> slice:
+    """The whole row, or so many of its tokens as `most` says, up to its last one with loss."""
+    if most is None or tokens.length(row) <= most:
+        return slice(0, tokens.length(row))
+    stop = max(most, int(np.flatnonzero(tokens.trained(row))[-1]) + 1)
+    return slice(stop - most, stop)
+
+
+def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: int, most: int | None = None) -> Batch:
     """The rows as one micro-batch: side by side with padding on the right, or all behind one another.
 
     Packed, input_ids is (1, S) and position_ids restart with each row: transformers makes a mask from them in which
-    no row sees another (given no attention mask and use_cache=False). Padded, input_ids is (B, T).
+    no row sees another (given no attention mask and use_cache=False). Padded, input_ids is (B, T). With `most` only so
+    many tokens of each row are taken, the last of which is its last one with loss: for a sample, not for training.
     """
-    lengths = tuple(tokens.length(row) for row in rows)
+    parts = [_end_with_loss(tokens, row, most) for row in rows]
+    lengths = tuple(part.stop - part.start for part in parts)
     width = 0 if packing else max(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packing else np.arange(len(rows)) * width
     ids = np.full(sum(lengths) if packing else len(rows) * width, pad_id, np.int64)
     positions, targets, owners, weights = [], [], [], []
     has_weights = any(tokens.weights(row) is not None for row in rows)
-    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        own = tokens.ids(row)
+    for index, (row, part, start) in enumerate(zip(rows, parts, starts, strict=True)):
+        own = tokens.ids(row)[part]
         ids[start : start + len(own)] = own
-        carrying = np.flatnonzero(tokens.trained(row)[1:])
+        carrying = np.flatnonzero(tokens.trained(row)[part][1:])
         positions.append(start + carrying)
         targets.append(own[carrying + 1])
         owners.append(np.full(len(carrying), index))
         if has_weights:
             own_weights = tokens.weights(row)
-            weights.append(np.ones(len(carrying)) if own_weights is None else own_weights[carrying + 1])
+            weights.append(np.ones(len(carrying)) if own_weights is None else own_weights[part][carrying + 1])
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None] if packing else None,

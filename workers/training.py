@@ -556,14 +556,18 @@ def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+SAMPLE_TOKENS = 160
+"""Of each of the rows on which hand-written blocks are tried: longer than a kernel's tile, and not for long."""
+
+
 @contextmanager
 def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
     training, tokens, rows = run.recipe.training, run.data.tokens, run.data.train
     by_length = sorted(rows, key=tokens.length)
     middle = len(by_length) // 2
-    # Rows of the usual length: longer than a kernel's tile, and not for long.
-    sample = collate(by_length[max(0, middle - 1) : middle + 1], tokens, packing=True, pad_id=0).to(run.device)
+    usual = by_length[max(0, middle - 1) : middle + 1]
+    sample = collate(usual, tokens, packing=True, pad_id=0, most=SAMPLE_TOKENS).to(run.device)
     objective = get_objective(run.recipe.objective)
     run.engine = hand_written(
         model,

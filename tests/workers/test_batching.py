@@ -177,6 +177,19 @@ def test_rows_without_weights_make_batches_without_weights(tmp_path: Path) -> No
     assert batch.loss_weight == batch.num_loss_tokens == 2
 
 
+def test_a_sample_takes_the_end_of_each_row_that_carries_loss(tmp_path: Path) -> None:
+    rows = TokenRows(tmp_path)
+    rows._append(1, [1, 2, 3, 4, 5, 6, 7, 8], [False] * 4 + [True, True, False, False], [0.5] * 8)
+    rows._append(2, [9, 10], [True, True])
+    rows._append(3, [11, 12, 13, 14], [True, True, False, False])
+    rows._close()
+    batch = collate([0, 1, 2], rows, packing=True, pad_id=0, most=3)
+    assert batch.input_ids.tolist() == [[4, 5, 6, 9, 10, 11, 12, 13]]
+    assert batch.targets_N.tolist() == [5, 6, 10, 12]
+    assert batch.weights_N is not None
+    assert batch.weights_N.tolist() == [0.5, 0.5, 1.0, 1.0]
+
+
 def test_weights_of_a_message_reach_the_rows(tmp_path: Path) -> None:
     renderer = Renderer(make_tiny_base(tmp_path / "base"), max_length=64, loss_on="assistant")
     plain = Example(1, (Message("user", "Hi"), Message("assistant", "Hello")))

@@ -16,9 +16,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-MAX_HEAD_FEATURES = 256
-"""Most features of a head that the flash kernels take."""
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch, TokenBudget
 from workers.blocks.attention import Prefix, Rows
@@ -80,6 +81,7 @@ class Engine:
         self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
+        self._compares = False
         self._copies = self._find_copies()
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
@@ -111,6 +113,8 @@ class Engine:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._rows is None:
+                if self._compares:
+                    return checkpoint(own_forward, hidden_states, *args, use_reentrant=False, **kwargs)
                 return own_forward(hidden_states, *args, **kwargs)
             angles = kwargs.get("position_embeddings")
             if angles is None:
@@ -168,6 +172,16 @@ class Engine:
                 config._attn_implementation = name
             for layer, is_on in zip(self._layers, checkpointing, strict=True):
                 layer.gradient_checkpointing = is_on
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """Inside, the model's own layers keep their inputs alone for the way back: a run that fits only so may be
+        compared, too."""
+        self._compares = True
+        try:
+            yield
+        finally:
+            self._compares = False
 
     def keep_copies(self) -> None:
         """Computes quantised weights back once and for all, into memory of their own."""
@@ -255,7 +269,8 @@ def agrees(
         with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=False):
             for parameter in zeros:
                 torch.nn.init.normal_(parameter, 0.0, 0.02)
-            plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
+            with engine.compared():
+                plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
             engine.refresh()
             with engine.rows(batch):
                 own_loss, own = _loss_and_gradients(loss(model, batch), parameters)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.pointwise import dropped
-from workers.blocks.weights import PAD, Weights
+from workers.blocks.sizes import PAD
+from workers.blocks.weights import Weights
 
 
 @dataclass(frozen=True)
