@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
-from workers.hand_written_time import PACE, Pace, StepWork, step_work
+from workers.hand_written_time import StepWork, step_work
 from workers.methods import Method
 from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
@@ -41,10 +41,10 @@ class HandWrittenRun:
     rows_at_once: int
     work: StepWork | None
 
-    def step_seconds(self, device: DeviceFacts, pace: Pace = PACE) -> float:
+    def step_seconds(self, device: DeviceFacts) -> float:
         """Seconds of a step on a GPU."""
         assert self.work is not None
-        return self.work.seconds(gpu_named(device.name), pace)
+        return self.work.seconds(gpu_named(device.name), device.pace)
 
 
 def run_of(

@@ -8,7 +8,7 @@ frozen weight and token, 2 more where it is computed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from workers.blocks.keeping import Keeping
 from workers.gpus import Gpu
@@ -52,7 +52,7 @@ class StepWork:
     num_micro: int
     hidden_size: int
 
-    def seconds(self, gpu: Gpu, pace: Pace = PACE) -> float:
+    def seconds(self, gpu: Gpu, pace: Pace) -> float:
         """How long it takes: the device's time or the host's, whichever is longer."""
         fill = self.hidden_size / (self.hidden_size + pace.half_features)
         device = (
@@ -135,8 +135,3 @@ def _moved_features(blocks: Blocks, kept_share: float) -> float:
     if any(blocks.adapters):
         moved += sum(blocks.adapters) * 2 * (10 * hidden + 4 * blocks.bottleneck)
     return moved
-
-
-def with_pace(pace: Pace, **values: float) -> Pace:
-    """The pace with other values."""
-    return replace(pace, **values)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from workers.gpus import gpu_named
 from workers.hand_written_run import HandWrittenRun, blocks_of, room_beside_weights, run_of
+from workers.hand_written_time import PACE, Pace
 from workers.measured_memory import NO_CORRECTION, Basis, MeasuredMemory, MemoryParts, shape_key
 from workers.methods import get_method
 from workers.recipe import Precision, Recipe
@@ -175,6 +176,8 @@ class DeviceFacts:
     has_fast_bfloat16: bool | None = None
     measured: MeasuredMemory | None = None
     """What finished runs held on such a device; None: the arithmetic stands as it is."""
+    pace: Pace = PACE
+    """Which shares of a GPU's peaks hand-written blocks reach."""
 
     def computes_bfloat16(self) -> bool:
         """Whether 16-bit products are done in hardware."""

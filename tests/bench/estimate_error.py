@@ -29,13 +29,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import NormalDist, mean, median
 from typing import Any
 
 from tests.bench.start import SHAPES, _tensors
+from workers.hand_written_time import PACE, Pace
 from workers.measured_memory import MeasuredRun, MemoryParts, held_out_errors, learn_memory, shape_key
 from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
 from workers.recipe import Recipe
@@ -372,12 +373,12 @@ class Row:
     step_seconds: float
 
 
-def compared(line: dict[str, Any]) -> Row:
+def compared(line: dict[str, Any], pace: Pace = PACE) -> Row:
     """The line with the arithmetic's parts of its memory and its seconds of a step."""
     shape, facts = ModelShape.model_validate(line["model_shape"]), facts_of(line["lengths"])
     recipe = Recipe.from_dict(line["recipe"])
     memory = ANY_MEMORY if line["kind"] == "cpu" else line["card"] * GIB if line["card"] else line["memory_bytes"]
-    device = DeviceFacts(line["kind"], line["device"], memory, line["num_threads"])
+    device = DeviceFacts(line["kind"], line["device"], memory, line["num_threads"], pace=pace)
     needed = estimate(recipe, shape, facts, device)
     fixed = needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
     found = MeasuredRun(
@@ -511,6 +512,51 @@ def merge(rows: Path) -> list[Errors]:
     return found
 
 
+FIT_STEPS = (2.0, 1.4, 1.15, 1.05, 1.02)
+"""Factors by which a constant is changed, the coarse ones first."""
+HELD_BACK = 0.002
+"""What a constant costs that is e times what it was: those that the rows say nothing of stay where they are."""
+
+
+def fitted(lines: Sequence[dict[str, Any]], start: Pace = PACE) -> Pace:
+    """The constants with which the times of these lines come out best, one after the other changed until none helps."""
+
+    def cost(pace: Pace) -> float:
+        off = [math.log(compared(line, pace).step_seconds / line["step_seconds"]) for line in lines]
+        moved = [math.log(value / getattr(start, name)) for name, value in asdict(pace).items()]
+        return mean(one * one for one in off) + HELD_BACK * sum(one * one for one in moved)
+
+    best, found = cost(start), start
+    for step in FIT_STEPS:
+        improves = True
+        while improves:
+            improves = False
+            for name in asdict(found):
+                for factor in (step, 1 / step):
+                    tried = replace(found, **{name: getattr(found, name) * factor})
+                    if (price := cost(tried)) < best - 1e-7:
+                        best, found, improves = price, tried, True
+    return found
+
+
+def fit(rows: Path) -> Pace:
+    """Print the constants that fit the recipes for learning, and how far these are off before and after."""
+    lines = [
+        line
+        for line in read_lines(rows)
+        if "failed" not in line and line["learns"] and line["kind"] == "cuda" and line["blocks"] == "by hand"
+    ]
+    if not lines:
+        raise SystemExit(f"{rows} has no recipes of a GPU with hand-written blocks to learn from.")
+    found = fitted(lines)
+    for name, value in asdict(found).items():
+        print(f"{name} = {value:.3g}  (was {getattr(PACE, name):.3g})")
+    for label, pace in (("before", PACE), ("fitted", found)):
+        off = [abs(compared(line, pace).step_seconds / line["step_seconds"] - 1) for line in lines]
+        print(f"{label}: |error| of the {len(lines)} learned from: median {median(off):.0%}, largest {max(off):.0%}")
+    return found
+
+
 def main() -> None:
     """Run, merge or fit."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.estimate_error", description=__doc__.split("\n\n")[0])
@@ -522,9 +568,13 @@ def main() -> None:
     running.add_argument("--seconds", type=float, default=380, help="after which no further recipe is begun")
     running.add_argument("--only", help="the label of the one recipe to measure")
     kinds.add_parser("merge", help="print the table").add_argument("rows", type=Path)
+    kinds.add_parser("fit", help="print the constants that fit best").add_argument("rows", type=Path)
     asked = parser.parse_args()
     if asked.kind == "merge":
         merge(asked.rows)
+        return
+    if asked.kind == "fit":
+        fit(asked.rows)
         return
     asked.rows.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="peft-studio-estimates-") as temporary:
