@@ -99,7 +99,8 @@ def held(
         has_copies = True
 
     def micro(tokens: float) -> int:
-        return max(math.ceil(step.num_rows / step.rows_at_once), math.ceil(tokens / budget) if budget else 1)
+        by_tokens = min(step.num_rows, math.ceil(tokens / budget)) if budget else 1
+        return max(math.ceil(step.num_rows / step.rows_at_once), by_tokens)
 
     def kept(tokens: float) -> list[Keeping]:
         if is_lean:
