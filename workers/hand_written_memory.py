@@ -80,7 +80,7 @@ def held(
         loss_share: of all tokens those that carry loss.
     """
     costs = blocks.costs(element)
-    scratch = blocks.scratch_bytes() if is_quantised and kind == "cuda" else 0
+    scratch = _scratch(blocks, element, kind) if is_quantised else 0
     with_virtual = step.num_rows * blocks.num_virtual_tokens
     most, mean = step.most + with_virtual, step.mean + with_virtual
     longest = step.longest + blocks.num_virtual_tokens
@@ -125,11 +125,18 @@ def held(
 def least_bytes(blocks: Blocks, step: StepTokens, *, element: int, kind: Literal["cuda", "cpu"], loss_share: float,
                 is_quantised: bool) -> int:  # fmt: skip
     """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input."""
-    scratch = blocks.scratch_bytes() if is_quantised and kind == "cuda" else 0
+    scratch = _scratch(blocks, element, kind) if is_quantised else 0
     longest = step.longest + blocks.num_virtual_tokens
     costs = blocks.costs(element)
     lean: list[Keeping] = ["input"] * len(costs)
     return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share)
+
+
+def _scratch(blocks: Blocks, element: int, kind: Literal["cuda", "cpu"]) -> int:
+    """Where weights in 4 bits are computed back for each use: on a CPU without room beside them."""
+    if kind == "cuda":
+        return blocks.scratch_bytes()
+    return element * max(group.num_weights for group in blocks.groups)
 
 
 def _peak(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from workers.blocks.keeping import Keeping
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
@@ -40,11 +41,18 @@ class HandWrittenRun:
     least: int | None
     rows_at_once: int
     work: StepWork | None
+    work_with_memory: StepWork | None
+    """What they would do with memory to keep everything."""
 
     def step_seconds(self, device: DeviceFacts) -> float:
         """Seconds of a step on a GPU."""
         assert self.work is not None
         return self.work.seconds(gpu_named(device.name), device.pace)
+
+    def slowdown(self, device: DeviceFacts) -> float:
+        """How many times as long a step takes on a GPU as with memory to keep everything."""
+        assert self.work_with_memory is not None
+        return self.step_seconds(device) / self.work_with_memory.seconds(gpu_named(device.name), device.pace)
 
 
 def run_of(
@@ -79,12 +87,18 @@ def run_of(
         free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
     )  # fmt: skip
     if not on_gpu:
-        return HandWrittenRun(found, None, asked, None)
+        return HandWrittenRun(found, None, asked, None, None)
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
-    work = step_work(
-        blocks, found, num_trainable=num_trainable, loss_share=loss_share, is_quantised=is_quantised, element=element,
-        weighted_length=dataset.weighted_after_cut(length),
-    )  # fmt: skip
-    return HandWrittenRun(found, least, min(asked, math.ceil(batch / found.num_micro)), work)
+
+    def work_of(held: Held) -> StepWork:
+        return step_work(
+            blocks, held, num_trainable=num_trainable, loss_share=loss_share, is_quantised=is_quantised,
+            element=element, weighted_length=dataset.weighted_after_cut(length),
+        )  # fmt: skip
+
+    all_kept: list[Keeping] = ["all"] * len(found.keeping)
+    everything = replace(found, keeping=tuple(all_kept))
+    rows = min(asked, math.ceil(batch / found.num_micro))
+    return HandWrittenRun(found, least, rows, work_of(found), work_of(everything))

@@ -214,6 +214,8 @@ class Estimate:
     """Where the run chooses by the memory there is what it keeps for the way back: the least with which it works."""
     kept_share: float | None = None
     """Of its blocks, those that will keep what they computed; the others compute it again."""
+    slowdown: float | None = None
+    """How many times as long that makes its steps."""
     rows_at_once: int | None = None
     """Rows in memory at once, where they are found by the memory there is."""
 
@@ -345,6 +347,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         num_measured=correction.num_runs,
         least_bytes=least,
         kept_share=None if least is None or by_hand is None else by_hand.held.kept_share,
+        slowdown=None if least is None or by_hand is None else by_hand.slowdown(device),
         rows_at_once=None if by_hand is None else by_hand.rows_at_once,
     )
 
