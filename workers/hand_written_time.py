@@ -21,19 +21,19 @@ class Pace:
     """Which shares of a GPU's peaks training reaches, and what the host needs. Fitted by `tests.bench.estimate_error
     fit` on ten recipes."""
 
-    products: float = 0.68
+    products: float = 0.69
     """Of the peak FLOP/s, by the large products of a model of billions of parameters."""
-    half_features: float = 600.0
+    half_features: float = 480.0
     """Features of the residual stream at which products reach half of that: small ones do not fill a GPU."""
-    attention: float = 0.30
+    attention: float = 0.32
     """Of the peak FLOP/s, by attention."""
-    bandwidth: float = 0.65
+    bandwidth: float = 0.86
     """Of the memory's bandwidth, by what stands between the products."""
     host_per_block: float = 6e-4
     """Seconds in which the host launches a block's forward and backward pass."""
-    host_per_micro: float = 4e-3
+    host_per_micro: float = 3.7e-3
     """Seconds beside the blocks for a micro-batch: collation, the head, the loss."""
-    host_per_step: float = 6e-3
+    host_per_step: float = 5.5e-3
     """Seconds for a step: the optimizer, clipping, reports."""
 
 

@@ -48,6 +48,11 @@ GPU_UTILISATION = 0.30
 GPU_LAUNCH_SECONDS = 12e-6
 """Per kernel; a layer takes about 40 of them in each direction, which bounds small models."""
 
+WIDE_RANGE = (0.6, 1.8)
+"""From the least to the most of what is expected, where a device's speed is guessed from its data sheet."""
+NARROW_RANGE = (0.8, 1.2)
+"""The same of steps whose arithmetic was held to measured ones."""
+
 PRECISION_SLOWDOWN: dict[Precision, float] = {"float32": 1.0, "bfloat16": 1.0, "nf4": 1.35, "int8": 1.6}
 """Against computing on unquantised weights."""
 
@@ -326,10 +331,11 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     verdict: Literal["fits", "tight", "too_large"] = (
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
     )
-    seconds = _seconds(
+    train_seconds, other_seconds = _seconds(
         recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
         num_trainable, is_whole=is_whole, by_hand=by_hand,
     )  # fmt: skip
+    train_range = NARROW_RANGE if by_hand is not None and by_hand.work is not None else WIDE_RANGE
     return Estimate(
         weights_bytes=weights,
         adapter_bytes=adapter,
@@ -340,8 +346,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         num_steps=num_steps,
         num_trainable=num_trainable,
         trainable_share=num_trainable / shape.num_parameters,
-        seconds_low=seconds * 0.6,
-        seconds_high=seconds * 1.8,
+        seconds_low=train_seconds * train_range[0] + other_seconds * WIDE_RANGE[0],
+        seconds_high=train_seconds * train_range[1] + other_seconds * WIDE_RANGE[1],
         verdict=verdict,
         measured=correction.basis,
         num_measured=correction.num_runs,
@@ -448,8 +454,8 @@ def _seconds(
     *,
     is_whole: bool,
     by_hand: HandWrittenRun | None,
-) -> float:
-    """Expected seconds from loading to the last score."""
+) -> tuple[float, float]:
+    """Expected seconds of training, and of everything else from loading to the last score."""
     training = recipe.training
     mean = dataset.mean_after_cut(training.max_length)
     rows = min(num_steps * training.batch_size, max(1, dataset.num_rows) * training.epochs)
@@ -481,7 +487,7 @@ def _seconds(
         steps = math.ceil(generated / 16) + shown_steps
         writing = max(writing, steps * shape.num_layers * 40 * GPU_LAUNCH_SECONDS)
     loading = 12 + 2 * shape.num_parameters / 1e9
-    return train + scoring + writing + loading
+    return train, scoring + writing + loading
 
 
 def flops_per_second(device: DeviceFacts, precision: Precision) -> float:

@@ -393,7 +393,7 @@ def seconds_of_step(recipe: Recipe, shape: ModelShape, facts: DatasetFacts, devi
     """What the estimate says of one more step, in the middle of its range."""
 
     def middle(num_steps: int) -> float:
-        training = recipe.training.model_copy(update={"max_steps": num_steps})
+        training = recipe.training.model_copy(update={"max_steps": num_steps, "epochs": MAX_STEPS})
         found = estimate(recipe.model_copy(update={"training": training}), shape, facts, device)
         return (found.seconds_low + found.seconds_high) / 2
 
