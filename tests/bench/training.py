@@ -195,13 +195,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with nullcontext() if options.plain else training.computed_by_hand(run, model):
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
+            num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
     warm, *later = [(when, event) for when, event in seen if event.step >= options.warm]
     assert later, "no step is left behind the warm ones"
     seconds = later[-1][0] - warm[0]
     return {
         "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
-        "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
+        "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
         "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
         "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
         "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
