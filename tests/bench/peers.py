@@ -80,7 +80,7 @@ def main() -> None:
         str(one)
         for one in (
             options.contender, options.shape, options.method, options.batch, options.length or "mixed",
-            "padded" if options.padded else "packed", f"checkpointing_{options.checkpointing}",
+            "packed" if can_pack(options) else "padded", f"checkpointing_{options.checkpointing}",
         )
     )  # fmt: skip
     path = None if options.rows is None else (options.rows / f"{name}.json").resolve()
@@ -122,11 +122,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "labels": [[-100] * masked + ids[masked:] for ids, masked in rows],
             }
         )
-        packs = options.contender != "naive" and options.length is None and not options.padded
         base = random_base(options.base or scratch, options.shape)
         meter = meter_class()(options.warm)
         arguments = common_arguments(options, scratch)
-        if packs:
+        if can_pack(options):
             arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "packing": True,
                           "max_length": round(sum(lengths) / options.steps)}  # fmt: skip
         build = {"naive": naive_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[options.contender]
@@ -136,7 +135,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         trainer.train()
         return {
             "contender": options.contender, "shape": options.shape, "method": options.method,
-            "precision": "nf4" if options.method == "qlora" else str(dtype_of_base()).removeprefix("torch."),
+            "precision": "nf4" if options.method == "qlora" else dtype_of_frozen(trainer.model),
             # What it says itself: without flash attention some peers switch packing off again.
             "blocks": ", ".join(["packed" if getattr(trainer.args, "packing", False) else "padded", *how]),
             "checkpointing": options.checkpointing,
@@ -144,6 +143,11 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "num_trainable": sum(one.numel() for one in trainer.model.parameters() if one.requires_grad),
             "device": device_name(), "versions": versions(), "torch_threads": torch.get_num_threads(),
         }  # fmt: skip
+
+
+def can_pack(options: argparse.Namespace) -> bool:
+    """Whether rows shall be packed: by those that can, where their lengths differ."""
+    return options.contender != "naive" and options.length is None and not options.padded
 
 
 def prepare_process(scratch: Path) -> None:
@@ -298,6 +302,10 @@ def dtype_of_base() -> Any:
     import torch
 
     return torch.bfloat16 if has_gpu() else torch.float32
+
+
+def dtype_of_frozen(model: Any) -> str:
+    return str(next(one.dtype for one in model.parameters() if not one.requires_grad)).removeprefix("torch.")
 
 
 def recomputing(is_on: bool) -> str:
