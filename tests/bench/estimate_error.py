@@ -33,7 +33,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from tests.bench.start import SHAPES, Trainer, make_base
+from tests.bench.start import Trainer, make_base
+from tests.bench.workload import LLAMA_SHAPES
 from tests.tiny import write_rows
 from workers.base_folders import read_base_folder
 from workers.events import FailedEvent, PlanEvent, StepEvent
@@ -226,7 +227,7 @@ def run(rows: Path, folder: Path, *, is_small: bool, seconds: float) -> None:
     done = {one["label"] for one in read_lines(rows)}
     cases = [small(case) for case in CASES] if is_small else list(CASES)
     missing = [case for case in cases if case.label not in done]
-    sizes = SMALL_SHAPES if is_small else SHAPES
+    sizes = SMALL_SHAPES if is_small else LLAMA_SHAPES
     trainer: Trainer | None = None
     key: tuple[str, str] | None = None
     try:
