@@ -24,6 +24,7 @@ from workers.bases import Bases, free
 from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
+from workers.blocks.recording import Recorder, is_worth_recording
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -166,6 +167,7 @@ class Run:
     visits: Visits = field(default_factory=lambda: Visits(0))
     engine: Engine | None = None
     budget: TokenBudget | None = None
+    recorder: Recorder | None = None
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -563,7 +565,7 @@ SAMPLE_TOKENS = 160
 @contextmanager
 def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
-    training, tokens, rows = run.recipe.training, run.data.tokens, run.data.train
+    tokens, rows = run.data.tokens, run.data.train
     by_length = sorted(rows, key=tokens.length)
     middle = len(by_length) // 2
     usual = by_length[max(0, middle - 1) : middle + 1]
@@ -577,18 +579,41 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         warn=lambda text: run.say(text, is_warning=True),
     )
     if run.engine is not None:
-        room = _room(run, model)
-        if training.gradient_checkpointing is True:
-            run.budget = run.engine.keep_least(free_bytes=room)
-        elif room is not None:
-            longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
-            run.budget = run.engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
+        _settle(run, model, run.engine, by_length)
     try:
         yield
     finally:
         if run.engine is not None:
             run.engine.remove()
-            run.engine = run.budget = None
+            run.engine = run.recorder = run.budget = None
+
+
+def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> None:
+    """What blocks keep, how many tokens they take at once, and whether their launches are recorded; `by_length` are the
+    rows, the longest last."""
+    training, tokens = run.recipe.training, run.data.tokens
+    assert training.micro_batch_size != "auto"
+    size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
+    usual = size * sum(map(tokens.length, by_length)) // len(by_length)
+    is_lean = training.gradient_checkpointing is True
+    may_record = run.device.type == "cuda" and not is_lean and not training.neftune_alpha
+    records = may_record and is_worth_recording(engine, usual)
+    room = _room(run, model)
+    if is_lean:
+        run.budget = engine.keep_least(free_bytes=room)
+    elif room is not None:
+        if records:  # recordings have memory of their own, and batches are filled up
+            room = int(room / (2 * 1.125))
+        longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
+        run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
+    if records:
+        run.recorder = Recorder(
+            engine,
+            model,
+            get_objective(run.recipe.objective),
+            longest=tokens.length(by_length[-1]),
+            warn=lambda text: run.say(text, is_warning=True),
+        )
 
 
 def _room(run: Run, model: Any) -> int | None:
@@ -706,7 +731,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_factor"]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run.recorder is None)
         position = replace(
             position,
             step=step,
@@ -795,11 +820,18 @@ def _forward_backward(
     settings = run.recipe.training
     noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
     row_sums: list[torch.Tensor] = []
-    if run.engine is not None:
+    if run.recorder is not None:
+        run.recorder.refresh()
+    elif run.engine is not None:
         run.engine.refresh()
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
+        if run.recorder is not None:
+            batch_sum, of_rows = run.recorder.run(batch, loss_weight)
+            loss_sum += batch_sum
+            row_sums.append(of_rows)
+            continue
         on_device = batch.to(run.device)
         by_hand = nullcontext() if run.engine is None else run.engine.rows(on_device)
         with noise.added_to(model, on_device), by_hand:

@@ -35,7 +35,8 @@ from pathlib import Path
 from statistics import NormalDist, mean, median
 from typing import Any
 
-from tests.bench.start import SHAPES, _tensors
+from tests.bench.start import _tensors
+from tests.bench.workload import ALL_SHAPES
 from workers.hand_written_time import PACE, Pace
 from workers.measured_memory import MeasuredRun, MemoryParts, held_out_errors, learn_memory, shape_key
 from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
@@ -103,12 +104,6 @@ CASES = (
     Case("8b", "qlora", "nf4", 2048, 16, False),
     Case("8b", "qlora", "nf4", 2048, 16, True, card=16),
 )
-BIG_SHAPES = SHAPES | {
-    "135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    },
-}  # fmt: skip
 SMALL_SHAPES = {
     "135m": {
         "vocab_size": 8192, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -278,6 +273,7 @@ def measure(case: Case, base: Any, sizes: dict[str, int], folder: Path) -> dict[
                     engine = run.engine
                     line["kept"] = [] if engine is None else list(engine.keeping)
                     line["budget"] = None if run.budget is None else run.budget.tokens
+                    line["recorded"] = 0 if run.recorder is None else run.recorder.num_recorded
         except RuntimeError as error:
             return line | {"failed": first_line(error), "said": clock.said}
     return line | {
@@ -313,7 +309,7 @@ def run(rows: Path, folder: Path, *, is_small: bool, seconds: float, only: str |
     done = {one["label"] for one in read_lines(rows) if "failed" not in one}
     cases = [small(case) for case in CASES] if is_small else list(CASES)
     missing = [case for case in cases if case.label not in done and only in (None, case.label)]
-    sizes = SMALL_SHAPES if is_small else BIG_SHAPES
+    sizes = SMALL_SHAPES if is_small else ALL_SHAPES
     key: tuple[str, str] | None = None
     base: Any = None
     for number, case in enumerate(missing):

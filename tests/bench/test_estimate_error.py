@@ -13,9 +13,7 @@ import pytest
 
 from tests.bench import estimate_error
 from tests.bench.estimate_error import (
-    BIG_SHAPES,
     CASES,
-    Case,
     compared,
     errors_of,
     fitted,
@@ -28,6 +26,7 @@ from tests.bench.estimate_error import (
     shape_of,
     small,
 )
+from tests.bench.workload import ALL_SHAPES
 from workers.hand_written_time import PACE
 from workers.memory import GIB
 from workers.methods import methods
@@ -55,15 +54,14 @@ def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precis
 def test_real_runs_are_measured_resumed_and_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    two = (Case("1b", "lora", "bfloat16", 512, 8, True), Case("1b", "lora", "bfloat16", 1024, 8, False))
-    monkeypatch.setattr(estimate_error, "CASES", two)
+    monkeypatch.setattr(estimate_error, "CASES", CASES[:2])
     rows = tmp_path / "rows.jsonl"
     run(rows, tmp_path, is_small=True, seconds=0)
     assert not rows.exists(), "there was no time for any"
     run(rows, tmp_path, is_small=True, seconds=600)
     before = rows.read_text()
     lines = read_lines(rows)
-    labels = ["1b lora float32, 8 rows up to 64", "1b lora float32, 8 rows up to 128"]
+    labels = ["135m lora float32, 16 rows up to 256", "135m lora float32, 48 rows up to 128"]
     assert [line["label"] for line in lines] == labels
     for line in lines:
         assert line["kind"] == "cpu"
@@ -97,7 +95,7 @@ def test_the_constants_of_a_gpu_are_found_again_from_times_that_they_give() -> N
         if case.method == "dora":
             continue
         line: dict[str, Any] = {
-            "label": case.label, **asdict(case), "model_shape": shape_of(BIG_SHAPES[case.shape]).model_dump(),
+            "label": case.label, **asdict(case), "model_shape": shape_of(ALL_SHAPES[case.shape]).model_dump(),
             "lengths": lengths_of(case), "recipe": recipe_of(case).to_dict(), "kind": "cuda", "device": "NVIDIA H200",
             "memory_bytes": 140 * GIB, "num_threads": 1, "peak_bytes": GIB,
         }  # fmt: skip

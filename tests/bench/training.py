@@ -21,15 +21,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.bench.generation import TINY
-from tests.bench.start import SHAPES
+from tests.bench.training_table import table
+from tests.bench.workload import ALL_SHAPES, BATCH, LEARNING_RATE, MAX_LENGTH, STEPS, WARM, row_lengths, row_tokens
 from tests.tiny import tokenizer_json
 from workers import devices, training
 from workers.base_folders import BaseFolder
@@ -47,15 +45,6 @@ from workers.rendering import Rendered
 from workers.results import OverlapRecord
 from workers.shapes import ModelShape
 
-ALL_SHAPES = SHAPES | {
-    "135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    },
-    "tiny": TINY,
-}  # fmt: skip
-MASKED_SHARE = 0.35
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=__doc__.split("\n\n")[0])
@@ -64,11 +53,11 @@ def main() -> None:
     ours.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
     ours.add_argument("--method", default="lora")
     ours.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
-    ours.add_argument("--batch", type=int, default=16, help="rows of a step")
+    ours.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
     ours.add_argument("--micro", type=int, help="rows at once; by default the whole step")
     ours.add_argument("--length", type=int, help="every row has this many tokens")
-    ours.add_argument("--steps", type=int, default=30)
-    ours.add_argument("--warm", type=int, default=8, help="steps before the clock runs")
+    ours.add_argument("--steps", type=int, default=STEPS)
+    ours.add_argument("--warm", type=int, default=WARM, help="steps before the clock runs")
     ours.add_argument("--dropout", type=float, default=0.0, help="of low-rank branches; the product's default is 0.05")
     ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
     ours.add_argument("--plain", action="store_true", help="the model's own blocks")
@@ -111,17 +100,8 @@ class Ready:
 
     def try_render(self, example: Example) -> Rendered:
         length = self.lengths[example.line - 1]
-        ids = np.random.default_rng([17, example.line]).integers(3, self.num_tokens, length).tolist()
-        masked = int(MASKED_SHARE * length)
+        ids, masked = row_tokens(example.line, length, self.num_tokens)
         return Rendered(ids, [False] * masked + [True] * (length - masked), "", 0, [])
-
-
-def row_lengths(num: int, length: int | None) -> list[int]:
-    """Tokens of each row, seeded."""
-    if length is not None:
-        return [length] * num
-    drawn = np.random.default_rng(17).lognormal(np.log(220), 0.8, num)
-    return [int(one) for one in np.clip(drawn, 16, 2048)]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,8 +115,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
             "settings": {"dropout": options.dropout} if "lora" in options.method else {},
             "training": {
-                "learning_rate": 2e-4, "max_steps": options.steps, "batch_size": options.batch,
-                "micro_batch_size": options.micro or options.batch, "max_length": 2048, "packing": True,
+                "learning_rate": LEARNING_RATE, "max_steps": options.steps, "batch_size": options.batch,
+                "micro_batch_size": options.micro or options.batch, "max_length": MAX_LENGTH, "packing": True,
                 "gradient_checkpointing": options.lean, "checkpoint_every_steps": 10**6, "validate_every_steps": 0,
             },
             "evaluation": {"num_samples_shown": 0},
@@ -163,13 +143,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with nullcontext() if options.plain else training.computed_by_hand(run, model):
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
+            num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
     warm, *later = [(when, event) for when, event in seen if event.step >= options.warm]
     assert later, "no step is left behind the warm ones"
     seconds = later[-1][0] - warm[0]
     return {
         "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
-        "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
+        "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
+        "batch": options.batch, "length": options.length,
         "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
         "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
         "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
@@ -271,28 +253,6 @@ def quantise(model: Any, dtype: torch.dtype) -> None:
                 small.support_avx512bf16_for_cpu = False
                 block.set_submodule(name, small)
     model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-
-
-def table(folder: Path) -> str:
-    """The lines of a folder as a Markdown table; the median where a name was measured more than once."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        for line in path.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            found.setdefault(row["name"], []).append(row)
-    lines = [
-        "| contender | shape | method | precision | tokens/s | peak GiB | tokens a step | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for rows in found.values():
-        row = rows[0]
-        rate = median(one["tokens_per_second"] for one in rows)
-        peak = median(one["peak_gib"] for one in rows)
-        lines.append(
-            f"| {row['contender']} ({row['blocks']}) | {row['shape']} | {row['method']} | {row['precision']} "
-            f"| {rate:,.0f} | {peak:.1f} | {row['tokens_per_step']:,} | {row['steps']} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -81,10 +81,11 @@ def test_blocks_of_other_families_and_of_types_without_kernels_are_the_models_ow
 
 @pytest.fixture(scope="module")
 def eight_b() -> Blocks:
-    from tests.bench.estimate_error import BIG_SHAPES, shape_of
+    from tests.bench.estimate_error import shape_of
+    from tests.bench.workload import ALL_SHAPES
 
     method = get_method("lora")
-    return Blocks.of(shape_of(BIG_SHAPES["8b"]), method, method.read_settings({}))
+    return Blocks.of(shape_of(ALL_SHAPES["8b"]), method, method.read_settings({}))
 
 
 STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=16)

@@ -5,8 +5,7 @@ Only a forward pass inside `Engine.rows` takes them; any other, as for generatio
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from workers.blocks.keeping import (
     tokens_that_fit,
 )
 from workers.blocks.linears import Group
+from workers.blocks.pointwise import Seed
 from workers.blocks.sublayers import Surroundings
 from workers.blocks.weights import Quantised
 from workers.layers.bottleneck import BottleneckLayer
@@ -41,6 +41,8 @@ from workers.losses import head_is_plain
 NO_MASKS = "rows_by_hand"
 """A name of attention that transformers knows no masks for, so that it makes none."""
 _SEEDS = 2**31 - 16
+_SEEDS_PER_LAYER = 4
+"""Of two groups in each of two sublayers."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Engine:
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
         self._compares = False
+        self._seed: Seed | None = None
         self._copies = self._find_copies()
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
@@ -131,8 +134,7 @@ class Engine:
                 f"a block was given {tuple(hidden_BTH.shape[:2])} tokens of {rows.num_tokens} packed ones"
             )
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
-        # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
-        seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
+        seed = None if self._seed is None else self._seed.plus(_SEEDS_PER_LAYER * place)
         around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
@@ -151,23 +153,50 @@ class Engine:
         slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
         return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that stand before each row's own in the layers' inputs."""
+        return self._num_virtual_tokens
+
+    @property
+    def drops(self) -> bool:
+        """Whether branches drop some of their input now."""
+        return self._drops and bool(self._model.training)
+
+    def draw(self, device: torch.device) -> Seed | None:
+        """Where the masks of dropout of one batch begin; None where nothing is dropped.
+
+        Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
+        """
+        if not self.drops:
+            return None
+        base_1 = torch.randint(_SEEDS, (1,))
+        return Seed(base_1 if device.type == "cpu" else base_1.pin_memory().to(device, non_blocking=True))
+
     @contextmanager
     def rows(self, batch: Batch) -> Iterator[None]:
         """Inside, a forward pass of the model is one over the packed rows of `batch`."""
+        device = batch.input_ids.device
+        rows = Rows.of([length + self._num_virtual_tokens for length in batch.lengths], device)
+        with self.prepared(rows, self.draw(device)):
+            yield
+
+    @contextmanager
+    def prepared(self, rows: Rows, seed: Seed | None) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over `rows`, dropping by `seed`."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NO_MASKS
         checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self._layers]
         for layer in self._layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
-        lengths = [length + self._num_virtual_tokens for length in batch.lengths]
         if self._free_bytes is not None:
-            self.keeping = choose_keeping(self._costs, num_tokens=sum(lengths), free_bytes=self._free_bytes)
-        self._rows = Rows.of(lengths, batch.input_ids.device)
+            self.keeping = choose_keeping(self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes)
+        self._rows, self._seed = rows, seed
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = self._seed = None
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
             for layer, is_on in zip(self._layers, checkpointing, strict=True):
@@ -222,6 +251,16 @@ class Engine:
         self._free_bytes = free_bytes
         return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self._num_virtual_tokens)
 
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """The model's decoder layers, in their order."""
+        return self._layers
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether trained keys and values stand before those of each row."""
+        return any(hasattr(layer.self_attn, PREFIX_MARK) for layer in self._layers)
+
     def remove(self) -> None:
         """Leaves the model as it was."""
         for layer in self._layers:
@@ -248,54 +287,6 @@ def install(model: Any, *, is_wide: bool) -> Engine:
     # Virtual tokens that are embeddings stand before each row in every layer's input.
     num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
     return Engine(model, list(layers), read, num_virtual)
-
-
-def agrees(
-    engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], *, tolerance: float
-) -> float | None:
-    """How far loss and gradients of a batch are from the model's own; None where that is within `tolerance`.
-
-    A relative error: of the loss, and of all gradients taken as one vector; infinite where they are no numbers. What an
-    adapter begins with at zero is another number meanwhile, for through zeros nothing of its branch would show. No
-    gradient is left behind, no weight is changed, and no random number is used up.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
-    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
-    model.eval()  # a mask of dropout would differ
-    zeros = [parameter for parameter in parameters if not bool(parameter.detach().any())]
-    try:
-        # cuDNN has no backward pass for recurrent layers in eval mode, which some prompt encoders have.
-        with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=False):
-            for parameter in zeros:
-                torch.nn.init.normal_(parameter, 0.0, 0.02)
-            with engine.compared():
-                plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
-            engine.refresh()
-            with engine.rows(batch):
-                own_loss, own = _loss_and_gradients(loss(model, batch), parameters)
-    finally:
-        model.train(was_training)
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
-    # Against a tenth of a nat a token, where there is less to lose: a row known by heart has a loss near zero.
-    off = [abs(own_loss - plain_loss) / max(abs(plain_loss), 0.1 * batch.num_loss_tokens)]
-    size = float(torch.stack([one.norm() for one in plain]).norm())
-    difference = float(torch.stack([(one - two).norm() for one, two in zip(own, plain, strict=True)]).norm())
-    off.append(difference / size if size else difference)
-    if not all(math.isfinite(one) for one in off):
-        return math.inf
-    return None if max(off) <= tolerance else max(off)
-
-
-def _loss_and_gradients(loss: Tensor, parameters: list[torch.nn.Parameter]) -> tuple[float, list[Tensor]]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    gradients = [
-        torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-        for gradient, parameter in zip(found, parameters, strict=True)
-    ]
-    return float(loss.detach()), gradients
 
 
 def _plain(model: Any) -> Any:
