@@ -17,7 +17,7 @@ from workers.blocks.pointwise import Seed, add_dropped, dropped
 from workers.blocks.sizes import PAD
 from workers.blocks.weights import Weights
 
-FOLDS_BACK = True
+FOLDS_BACK_FROM = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Group:
         columns = self.num_inputs
         by_input: Tensor | None = None
         by_thin: Tensor | None = None
-        if self.is_folded and needs_input and FOLDS_BACK:
+        if self.is_folded and needs_input and columns >= FOLDS_BACK_FROM:
             joined_NK = self._weights.joined(self._side_NR)
             assert joined_NK is not None
             by_input = gradient_TN @ joined_NK
