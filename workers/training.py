@@ -596,7 +596,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
     usual = size * sum(map(tokens.length, by_length)) // len(by_length)
     is_lean = training.gradient_checkpointing is True
-    may_record = run.device.type == "cuda" and not is_lean and not training.neftune_alpha
+    may_record = run.device.type == "cuda" and not training.neftune_alpha
     records = may_record and is_worth_recording(engine, usual)
     room = _room(run, model)
     if is_lean:

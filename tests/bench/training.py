@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from workers.base_models import prepare_process
 from workers.base_scores import BaseScores
 from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
-from workers.events import Event, Report, ShouldStop, StepEvent
+from workers.events import Event, MessageEvent, Report, ShouldStop, StepEvent
 from workers.examples import Example, Message
 from workers.memory import DatasetFacts
 from workers.methods import get_method
@@ -180,7 +181,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         {
             "name": "bench", "base_model": {"name": options.shape},
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
-            "settings": {"dropout": options.dropout} if "lora" in options.method else {},
+            "settings": (
+                {"rank": RANK, "alpha": ALPHA, "dropout": options.dropout} if "lora" in options.method else {}
+            ),
             "training": {
                 "learning_rate": LEARNING_RATE, "max_steps": options.steps, "batch_size": options.batch,
                 "micro_batch_size": options.micro or options.batch, "max_length": MAX_LENGTH, "packing": True,
@@ -196,6 +199,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             pipe.write(event.model_dump_json() + "\n")
             if isinstance(event, StepEvent):
                 seen.append((time.monotonic(), event))
+            elif isinstance(event, MessageEvent):
+                print(event.text, file=sys.stderr)
 
         folder = Path(temporary)
         prepare_process()
