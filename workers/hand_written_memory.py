@@ -15,6 +15,7 @@ from workers.blocks.keeping import (
     token_budget,
     tokens_that_fit,
 )
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
@@ -69,6 +70,7 @@ def held(
     kind: Literal["cuda", "cpu"],
     is_quantised: bool,
     is_lean: bool,
+    is_recorded: bool,
     free_bytes: int | None,
     loss_share: float,
 ) -> Held:
@@ -77,6 +79,7 @@ def held(
     Args:
         element: bytes of an activation.
         is_lean: whether blocks keep their inputs alone, whatever there is room for.
+        is_recorded: whether launches are recorded, which takes memory, too.
         loss_share: of all tokens those that carry loss.
     """
     costs = blocks.costs(element)
@@ -88,6 +91,7 @@ def held(
     has_copies = False
     if free_bytes is not None:
         free_bytes -= RESERVED_LOGIT_BYTES + scratch
+        free_bytes = int(free_bytes * RECORDING_SHARE) if is_recorded else free_bytes
         if is_lean:
             budget = max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
         else:
