@@ -126,8 +126,15 @@ def held(
     )
 
 
-def least_bytes(blocks: Blocks, step: StepTokens, *, element: int, kind: Literal["cuda", "cpu"], loss_share: float,
-                is_quantised: bool) -> int:  # fmt: skip
+def least_bytes(
+    blocks: Blocks,
+    step: StepTokens,
+    *,
+    element: int,
+    kind: Literal["cuda", "cpu"],
+    is_quantised: bool,
+    loss_share: float,
+) -> int:
     """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input."""
     scratch = _scratch(blocks, element, kind) if is_quantised else 0
     longest = step.longest + blocks.num_virtual_tokens
