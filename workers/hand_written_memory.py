@@ -170,10 +170,15 @@ def _peak(
     head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + logits
     most = tokens * kept + max(tokens * (stream + norm), head)
     halves = 2 if any(blocks.adapters) else 1
+    in_use = {
+        (half, keeps_body): _in_use(
+            blocks, (half,) if halves == 2 else (0, 1), element, keeps_body=keeps_body, on_cpu=kind == "cpu"
+        )
+        for half in range(halves)
+        for keeps_body in (False, True)
+    }
     for place in range(len(costs) - 1, -1, -1):
-        sublayers = (place % 2,) if halves == 2 else (0, 1)
-        in_use = _in_use(blocks, sublayers, element, keeps_body=keeping[place] == "all", on_cpu=kind == "cpu")
-        most = max(most, tokens * (kept + in_use))
+        most = max(most, tokens * (kept + in_use[place % halves, keeping[place] == "all"]))
         kept -= costs[place].of(keeping[place])
     return round(most)
 
