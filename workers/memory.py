@@ -293,7 +293,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4")
         by_hand = run_of(
             recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,
-            precision=precision, fixed_bytes=weights + adapter + optimizer,
+            has_virtual_tokens=method.num_virtual_tokens(settings) > 0, precision=precision,
+            fixed_bytes=weights + adapter + optimizer,
         )  # fmt: skip
         fixed_least = weights + adapter + optimizer
         weights += by_hand.held.weights_bytes

@@ -25,6 +25,7 @@ from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, colla
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.blocks.recording import Recorder, is_worth_recording
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -602,8 +603,8 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     if is_lean:
         run.budget = engine.keep_least(free_bytes=room)
     elif room is not None:
-        if records:  # recordings have memory of their own, and batches are filled up
-            room = int(room / (2 * 1.125))
+        if records:
+            room = int(room * RECORDING_SHARE)
         longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
         run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
     if records:
