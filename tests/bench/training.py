@@ -31,7 +31,18 @@ import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.bench.training_table import table
-from tests.bench.workload import ALL_SHAPES, BATCH, LEARNING_RATE, MAX_LENGTH, STEPS, WARM, row_lengths, row_tokens
+from tests.bench.workload import (
+    ALL_SHAPES,
+    ALPHA,
+    BATCH,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    RANK,
+    STEPS,
+    WARM,
+    row_lengths,
+    row_tokens,
+)
 from tests.tiny import tokenizer_json
 from workers import devices, training
 from workers.base_folders import BaseFolder
