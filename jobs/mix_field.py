@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django import forms
 from django.http import QueryDict
 
+from studio.accounts.models import Team
 from studio.datasets.models import DatasetSplit, DatasetVersion
+from studio.reviews.scan_limits import Standing, blocking
 from workers.recipe import MAX_MIXED, MixedDataset, MixSettings
 from workers.setting import settings_of, to_text
 
@@ -95,6 +97,9 @@ class MixRow:
     planned: PlannedSource | None
     splits: list[DatasetSplit]
     split: DatasetSplit | None
+    version: DatasetVersion | None
+    blocks: list[Standing]
+    """The scans of its dataset that keep the job from being queued."""
 
     @property
     def number(self) -> int:
@@ -115,15 +120,23 @@ def split_of(version: DatasetVersion | None, key: str) -> DatasetSplit | None:
 
 
 def mix_rows(
-    pairs: Sequence[Pair], chosen: Sequence[Choice], plan: Plan | None, versions: Mapping[str, DatasetVersion]
+    pairs: Sequence[Pair],
+    chosen: Sequence[Choice],
+    plan: Plan | None,
+    versions: Mapping[str, DatasetVersion],
+    team: Team,
 ) -> Iterator[MixRow]:
-    """The form's rows with what their datasets come to in a plan, and the splits of each."""
+    """The form's rows with what their datasets come to in a plan, the splits of each and what its team's policy says
+    of it."""
     planned = {}
     if plan is not None and len(plan.sources) == len(chosen) + 1:
         planned = dict(zip((one.row for one in chosen), plan.sources[1:], strict=True))
     for index, (key, weight, split) in enumerate(pairs):
         version = versions.get(key)
-        yield MixRow(index, key, weight, planned.get(index), splits_of(version), split_of(version, split))
+        blocks = blocking(version, team) if version is not None else []
+        yield MixRow(
+            index, key, weight, planned.get(index), splits_of(version), split_of(version, split), version, blocks
+        )
 
 
 def as_text(
