@@ -34,6 +34,7 @@ from workers.folding import fold
 from workers.formats import get_format
 from workers.inspection import FAST_FORMATS, FAST_FROM_BYTES, MEMORY_BYTES, Tally, emit, no_rows
 from workers.reading import column_names, read_head, read_row
+from workers.row_paths import MISSING, value_at
 
 if TYPE_CHECKING:
     from workers.fast_rows import KeepRow
@@ -63,19 +64,9 @@ def _is_short(value: Any) -> bool:
     return not isinstance(value, (dict, list)) and (not isinstance(value, str) or len(value) <= MAX_VALUE)
 
 
-def value_at(row: Mapping[str, Any], name: str) -> Any:
-    """What stands at a dotted path; None where there is nothing."""
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def value_text(value: Any) -> str | None:
     """A column's value as it is filtered by: text as it is, numbers and truth as JSON writes them; None for nothing."""
-    if value is None or isinstance(value, (dict, list)):
+    if value is MISSING or value is None or isinstance(value, (dict, list)):
         return None
     if isinstance(value, str):
         return value[:MAX_VALUE]
