@@ -69,6 +69,19 @@ def test_each_line_is_answered_with_one_within_the_limits() -> None:
     assert ask({"do": "a"}, {"do": "loop"}, {"do": "b"}) == ([{"kind": "done", "said": "a"}], -signal.SIGALRM)
 
 
+def test_it_ends_when_nothing_is_asked_for_a_while() -> None:
+    code = KEPT.replace(
+        "limit_memory(400", "import workers.limited\nworkers.limited.IDLE_SECONDS = 0.3\nlimit_memory(400"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"do": "a"}\n')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline()) == {"kind": "done", "said": "a"}
+        assert process.wait(60) == 0, "although its standard input is open still"
+
+
 def run_reader(*more: str) -> tuple[list[dict[str, object]], int]:
     done = subprocess.run(
         [sys.executable, "-c", READER, "rows.jsonl", "--format", "text", *more], capture_output=True, timeout=60,
