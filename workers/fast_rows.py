@@ -22,7 +22,7 @@ from workers.compression import open_unpacked
 from workers.formats._beside import MEDIA
 from workers.formats._rules import PAIR_FIELDS
 from workers.line_marks import LineMarks, Places
-from workers.plain_rows import PlainRows, Spelling, find_plain, spellings
+from workers.plain_rows import PlainRows, Spelling, find_plain, spelling_in, spellings
 from workers.quality import look_at, print_of_texts
 from workers.strict_json import MAX_ROW_BYTES
 
@@ -92,9 +92,9 @@ def ordinary_rows(
 def spelling_of(path: Path, format_name: str) -> Spelling | None:
     """The way in which one of the first rows of a file is spelt; None where there is no such row."""
     _offset, block = next(_blocks(path), (0, b""))
-    lines = block.split(b"\n", _NUM_FIRST)[:_NUM_FIRST]
     ways = spellings(*_SHAPES[format_name])
-    return next((way for line in lines for way in ways if line.startswith(tuple(way.heads.values()))), None)
+    lines = block.split(b"\n", _NUM_FIRST)[:_NUM_FIRST]
+    return next(filter(None, (spelling_in(line, ways, _MEANT, MAX_ROW_BYTES) for line in lines)), None)
 
 
 def counted_rows(path: Path, format_name: str, way: Spelling, counts: Counts) -> Iterator[tuple[int, int, bytes]]:
@@ -110,7 +110,7 @@ def counted_rows(path: Path, format_name: str, way: Spelling, counts: Counts) ->
             number += 1
             continue
         marks = LineMarks(block)
-        is_plain, rows = find_plain(marks, way, MAX_ROW_BYTES)
+        is_plain, rows = find_plain(marks, way, _MEANT, MAX_ROW_BYTES)
         counts.add_plain(rows)
         first = num_compared = 0
         for index, begins, raw, _row, found in _looked_at(marks, np.flatnonzero(~is_plain), shape):

@@ -74,8 +74,7 @@ class Histogram:
             return
         import numpy as np
 
-        filled, counts = np.unique(np.searchsorted(self._bounds, values), return_counts=True)
-        for place, num in zip(filled.tolist(), counts.tolist(), strict=True):
+        for place, num in enumerate(np.bincount(np.searchsorted(self._bounds, values)).tolist()):
             self._counts[place] += num
         self.num += len(values)
         self.total += int(values.sum())

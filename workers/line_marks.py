@@ -26,6 +26,10 @@ _AFTER_BRACKET = table(b"I/")
 _TOKEN_LETTERS = table(b"pousr")
 _SLACK_LETTERS = table(b"baprs")
 _WORD = table(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+# A and a with an accent, as which the first byte of a character is read in another encoding: their second bytes, and
+# the first bytes of what the character's other bytes are read as.
+_WRONG_LETTERS = table(b"\x82\x83\xa2")
+_BEHIND_WRONG = table(b"\xc2\xc5\xc6\xcb\xe2")
 _LF, _CR, _QUOTE, _SLASH = b'\n\r"\\'
 
 
@@ -63,47 +67,78 @@ class LineMarks:
         return found
 
     @cached_property
-    def is_ascii(self) -> Mask:
-        """Which lines are nothing but ASCII."""
-        if self.block.isascii():
-            return np.ones(len(self.ends), np.bool_)
-        return np.asarray(np.maximum.reduceat(self.view, self.starts) < 128)
+    def is_ascii(self) -> bool:
+        """Whether the whole block is."""
+        return self.block.isascii()
+
+    @cached_property
+    def is_broken(self) -> Mask:
+        """Which lines may not be UTF-8."""
+        try:
+            self.block.decode()
+        except UnicodeDecodeError:
+            return np.asarray(np.maximum.reduceat(self.view, self.starts) > 127)
+        return np.zeros(len(self.ends), np.bool_)
+
+    def num_continuing(self, begins: Places, ends: Places) -> Places:
+        """How many bytes between two places go on with a character of UTF-8 and begin none."""
+        return np.searchsorted(self._continuing, ends) - np.searchsorted(self._continuing, begins)
+
+    @cached_property
+    def _continuing(self) -> Places:
+        return np.flatnonzero(self.view & 0b1100_0000 == 0b1000_0000)
 
     @cached_property
     def is_remarkable(self) -> Mask:
-        """Which lines hold the beginning of anything in ASCII that `workers/quality.py` remarks on."""
+        """Which lines hold the beginning of anything that `workers/quality.py` remarks on, unless it is written as an
+        escape of more than ASCII (\\uXXXX)."""
         escapes, escaped = self.escapes, self.escaped
         is_low = (escaped == ord("u")) & (self._at(escapes, 2) == ord("0")) & (self._at(escapes, 3) == ord("0"))
-        less, brackets = self._of("<"), self._of("[")
+        less, brackets = self._of(b"<"), self._of(b"[")
         # What stands behind may be a slash that is written as an escape.
         behind_less, behind_bracket = self._at(less, 1), self._at(brackets, 1)
         is_token = _AFTER_LESS[behind_less] | (behind_less == _SLASH)
         is_instruction = _AFTER_BRACKET[behind_bracket] | (behind_bracket == _SLASH)
-        capitals = self._of("A")
+        capitals = self._of(b"A")
         second, third = self._at(capitals, 1), self._at(capitals, 2)
         is_cloud = ((second == ord("K")) | (second == ord("S"))) & (third == ord("I"))
         is_google = (second == ord("I")) & (third == ord("z"))
         found = [
             escapes[_UNUSUAL_ESCAPES[escaped] | is_low],
-            self._of("\x7f"),
-            self._of("@"),
+            self._of(b"\x7f"),
+            self._of(b"@"),
             less[is_token],
             brackets[is_instruction],
             capitals[is_cloud | is_google],
             self._keys_before_line(),
             self._keys_before_dash(),
         ]
+        if not self.is_ascii:
+            found += self._damaged()
         return self.lines_with(np.concatenate(found))
 
+    def _damaged(self) -> list[Places]:
+        """Where in UTF-8 a control character beyond ASCII, a mark of a lost character, or text that was decoded wrongly
+        begins."""
+        two, three = self._of(b"\xc2"), self._of(b"\xe2")
+        is_control = self._at(two, 1) < 0xA0
+        second, third = self._at(three, 1), self._at(three, 2)
+        is_direction = (second == 0x80) & (third >= 0xAA) & (third <= 0xAE)
+        is_direction |= (second == 0x81) & (third >= 0xA6) & (third <= 0xA9)
+        marks, letters = self._of(b"\xef"), self._of(b"\xc3")
+        is_lost = (self._at(marks, 1) == 0xBF) & (self._at(marks, 2) == 0xBD)
+        is_wrong = _WRONG_LETTERS[self._at(letters, 1)] & _BEHIND_WRONG[self._at(letters, 2)]
+        return [two[is_control], three[is_direction], marks[is_lost], letters[is_wrong]]
+
     def _keys_before_line(self) -> Places:
-        lines = self._of("_")
+        lines = self._of(b"_")
         one, two, three = self._at(lines, -1), self._at(lines, -2), self._at(lines, -3)
         is_token = _TOKEN_LETTERS[one] & (two == ord("h")) & (three == ord("g"))
         is_token |= (one == ord("t")) & (two == ord("a"))
         return lines[is_token | ((one == ord("f")) & (two == ord("h")))]
 
     def _keys_before_dash(self) -> Places:
-        dashes = self._of("-")
+        dashes = self._of(b"-")
         one, two, three = self._at(dashes, -1), self._at(dashes, -2), self._at(dashes, -3)
         # The letter of an escape, such as the n of a line feed, is no letter of a word.
         is_word = _WORD[three] & (self._at(dashes, -4) != _SLASH)
@@ -115,13 +150,12 @@ class LineMarks:
     @cached_property
     def keys(self) -> tuple[Mask, NDArray[np.int64]]:
         """Which lines have a space before a colon, which may belong to a key; and how many `":` each has."""
-        colons = self._of(":")
+        colons = self._of(b":")
         before = self._at(colons, -1)
         num = np.diff(np.searchsorted(colons[before == _QUOTE], self.ends), prepend=0)
         return self.lines_with(colons[_SPACES[before]]), num
 
-    def _of(self, character: str) -> Places:
-        byte = character.encode()
+    def _of(self, byte: bytes) -> Places:
         return np.flatnonzero(self.view == byte[0]) if byte in self.block else np.zeros(0, np.int64)
 
     def _at(self, places: Places, shift: int) -> Bytes:
