@@ -71,21 +71,34 @@ def ordinary_rows(
 
     A line over MAX_ROW_BYTES is given cut to one byte more than that.
     """
+    for line, offset, raw, row, found in _every_row(path, format_name):
+        if found is None:
+            yield line, offset, raw
+            continue
+        count(line, row, found[0], *found[2:])
+        if keep is not None:
+            keep(line, row, found[0], found[1], raw)
+
+
+def every_row(
+    path: Path, format_name: str
+) -> Iterator[tuple[int, int, bytes, tuple[Sequence[str], Sequence[str]] | None]]:
+    """(line, byte offset, bytes) of every row in order, with the roles and texts of the turns of an ordinary one."""
+    for line, offset, raw, _row, found in _every_row(path, format_name):
+        yield line, offset, raw, None if found is None else found[:2]
+
+
+def _every_row(path: Path, format_name: str) -> Iterator[tuple[int, int, bytes, dict[str, Any], _Found | None]]:
     shape = _Shape(*_SHAPES[format_name], print_of_texts)
     number = 1
     for offset, block in _blocks(path):
         if not block.endswith(b"\n"):  # the last line, or one that is too long
-            yield number, offset, block
+            yield number, offset, block, {}, None
             number += 1
             continue
         marks = LineMarks(block)
         for index, begins, raw, row, found in _looked_at(marks, np.arange(len(marks.ends)), shape):
-            if found is None:
-                yield number + index, offset + begins, raw
-                continue
-            count(number + index, row, found[0], *found[2:])
-            if keep is not None:
-                keep(number + index, row, found[0], found[1], raw)
+            yield number + index, offset + begins, raw, row, found
         number += len(marks.ends)
 
 
@@ -97,11 +110,16 @@ def spelling_of(path: Path, format_name: str) -> Spelling | None:
     return next(filter(None, (spelling_in(line, ways, _MEANT, MAX_ROW_BYTES) for line in lines)), None)
 
 
-def counted_rows(path: Path, format_name: str, way: Spelling, counts: Counts) -> Iterator[tuple[int, int, bytes]]:
-    """As `ordinary_rows`, where nothing but counts is wanted: rows that are spelt in this way are not parsed.
+def counted_rows(
+    path: Path, format_name: str, way: Spelling | None, counts: Counts
+) -> Iterator[tuple[int, int, bytes]]:
+    """As `ordinary_rows`, where nothing but counts is wanted: rows that are spelt in the way are not parsed.
 
-    The prints are those of `way.print_of`.
+    The prints are those of `way.print_of`, or of `print_of_texts` where there is no way.
     """
+    if way is None:
+        yield from ordinary_rows(path, format_name, lambda line, _, *of: counts.add_usable(line, *of))
+        return
     shape = _Shape(*_SHAPES[format_name], way.print_of)
     number = 1
     for offset, block in _blocks(path):

@@ -159,17 +159,12 @@ def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
 
 def _read_lines(path: Path, format_name: str, columns: dict[str, str]) -> None:
     """JSON Lines of conversations; numpy takes longer to load than small files to read."""
-    from workers.fast_rows import counted_rows, ordinary_rows, spelling_of
+    from workers.fast_rows import counted_rows, spelling_of
 
     way = spelling_of(path, format_name)
-    if way is None:
-        tally = Tally()
-        others = ordinary_rows(path, format_name, lambda line, _, *of: tally.add_usable(line, *of))
-    else:
-        tally = Tally(way.print_of)
-        others = counted_rows(path, format_name, way, tally)
+    tally = Tally(way.print_of if way is not None else print_of_texts)
     plugin = get_format(format_name)
-    for number, offset, raw in others:
+    for number, offset, raw in counted_rows(path, format_name, way, tally):
         item = jsonl_row(number, offset, raw)
         if item is not None:
             tally.add(*read_row(item, plugin, columns, remark=True))
