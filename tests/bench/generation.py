@@ -20,22 +20,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.bench.start import SHAPES
+from tests.bench.workload import LLAMA_SHAPES, TINY
 from workers.generation import generate
 from workers.methods import get_method
 
 PAD, END = 0, 2
 NUM_CHECKED = 64
-TINY = {
-    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.generation", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--shape", choices=[*sorted(SHAPES), "tiny"], default="tiny", help="random weights of this size"
+        "--shape", choices=[*sorted(LLAMA_SHAPES), "tiny"], default="tiny", help="random weights of this size"
     )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="a base model folder instead of a shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +68,8 @@ def make_model(shape: str, base: Path | None, device: str) -> Any:
     if base is not None:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
     config = LlamaConfig(
-        **(TINY if shape == "tiny" else SHAPES[shape]), max_position_embeddings=8192, pad_token_id=PAD, bos_token_id=1,
-        eos_token_id=END, tie_word_embeddings=False,
+        **(TINY if shape == "tiny" else LLAMA_SHAPES[shape]), max_position_embeddings=8192, pad_token_id=PAD,
+        bos_token_id=1, eos_token_id=END, tie_word_embeddings=False,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

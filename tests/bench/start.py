@@ -30,25 +30,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.bench.workload import LLAMA_SHAPES
 from tests.tiny import CHAT_TEMPLATE, make_tiny_base, tiny_rows, tokenizer_json, write_rows
 from workers.events import PHASES, EndedEvent, FailedEvent, PhaseEvent, StepEvent, parse_event
 
 ROOT = Path(__file__).parents[2]
-SHAPES: dict[str, dict[str, int]] = {
-    "8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    },
-    "3b": {
-        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
-    },
-    "1b": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    },
-}  # fmt: skip
-"""Sizes of Llama 3.1 8B, Llama 3.2 3B and 1B (their config.json), here with an output layer of its own in all."""
 
 
 def main() -> None:
@@ -56,7 +42,7 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     trainer = kinds.add_parser("trainer", help="cold against warm, without any server")
     trainer.add_argument("--base", type=Path, metavar="DIR", help="a base model folder; by default the tests' tiny one")
-    trainer.add_argument("--shape", choices=sorted(SHAPES), help="make a base of this size with random weights")
+    trainer.add_argument("--shape", choices=sorted(LLAMA_SHAPES), help="make a base of this size with random weights")
     trainer.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "nf4", "int8"))
     trainer.add_argument("--method", help='by default "lora", or "qlora" on a quantised base')
     trainer.add_argument("--rounds", type=int, default=3, help="how often each is measured")
@@ -211,7 +197,7 @@ def _recipe(base: Path, precision: str, method: str, seed: int) -> dict[str, Any
 def make_base(folder: Path, shape: str | None, sizes: dict[str, int] | None = None) -> Path:
     """The tests' tiny base, or a Llama of a real size with random weights in bfloat16, in files as hubs have them.
 
-    `sizes` are those of a shape that SHAPES does not have.
+    `sizes` are those of a shape that LLAMA_SHAPES does not have.
     """
     if shape is None:
         return make_tiny_base(folder / "tiny")
@@ -222,7 +208,7 @@ def make_base(folder: Path, shape: str | None, sizes: dict[str, int] | None = No
     from safetensors.torch import save_file
 
     made.mkdir(parents=True, exist_ok=True)
-    sizes = sizes or SHAPES[shape]
+    sizes = sizes or LLAMA_SHAPES[shape]
     config = sizes | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
