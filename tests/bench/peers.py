@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("lora", "qlora"), default="lora")
     parser.add_argument("--checkpointing", choices=("on", "off", "default"), default="default")
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
+    parser.add_argument("--micro", type=int, help="rows that padding trainers have in memory at once")
     parser.add_argument("--length", type=int, help="every row has this many tokens; nothing is packed then")
     parser.add_argument("--padded", action="store_true", help="also those that can pack pad instead")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -76,11 +77,14 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.warm < options.steps:
         parser.error("--warm must be above 0 and below --steps")
+    if options.batch % rows_at_once(options):
+        parser.error(f"--batch must be a multiple of the {rows_at_once(options)} rows in memory at once; see --micro")
+    together = "packed" if can_pack(options) else f"padded{rows_at_once(options)}"
     name = "-".join(
         str(one)
         for one in (
-            options.contender, options.shape, options.method, options.batch, options.length or "mixed",
-            "packed" if can_pack(options) else "padded", f"checkpointing_{options.checkpointing}",
+            options.contender, options.shape, options.method, options.batch, options.length or "mixed", together,
+            f"checkpointing_{options.checkpointing}",
         )
     )  # fmt: skip
     path = None if options.rows is None else (options.rows / f"{name}.json").resolve()
@@ -150,6 +154,12 @@ def can_pack(options: argparse.Namespace) -> bool:
     return options.contender != "naive" and options.length is None and not options.padded
 
 
+def rows_at_once(options: argparse.Namespace) -> int:
+    """Rows of a batch with padding."""
+    usual = NAIVE_ROWS if options.contender == "naive" else options.batch
+    return int(min(options.micro or usual, options.batch))
+
+
 def prepare_process(scratch: Path) -> None:
     """Asks no hub and reports to nobody; puts the stand-in for flash-attn on the path where there is none."""
     os.environ |= {
@@ -192,9 +202,7 @@ def alone(path: Path | None) -> Iterator[None]:
 
 def common_arguments(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """What is the same for all; nothing is logged, so that no peer waits for its device more than it must."""
-    rows = min(NAIVE_ROWS, options.batch) if options.contender == "naive" else options.batch
-    if options.batch % rows:
-        raise SystemExit(f"--batch must be a multiple of {rows} for {options.contender}.")
+    rows = rows_at_once(options)
     return {
         "output_dir": str(scratch / "out"), "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": options.batch // rows, "learning_rate": LEARNING_RATE,
@@ -329,7 +337,7 @@ def meter_class() -> type:
 
         def __init__(self, num_warm: int) -> None:
             self.num_warm = num_warm
-            self.began = self.ended = 0.0
+            self.began = self.ended = (0.0, 0.0)
             self.last_step = 0
             # One entry per micro-batch: its step, tokens, those with loss, tokens with padding, loss.
             self.counts: list[tuple[int, Any, Any, int, Any]] = []
@@ -343,17 +351,20 @@ def meter_class() -> type:
             if state.global_step in (self.num_warm, state.max_steps):
                 if has_gpu():
                     torch.cuda.synchronize()
-                self.began, self.ended = self.ended, time.monotonic()
+                self.began, self.ended = self.ended, (time.monotonic(), time.process_time())
 
         def found(self) -> dict[str, Any]:
             """The measured fields of a row."""
             timed = [one for one in self.counts if one[0] >= self.num_warm]
             tokens, trained, places = (sum(int(one[which]) for one in timed) for which in (1, 2, 3))
-            steps, seconds = self.last_step - self.num_warm, self.ended - self.began
+            steps = self.last_step - self.num_warm
+            seconds, processor_seconds = (end - begin for begin, end in zip(self.began, self.ended, strict=True))
             losses = [sum(float(one[4]) for one in self.counts if one[0] == step) for step in (0, self.last_step - 1)]
             return {
                 "tokens_per_second": round(tokens / seconds, 1), "tokens_per_step": round(tokens / steps),
-                "steps": steps, "seconds": round(seconds, 2), "padding_share": round(1 - tokens / places, 3),
+                "steps": steps,
+                "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
+                "padding_share": round(1 - tokens / places, 3),
                 "trained_share": round(trained / tokens, 3), "peak_gib": round(peak_gib(), 2),
                 "first_loss": round(losses[0], 4), "last_loss": round(losses[1], 4),
             }  # fmt: skip

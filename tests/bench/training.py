@@ -122,13 +122,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "evaluation": {"num_samples_shown": 0},
         }
     )  # fmt: skip
-    seen: list[tuple[float, StepEvent]] = []
+    seen: list[tuple[float, float, StepEvent]] = []
     with tempfile.TemporaryDirectory() as temporary, open(os.devnull, "w") as pipe:  # noqa: PTH123
 
         def report(event: Event) -> None:
             pipe.write(event.model_dump_json() + "\n")
             if isinstance(event, StepEvent):
-                seen.append((time.monotonic(), event))
+                seen.append((time.monotonic(), time.process_time(), event))
 
         folder = Path(temporary)
         ready = Ready(lengths, sizes["vocab_size"])
@@ -175,19 +175,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with nullcontext() if options.plain else training.computed_by_hand(run, model):
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
-    warm, *later = [(when, event) for when, event in seen if event.step >= options.warm]
+    warm, *later = [one for one in seen if one[-1].step >= options.warm]
     assert later, "no step is left behind the warm ones"
-    seconds = later[-1][0] - warm[0]
+    seconds, processor_seconds = (later[-1][clock] - warm[clock] for clock in (0, 1))
     return {
         "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
         "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
         "batch": options.batch, "length": options.length,
-        "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
-        "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
-        "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
-        "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][1].loss, 4),
-        "last_loss": round(seen[-1][1].loss, 4), "device": devices.device_name(device), "versions": training.versions(),
+        "tokens_per_second": round((later[-1][-1].num_tokens - warm[-1].num_tokens) / seconds, 1),
+        "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][-1].step - warm[-1].step,
+        "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
+        "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
+        "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][-1].loss, 4),
+        "last_loss": round(seen[-1][-1].loss, 4), "device": devices.device_name(device),
+        "versions": training.versions(),
     }  # fmt: skip
 
 
