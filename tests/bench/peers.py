@@ -47,6 +47,7 @@ from tests.bench.workload import (
     WARM,
     row_lengths,
     row_tokens,
+    sizes_of,
 )
 
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("contender", choices=("naive", "trl", "unsloth"))
     parser.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
+    parser.add_argument("--model", type=Path, help="folder of a model with weights of its own, instead of a shape")
     parser.add_argument("--method", choices=("lora", "qlora"), default="lora")
     parser.add_argument("--checkpointing", choices=("on", "off", "default"), default="default")
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
@@ -83,7 +85,7 @@ def main() -> None:
     name = "-".join(
         str(one)
         for one in (
-            options.contender, options.shape, options.method, options.batch, options.length or "mixed", together,
+            options.contender, shape_name(options), options.method, options.batch, options.length or "mixed", together,
             f"checkpointing_{options.checkpointing}",
         )
     )  # fmt: skip
@@ -91,7 +93,7 @@ def main() -> None:
     if path is not None and path.exists():
         print(f"{name} is measured already.")
         return
-    for given in ("base", "lock"):
+    for given in ("base", "lock", "model"):
         if getattr(options, given) is not None:
             setattr(options, given, getattr(options, given).resolve())
     began, before = time.monotonic(), Path.cwd()
@@ -118,15 +120,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         from datasets import Dataset
 
         lengths = row_lengths(options.batch * options.steps, options.length)
-        rows = [row_tokens(number, length, ALL_SHAPES[options.shape]["vocab_size"])
-                for number, length in enumerate(lengths, 1)]  # fmt: skip
+        sizes = ALL_SHAPES[options.shape] if options.model is None else sizes_of(options.model)
+        rows = [row_tokens(number, length, sizes["vocab_size"]) for number, length in enumerate(lengths, 1)]
         dataset = Dataset.from_dict(
             {
                 "input_ids": [ids for ids, _ in rows],
                 "labels": [[-100] * masked + ids[masked:] for ids, masked in rows],
             }
         )
-        base = random_base(options.base or scratch, options.shape)
+        base = options.model or random_base(options.base or scratch, options.shape)
         meter = meter_class()(options.warm)
         arguments = common_arguments(options, scratch)
         if can_pack(options):
@@ -135,10 +137,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         build = {"naive": naive_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[options.contender]
         trainer, how = build(options, base, dataset, arguments)
         trainer.add_callback(meter)
-        count_tokens(trainer, meter)
+        count_tokens(trainer, meter, padding_of(base))
         trainer.train()
         return {
-            "contender": options.contender, "shape": options.shape, "method": options.method,
+            "contender": options.contender, "shape": shape_name(options), "method": options.method,
             "precision": "nf4" if options.method == "qlora" else dtype_of_frozen(trainer.model),
             # What it says itself: without flash attention some peers switch packing off again.
             "blocks": ", ".join(["packed" if getattr(trainer.args, "packing", False) else "padded", *how]),
@@ -147,6 +149,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "num_trainable": sum(one.numel() for one in trainer.model.parameters() if one.requires_grad),
             "device": device_name(), "versions": versions(), "torch_threads": torch.get_num_threads(),
         }  # fmt: skip
+
+
+def shape_name(options: argparse.Namespace) -> str:
+    return str(options.shape if options.model is None else options.model.resolve().name)
 
 
 def can_pack(options: argparse.Namespace) -> bool:
@@ -306,6 +312,12 @@ def load(base: Path, method: str, attention: str) -> Any:
     return model
 
 
+def padding_of(base: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return int(AutoTokenizer.from_pretrained(base).pad_token_id)
+
+
 def dtype_of_base() -> Any:
     import torch
 
@@ -372,13 +384,14 @@ def meter_class() -> type:
     return Meter
 
 
-def count_tokens(trainer: Any, meter: Any) -> None:
-    """Has every micro-batch counted on its device, without waiting for it."""
+def count_tokens(trainer: Any, meter: Any, padding: int) -> None:
+    """Has every micro-batch counted on its device, without waiting for it; no row has the token of padding."""
+    assert padding <= END, "rows may have the token that pads them"
     step = trainer.training_step
 
     def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         ids, labels = inputs["input_ids"], inputs["labels"]
-        counts = (trainer.state.global_step, (ids != PAD).sum(), (labels != -100).sum(), ids.numel())
+        counts = (trainer.state.global_step, (ids != padding).sum(), (labels != -100).sum(), ids.numel())
         loss = step(model, inputs, *args, **kwargs)
         meter.counts.append((*counts, loss.detach()))
         return loss

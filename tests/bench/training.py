@@ -27,7 +27,17 @@ import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.bench.training_table import table
-from tests.bench.workload import ALL_SHAPES, BATCH, LEARNING_RATE, MAX_LENGTH, STEPS, WARM, row_lengths, row_tokens
+from tests.bench.workload import (
+    ALL_SHAPES,
+    BATCH,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    STEPS,
+    WARM,
+    row_lengths,
+    row_tokens,
+    sizes_of,
+)
 from tests.tiny import tokenizer_json
 from workers import devices, training
 from workers.base_folders import BaseFolder
@@ -51,6 +61,7 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     ours = kinds.add_parser("ours", help="the product's own steps")
     ours.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
+    ours.add_argument("--model", type=Path, help="folder of a Llama with weights of its own, instead of a shape")
     ours.add_argument("--method", default="lora")
     ours.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
     ours.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
@@ -71,8 +82,8 @@ def main() -> None:
     name = "-".join(
         str(one)
         for one in (
-            "ours", options.shape, options.method, options.precision, options.batch, options.micro or options.batch,
-            options.length or "mixed", f"dropout{options.dropout:g}",
+            "ours", shape_name(options), options.method, options.precision, options.batch,
+            options.micro or options.batch, options.length or "mixed", f"dropout{options.dropout:g}",
             "lean" if options.lean else "full", "plain" if options.plain else "fast",
         )
     )  # fmt: skip
@@ -85,6 +96,10 @@ def main() -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(line + "\n", "utf-8")
+
+
+def shape_name(options: argparse.Namespace) -> str:
+    return options.shape if options.model is None else options.model.resolve().name
 
 
 @dataclass
@@ -107,11 +122,11 @@ class Ready:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Trains and gives what came out: rates over the steps behind the warm ones."""
     device = devices.choose_device()
-    sizes = ALL_SHAPES[options.shape]
+    sizes = ALL_SHAPES[options.shape] if options.model is None else sizes_of(options.model)
     lengths = row_lengths(options.batch * options.steps, options.length)
     recipe = Recipe.model_validate(
         {
-            "name": "bench", "base_model": {"name": options.shape},
+            "name": "bench", "base_model": {"name": shape_name(options)},
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
             "settings": {"dropout": options.dropout} if "lora" in options.method else {},
             "training": {
@@ -138,7 +153,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # Trained prompts and prefixes begin as a text's tokens.
         (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
         prepare_process()
-        model = random_model(sizes, options.precision, device)
+        model = random_model(sizes, options.precision, device, options.model)
         model.name_or_path = model.config._name_or_path = str(folder)
         run = training.Run(
             recipe,
@@ -179,7 +194,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     assert later, "no step is left behind the warm ones"
     seconds, processor_seconds = (later[-1][clock] - warm[clock] for clock in (0, 1))
     return {
-        "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
+        "contender": "ours", "shape": shape_name(options), "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
         "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
         "batch": options.batch, "length": options.length,
@@ -203,8 +218,9 @@ def shape_of(sizes: dict[str, int]) -> ModelShape:
     )  # fmt: skip
 
 
-def random_model(sizes: dict[str, int], precision: str, device: torch.device) -> Any:
-    """A frozen Llama with random weights, made on the device itself; quantised layer by layer for nf4."""
+def random_model(sizes: dict[str, int], precision: str, device: torch.device, folder: Path | None = None) -> Any:
+    """A frozen Llama with random weights, made on the device itself, or one of a folder; quantised layer by layer for
+    nf4."""
     config = LlamaConfig(
         **sizes, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False, attn_implementation="sdpa",
@@ -215,7 +231,9 @@ def random_model(sizes: dict[str, int], precision: str, device: torch.device) ->
     torch.manual_seed(17)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model = (
+                LlamaForCausalLM(config) if folder is None else LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+            )
     finally:
         torch.set_default_dtype(before)
     model.requires_grad_(False)
