@@ -354,6 +354,14 @@ class EstimateOut(Out):
     optimizer_bytes: int
     activations_bytes: int
     runtime_bytes: int
+    least_bytes: int | None = Field(
+        description="Where the run chooses by the memory there is what it keeps: the least with which it works, and "
+        "which the verdict is about. null: it chooses nothing."
+    )
+    kept_share: float | None = Field(
+        description="Of its blocks, those that keep what they computed; the others compute it twice."
+    )
+    slowdown: float | None = Field(description="How many times as long that makes its steps.")
     num_steps: int
     num_tokens: int
     num_trainable: int

@@ -255,6 +255,8 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
             "arithmetic_memory": showing.gibibytes(plan.estimate.arithmetic_bytes),
             "memory_parts": _memory_parts(plan),
             "memory_needed": showing.gibibytes(plan.estimate.total_bytes),
+            "memory_least": showing.gibibytes(plan.estimate.least_bytes),
+            "slower_percent": significant(100 * ((plan.estimate.slowdown or 1) - 1), 2),
             "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
             "trainable_percent": significant(100 * plan.estimate.trainable_share),
             "cut_percent": significant(100 * plan.cut_share, 2),

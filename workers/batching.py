@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +201,65 @@ def _order_of_pass(num_rows: int, seed: int, number: int, source: int) -> np.nda
     return np.random.default_rng([seed, number, source]).permutation(num_rows)
 
 
-def split_step(rows: Sequence[int], tokens: TokenRows, micro_batch_size: int) -> list[list[int]]:
-    """A step's rows in micro-batches, longest first: like lengths together, and a shortage of memory shows at once."""
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens a micro-batch of rows without padding should have at most, with `beside` more for each row than
+    its own. A longer row is a micro-batch by itself: none is cut."""
+
+    tokens: int
+    beside: int = 0
+
+
+def split_step(
+    rows: Sequence[int], tokens: TokenRows, micro_batch_size: int, budget: TokenBudget | None = None
+) -> list[list[int]]:
+    """A step's rows in micro-batches of at most so many rows, the largest first: a shortage of memory shows at once.
+
+    Rows of like lengths come together; with a budget, as many as fit it, spread so that all micro-batches are about
+    equally large.
+    """
     by_length = sorted(rows, key=tokens.length, reverse=True)
-    return [by_length[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+    if budget is None:
+        return [by_length[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+    sizes = {row: tokens.length(row) + budget.beside for row in rows}
+    groups = _first_fit(by_length, sizes, micro_batch_size, budget.tokens)
+    even = _spread(by_length, sizes, micro_batch_size, len(groups))
+    if max(_sums(even, sizes)) <= max(budget.tokens, max(_sums(groups, sizes))):
+        groups = even
+    return sorted(groups, key=lambda group: sum(sizes[row] for row in group), reverse=True)
+
+
+def _first_fit(rows: Sequence[int], sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Each row in the first micro-batch that has room for it."""
+    groups: list[list[int]] = []
+    rooms: list[int] = []
+    for row in rows:
+        fitting = (
+            number for number, group in enumerate(groups) if sizes[row] <= rooms[number] and len(group) < most_rows
+        )
+        number = next(fitting, len(groups))
+        if number == len(groups):
+            groups.append([])
+            rooms.append(most_tokens)
+        groups[number].append(row)
+        rooms[number] -= sizes[row]
+    return groups
+
+
+def _spread(rows: Sequence[int], sizes: Mapping[int, int], most_rows: int, num: int) -> list[list[int]]:
+    """Each row in the smallest of `num` micro-batches."""
+    groups: list[list[int]] = [[] for _ in range(num)]
+    smallest = [(0, number) for number in range(num)]
+    for row in rows:
+        size, number = heappop(smallest)
+        groups[number].append(row)
+        if len(groups[number]) < most_rows:
+            heappush(smallest, (size + sizes[row], number))
+    return groups
+
+
+def _sums(groups: Sequence[Sequence[int]], sizes: Mapping[int, int]) -> list[int]:
+    return [sum(sizes[row] for row in group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -259,28 +315,38 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: int) -> Batch:
+def _end_with_loss(tokens: TokenRows, row: int, most: int | None) -> slice:
+    """The whole row, or so many of its tokens as `most` says, up to its last one with loss."""
+    if most is None or tokens.length(row) <= most:
+        return slice(0, tokens.length(row))
+    stop = max(most, int(np.flatnonzero(tokens.trained(row))[-1]) + 1)
+    return slice(stop - most, stop)
+
+
+def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: int, most: int | None = None) -> Batch:
     """The rows as one micro-batch: side by side with padding on the right, or all behind one another.
 
     Packed, input_ids is (1, S) and position_ids restart with each row: transformers makes a mask from them in which
-    no row sees another (given no attention mask and use_cache=False). Padded, input_ids is (B, T).
+    no row sees another (given no attention mask and use_cache=False). Padded, input_ids is (B, T). With `most` only so
+    many tokens of each row are taken, the last of which is its last one with loss: for a sample, not for training.
     """
-    lengths = tuple(tokens.length(row) for row in rows)
+    parts = [_end_with_loss(tokens, row, most) for row in rows]
+    lengths = tuple(part.stop - part.start for part in parts)
     width = 0 if packing else max(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packing else np.arange(len(rows)) * width
     ids = np.full(sum(lengths) if packing else len(rows) * width, pad_id, np.int64)
     positions, targets, owners, weights = [], [], [], []
     has_weights = any(tokens.weights(row) is not None for row in rows)
-    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        own = tokens.ids(row)
+    for index, (row, part, start) in enumerate(zip(rows, parts, starts, strict=True)):
+        own = tokens.ids(row)[part]
         ids[start : start + len(own)] = own
-        carrying = np.flatnonzero(tokens.trained(row)[1:])
+        carrying = np.flatnonzero(tokens.trained(row)[part][1:])
         positions.append(start + carrying)
         targets.append(own[carrying + 1])
         owners.append(np.full(len(carrying), index))
         if has_weights:
             own_weights = tokens.weights(row)
-            weights.append(np.ones(len(carrying)) if own_weights is None else own_weights[carrying + 1])
+            weights.append(np.ones(len(carrying)) if own_weights is None else own_weights[part][carrying + 1])
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None] if packing else None,
@@ -293,8 +359,14 @@ def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: in
 
 
 def batches(
-    rows: Sequence[int], tokens: TokenRows, *, micro_batch_size: int, packing: bool, pad_id: int
+    rows: Sequence[int],
+    tokens: TokenRows,
+    *,
+    micro_batch_size: int,
+    packing: bool,
+    pad_id: int,
+    budget: TokenBudget | None = None,
 ) -> Iterator[Batch]:
     """The micro-batches of one step."""
-    for group in split_step(rows, tokens, micro_batch_size):
+    for group in split_step(rows, tokens, micro_batch_size, budget):
         yield collate(group, tokens, packing=packing, pad_id=pad_id)

@@ -58,7 +58,8 @@ class Position:
     """Where a run stands. `step` counts finished optimizer steps; the rest is summed over all of them.
 
     `row` is the place in the seeded stream of rows at which the next step begins; `train_seconds` is time spent in
-    steps, over all attempts; `watch` is what validations have shown.
+    steps, over all attempts; `watch` is what validations have shown. `micro_batch_tokens` is the budget that
+    micro-batches were split by, so that a later attempt adds up the same ones; None where rows alone were counted.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Position:
     first_loss: float | None
     last_loss: float | None
     watch: Watch = field(default_factory=Watch)
+    micro_batch_tokens: int | None = None
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Position:

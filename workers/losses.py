@@ -177,6 +177,7 @@ class _FrozenHead(torch.autograd.Function):
             losses_N[part] = cross_entropy(logits_CV, targets_N[part], with_gradient=wants_gradient)
             if gradient_NH is not None:
                 gradient_NH[part] = (logits_CV @ weight_VH).to(hidden_NH.dtype)
+            del logits_CV  # before the next chunk's are made, not after
         if gradient_NH is not None:
             ctx.save_for_backward(gradient_NH)
         return losses_N

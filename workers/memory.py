@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from workers.gpus import gpu_named
+from workers.hand_written_run import HandWrittenRun, blocks_of, room_beside_weights, run_of
+from workers.hand_written_time import PACE, Pace
 from workers.measured_memory import NO_CORRECTION, Basis, MeasuredMemory, MemoryParts, shape_key
 from workers.methods import get_method
 from workers.recipe import Precision, Recipe
@@ -40,17 +43,15 @@ CPU_FLOPS_PER_THREAD_AVX2 = 22e9
 CPU_SLOW_BFLOAT16 = 12e9
 """The same where bfloat16 is emulated."""
 
-# Dense peak of the 16-bit tensor cores in FLOP/s, from the makers' data sheets, by a part of the device's name.
-GPU_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12),
-    ("L4", 121e12), ("A10", 125e12), ("A6000", 155e12), ("5090", 210e12), ("4090", 165e12), ("3090", 71e12),
-    ("V100", 125e12), ("T4", 65e12),
-)  # fmt: skip
-GPU_UNKNOWN_FLOPS = 80e12
 GPU_UTILISATION = 0.30
 """Share of the peak that training with adapters reaches on models of billions of parameters."""
 GPU_LAUNCH_SECONDS = 12e-6
 """Per kernel; a layer takes about 40 of them in each direction, which bounds small models."""
+
+WIDE_RANGE = (0.6, 1.8)
+"""From the least to the most of what is expected, where a device's speed is guessed from its data sheet."""
+NARROW_RANGE = (0.8, 1.2)
+"""The same of steps whose arithmetic was held to measured ones."""
 
 PRECISION_SLOWDOWN: dict[Precision, float] = {"float32": 1.0, "bfloat16": 1.0, "nf4": 1.35, "int8": 1.6}
 """Against computing on unquantised weights."""
@@ -89,6 +90,29 @@ class DatasetFacts:
             kept = sum(min(bound, max_length) * rows for bound, rows in self.lengths.items())
             mean *= kept / max(1, sum(bound * rows for bound, rows in self.lengths.items()))
         return min(mean, max_length)
+
+    def largest_step(self, batch_size: int, max_length: int, num_steps: int) -> float:
+        """About how many tokens the largest of so many steps has, of rows drawn without regard to their length."""
+        rows = self.num_rows if self.parts is None else max(1, self.parts.num_train)
+        mean = self.mean_after_cut(max_length)
+        if rows <= batch_size:
+            return batch_size * mean
+        spread = mean * math.sqrt(max(0.0, self.weighted_after_cut(max_length) / max(mean, 1.0) - 1.0))
+        # The largest of n numbers that are normal is about so many deviations above their mean.
+        above = math.sqrt(2 * math.log(max(2, num_steps))) * math.sqrt(batch_size) * spread
+        return min(batch_size * mean + above, batch_size * self.longest_after_cut(max_length))
+
+    def weighted_after_cut(self, max_length: int) -> float:
+        """Tokens of the row that a token is usually in, once rows are cut: the mean of squares over the mean."""
+        mean = self.mean_after_cut(max_length)
+        cut = {bound: min(bound, max_length, self.longest or max_length) for bound in self.lengths}
+        total = sum(cut[bound] * rows for bound, rows in self.lengths.items())
+        if not total:
+            return mean
+        mean_bound = total / sum(self.lengths.values())
+        squares = sum(cut[bound] ** 2 * rows for bound, rows in self.lengths.items()) / sum(self.lengths.values())
+        # Bins give upper bounds, so they say how uneven rows are, not how long.
+        return min(mean * squares / mean_bound**2, self.longest_after_cut(max_length))
 
     def num_longer(self, max_length: int) -> int:
         """Rows of more tokens; the rows of a bin that the length lies in count, too."""
@@ -157,6 +181,8 @@ class DeviceFacts:
     has_fast_bfloat16: bool | None = None
     measured: MeasuredMemory | None = None
     """What finished runs held on such a device; None: the arithmetic stands as it is."""
+    pace: Pace = PACE
+    """Which shares of a GPU's peaks hand-written blocks reach."""
 
     def computes_bfloat16(self) -> bool:
         """Whether 16-bit products are done in hardware."""
@@ -189,6 +215,19 @@ class Estimate:
     verdict: Literal["fits", "tight", "too_large"]
     measured: Basis = "arithmetic"
     num_measured: int = 0
+    least_bytes: int | None = None
+    """Where the run chooses by the memory there is what it keeps for the way back: the least with which it works."""
+    kept_share: float | None = None
+    """Of its blocks, those that will keep what they computed; the others compute it again."""
+    slowdown: float | None = None
+    """How many times as long that makes its steps."""
+    rows_at_once: int | None = None
+    """Rows in memory at once, where they are found by the memory there is."""
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether the run is slower than with more memory."""
+        return self.kept_share is not None and self.kept_share < 1
 
     @property
     def arithmetic_bytes(self) -> int:
@@ -232,6 +271,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     micro_batch = min(micro_batch, training.batch_size)
     compute_bytes = compute_bytes_of(precision, device)
     is_whole = method.product.is_whole_model
+    blocks = blocks_of(method, settings, precision, shape, device.kind)
     training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
     training_bytes = compute_bytes_of(training_precision, device)
 
@@ -245,18 +285,31 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     optimizer = 12 * num_trainable
     if is_whole:
         weights -= compute_bytes * num_trainable  # counted as the trained weights
+    else:
+        weights += room_beside_weights(shape, precision, device)
     checkpointing = training.gradient_checkpointing is True
-    activations = activations_bytes(
-        settings,
-        shape,
-        adapted_features=method.adapted_features(settings, shape),
-        tokens=micro_batch * dataset.longest_after_cut(training.max_length),
-        compute_bytes=training_bytes,
-        residual_bytes=compute_bytes,
-        checkpointing=checkpointing,
-        device_kind=device.kind,
-        weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
-    )
+    by_hand: HandWrittenRun | None = None
+    if blocks is not None:
+        optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4")
+        by_hand = run_of(
+            recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,
+            precision=precision, fixed_bytes=weights + adapter + optimizer,
+        )  # fmt: skip
+        fixed_least = weights + adapter + optimizer
+        weights += by_hand.held.weights_bytes
+        activations = by_hand.held.activations_bytes
+    else:
+        activations = activations_bytes(
+            settings,
+            shape,
+            adapted_features=method.adapted_features(settings, shape),
+            tokens=micro_batch * dataset.longest_after_cut(training.max_length),
+            compute_bytes=training_bytes,
+            residual_bytes=compute_bytes,
+            checkpointing=checkpointing,
+            device_kind=device.kind,
+            weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
+        )
     if training_bytes < compute_bytes:
         # The backward pass multiplies by the same 16-bit copies of the weights as the forward pass; the output
         # layer's has a gradient beside it.
@@ -268,14 +321,21 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     if device.measured is not None:
         correction = device.measured.correction(shape_key(shape), recipe.method, precision)
     total = correction.total(sums)
-    share = total / device.memory_bytes if device.memory_bytes else math.inf
+    least: int | None = None
+    if by_hand is not None and by_hand.least is not None:
+        least = min(total, correction.total(MemoryParts(fixed_least, by_hand.least, runtime)))
+        # What is kept is chosen by the memory that there is, whatever the arithmetic is off by.
+        total = min(total, max(least, device.memory_bytes))
+    needed = total if least is None else least
+    share = needed / device.memory_bytes if device.memory_bytes else math.inf
     verdict: Literal["fits", "tight", "too_large"] = (
         "too_large" if share > 1 else "tight" if share >= TIGHT_SHARE else "fits"
     )
-    seconds = _seconds(
+    train_seconds, other_seconds = _seconds(
         recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
-        num_trainable, is_whole=is_whole,
+        num_trainable, is_whole=is_whole, by_hand=by_hand,
     )  # fmt: skip
+    train_range = NARROW_RANGE if by_hand is not None and by_hand.work is not None else WIDE_RANGE
     return Estimate(
         weights_bytes=weights,
         adapter_bytes=adapter,
@@ -286,11 +346,15 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         num_steps=num_steps,
         num_trainable=num_trainable,
         trainable_share=num_trainable / shape.num_parameters,
-        seconds_low=seconds * 0.6,
-        seconds_high=seconds * 1.8,
+        seconds_low=train_seconds * train_range[0] + other_seconds * WIDE_RANGE[0],
+        seconds_high=train_seconds * train_range[1] + other_seconds * WIDE_RANGE[1],
         verdict=verdict,
         measured=correction.basis,
         num_measured=correction.num_runs,
+        least_bytes=least,
+        kept_share=None if least is None or by_hand is None else by_hand.held.kept_share,
+        slowdown=None if least is None or by_hand is None else by_hand.slowdown(device),
+        rows_at_once=None if by_hand is None else by_hand.rows_at_once,
     )
 
 
@@ -389,8 +453,9 @@ def _seconds(
     num_trainable: int,
     *,
     is_whole: bool,
-) -> float:
-    """Expected seconds from loading to the last score."""
+    by_hand: HandWrittenRun | None,
+) -> tuple[float, float]:
+    """Expected seconds of training, and of everything else from loading to the last score."""
     training = recipe.training
     mean = dataset.mean_after_cut(training.max_length)
     rows = min(num_steps * training.batch_size, max(1, dataset.num_rows) * training.epochs)
@@ -405,6 +470,8 @@ def _seconds(
     num_micro = num_steps * math.ceil(training.batch_size / micro_batch)
     if device.kind == "cuda":
         train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
+        if by_hand is not None:
+            train = num_steps * by_hand.step_seconds(device)
     # Base and adapter both read the held-out rows and write their answers.
     scoring = 2 * num_scored * mean * (2 * shape.num_parameters + 2 * attention) / rate
     evaluation = recipe.evaluation
@@ -420,7 +487,7 @@ def _seconds(
         steps = math.ceil(generated / 16) + shown_steps
         writing = max(writing, steps * shape.num_layers * 40 * GPU_LAUNCH_SECONDS)
     loading = 12 + 2 * shape.num_parameters / 1e9
-    return train + scoring + writing + loading
+    return train, scoring + writing + loading
 
 
 def flops_per_second(device: DeviceFacts, precision: Precision) -> float:
@@ -434,7 +501,7 @@ def flops_per_second(device: DeviceFacts, precision: Precision) -> float:
         else:
             per_thread = CPU_FLOPS_PER_THREAD["bfloat16" if two_bytes else "float32"]
         return per_thread * max(1, device.num_threads) / PRECISION_SLOWDOWN[precision]
-    peak = next((flops for name, flops in GPU_PEAK_FLOPS if name in device.name), GPU_UNKNOWN_FLOPS)
+    peak = gpu_named(device.name).flops
     if precision == "float32":
         peak /= 4  # TF32 is off, and half of what tensor cores do in 16 bits at best.
     return peak * GPU_UTILISATION / PRECISION_SLOWDOWN[precision]

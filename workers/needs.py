@@ -24,7 +24,8 @@ class Need:
     """What a method needs for rows of `length` tokens on one device.
 
     `num_bytes` is what it will take there: as many rows at once as fit, or, where nothing fits, the least there is.
-    `micro_batch_size` is that number of rows. `refusal` says why rows of this length cannot be trained at all.
+    `micro_batch_size` is that number of rows, and `gradient_checkpointing` whether activations, or a part of them, are
+    computed again. `refusal` says why rows of this length cannot be trained at all.
     """
 
     length: int
@@ -94,5 +95,6 @@ def _need(method: str, shape: ModelShape, device: DeviceFacts, length: int) -> t
     training = recipe.training
     assert isinstance(training.micro_batch_size, int)
     return recipe, Need(
-        length, needed.total_bytes, needed.verdict, training.micro_batch_size, training.gradient_checkpointing is True
-    )
+        length, needed.total_bytes, needed.verdict, training.micro_batch_size,
+        training.gradient_checkpointing is True or needed.computes_again,
+    )  # fmt: skip

@@ -184,7 +184,11 @@ class TrainingSettings(_Part):
         title="Micro-batch",
         description="Rows in memory at once. Changes memory and speed, not what is learned. Too high: memory runs "
         "out. Too low: the device waits.",
-        json_schema_extra={"unit": "rows", "source": "the largest that the memory estimate allows"},
+        json_schema_extra={
+            "unit": "rows",
+            "source": "the largest that the memory estimate allows; where rows have no padding, a run splits them "
+            "further by their tokens",
+        },
     )
     max_length: int = Field(
         1024,
@@ -308,7 +312,10 @@ class TrainingSettings(_Part):
         "auto",
         title="Gradient checkpointing",
         description="Recompute activations instead of keeping them: less memory, about a third slower.",
-        json_schema_extra={"source": "on only when the memory estimate needs it; Chen et al. 2016"},
+        json_schema_extra={
+            "source": "on only when the memory estimate needs it; off where a run chooses by itself, by the memory "
+            "there is, what it recomputes; Chen et al. 2016"
+        },
     )
     loss_on: Literal["assistant", "all"] = Field(
         "assistant",

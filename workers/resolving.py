@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from workers.errors import DoesNotFitError, RecipeError, RecipeProblems
 from workers.evaluations import evaluations, get_evaluation, name_of_key, named_by
+from workers.hand_written import is_hand_written
 from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
@@ -34,7 +35,8 @@ def resolve(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: De
 
     Precision: the method's first on a GPU; on a CPU bfloat16 only where it is computed in hardware, else float32.
     Packing: where rows are of uneven length. Micro-batch: the largest that keeps the run below 85 % of the memory,
-    with gradient checkpointing switched on only when one row would not fit without it.
+    with gradient checkpointing switched on only when one row would not fit without it; where hand-written blocks run on
+    a GPU, what they take at once, and no checkpointing, for they choose by the memory there is what they compute twice.
 
     Raises:
         RecipeProblems: unknown plug-ins or settings, values out of bounds, combinations that cannot work; all at once.
@@ -200,6 +202,8 @@ def _fit_memory(
 ) -> Recipe:
     """Micro-batch and gradient checkpointing that keep the run below TIGHT_SHARE of the device."""
     training = recipe.training
+    if device.kind == "cuda" and is_hand_written(method, _decided(recipe), shape, device.kind):
+        return _by_hand(recipe, shape, dataset, device)
     if training.micro_batch_size == "auto":
         cap = max(1, MAX_MICRO_TOKENS[device.kind] // max(1, longest))
         sizes = [size for size in _halves(training.batch_size) if size <= cap] or [1]
@@ -216,6 +220,22 @@ def _fit_memory(
                 return tried
     # Nothing fits: the smallest, whose estimate says so and what to do.
     return _with_training(recipe, micro_batch_size=sizes[-1], gradient_checkpointing=choices[-1])
+
+
+def _decided(recipe: Recipe) -> Precision:
+    assert recipe.precision != "auto"
+    return recipe.precision
+
+
+def _by_hand(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Recipe:
+    """As many rows as the run itself takes at once, and no checkpointing: it chooses what is kept by the memory."""
+    training = recipe.training
+    if training.gradient_checkpointing == "auto":
+        recipe = _with_training(recipe, gradient_checkpointing=False)
+    if training.micro_batch_size == "auto":
+        rows = estimate(recipe, shape, dataset, device).rows_at_once
+        recipe = _with_training(recipe, micro_batch_size=rows)
+    return recipe
 
 
 @dataclass(frozen=True)

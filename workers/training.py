@@ -21,9 +21,10 @@ from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases, free
-from workers.batching import Batch, Plan, TokenRows, batches, collate, split_step
+from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
+from workers.blocks.recording import Recorder, is_worth_recording
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -143,7 +144,8 @@ class Run:
     """What one attempt carries from phase to phase.
 
     `max_micro_batch_size` bounds the rows in memory at once when that is not None; `step` is the one being taken, None
-    outside the loop, and `micro_batch_size` the rows that it has in memory at once.
+    outside the loop, and `micro_batch_size` the rows that it has in memory at once. `budget` bounds the tokens of a
+    micro-batch, where hand-written blocks take it without padding.
     """
 
     recipe: Recipe
@@ -164,6 +166,8 @@ class Run:
     bases: Bases = field(default_factory=Bases)
     visits: Visits = field(default_factory=lambda: Visits(0))
     engine: Engine | None = None
+    budget: TokenBudget | None = None
+    recorder: Recorder | None = None
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -554,14 +558,18 @@ def _score(run: Run, model: Any, phase: Any, *, step: int) -> list[ScoredRow]:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+SAMPLE_TOKENS = 160
+"""Of each of the rows on which hand-written blocks are tried: longer than a kernel's tile, and not for long."""
+
+
 @contextmanager
 def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
-    training, tokens, rows = run.recipe.training, run.data.tokens, run.data.train
+    tokens, rows = run.data.tokens, run.data.train
     by_length = sorted(rows, key=tokens.length)
     middle = len(by_length) // 2
-    # Rows of the usual length: longer than a kernel's tile, and not for long.
-    sample = collate(by_length[max(0, middle - 1) : middle + 1], tokens, packing=True, pad_id=0).to(run.device)
+    usual = by_length[max(0, middle - 1) : middle + 1]
+    sample = collate(usual, tokens, packing=True, pad_id=0, most=SAMPLE_TOKENS).to(run.device)
     objective = get_objective(run.recipe.objective)
     run.engine = hand_written(
         model,
@@ -570,24 +578,55 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )
-    if run.engine is not None and training.gradient_checkpointing is True:
-        run.engine.keep_least()
-    elif run.engine is not None and run.device.type == "cuda":
-        assert training.micro_batch_size != "auto"
-        size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
-        longest = [tokens.length(row) for row in by_length[-size:]]
-        free(run.device)
-        # Gradients and both moments come with the first step.
-        num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
-        room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
-        # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
-        run.engine.keep_what_fits(longest, free_bytes=room if run.max_micro_batch_size is None else room // 2)
+    if run.engine is not None:
+        _settle(run, model, run.engine, by_length)
     try:
         yield
     finally:
         if run.engine is not None:
             run.engine.remove()
-            run.engine = None
+            run.engine = run.recorder = run.budget = None
+
+
+def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> None:
+    """What blocks keep, how many tokens they take at once, and whether their launches are recorded; `by_length` are the
+    rows, the longest last."""
+    training, tokens = run.recipe.training, run.data.tokens
+    assert training.micro_batch_size != "auto"
+    size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
+    usual = size * sum(map(tokens.length, by_length)) // len(by_length)
+    is_lean = training.gradient_checkpointing is True
+    may_record = run.device.type == "cuda" and not is_lean and not training.neftune_alpha
+    records = may_record and is_worth_recording(engine, usual)
+    room = _room(run, model)
+    if is_lean:
+        run.budget = engine.keep_least(free_bytes=room)
+    elif room is not None:
+        if records:  # recordings have memory of their own, and batches are filled up
+            room = int(room / (2 * 1.125))
+        longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
+        run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
+    if records:
+        run.recorder = Recorder(
+            engine,
+            model,
+            get_objective(run.recipe.objective),
+            longest=tokens.length(by_length[-1]),
+            warn=lambda text: run.say(text, is_warning=True),
+        )
+
+
+def _room(run: Run, model: Any) -> int | None:
+    """Bytes of a GPU's memory that are free for what blocks keep and work with; None of a CPU's, which has no bound
+    that could be measured."""
+    if run.device.type != "cuda":
+        return None
+    free(run.device)
+    # Gradients and both moments come with the first step.
+    num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
+    room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
+    # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
+    return room if run.max_micro_batch_size is None else room // 2
 
 
 def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
@@ -639,6 +678,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         run.say(f"Resumed at step {position.step}.")
     if run.max_micro_batch_size is not None:
         position = replace(position, micro_batch_size=min(position.micro_batch_size, run.max_micro_batch_size))
+    position = _with_budget(run, position)
     run.report(_plan_event(run, plan, parameters, position))
     run.report(PhaseEvent(phase="training", done=position.step, total=plan.num_steps))
 
@@ -691,7 +731,7 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_factor"]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run.recorder is None)
         position = replace(
             position,
             step=step,
@@ -747,6 +787,17 @@ def parameter_groups(recipe: Recipe, model: Any) -> list[dict[str, Any]]:
     return [{"params": parameters, "learning_rate_factor": factor} for factor, parameters in by_factor.items()]
 
 
+def _with_budget(run: Run, position: Position) -> Position:
+    """The position with the budget of tokens that is in force: that of the attempt before, so that the same
+    micro-batches are added up, or a smaller one where memory ran out with it."""
+    if run.budget is None:
+        return replace(position, micro_batch_tokens=None)
+    before = position.micro_batch_tokens
+    if before is not None and (run.max_micro_batch_size is None or before < run.budget.tokens):
+        run.budget = replace(run.budget, tokens=before)
+    return replace(position, micro_batch_tokens=run.budget.tokens)
+
+
 @dataclass(frozen=True)
 class _Accumulated:
     """What the micro-batches of a step gave. `loss_sum` is on the device, in nats; `loss_weight` is its divisor."""
@@ -762,24 +813,33 @@ def _forward_backward(
 ) -> _Accumulated:
     """Gradients of a step's mean loss per token: the same ones in whatever micro-batches the rows are taken."""
     step_batches = list(_step_batches(run, rows, micro_batch_size))
+    run.micro_batch_size = max(len(batch.lengths) for batch in step_batches)
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
     loss_weight = sum(batch.loss_weight for batch in step_batches)
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.device)
     settings = run.recipe.training
     noise = EmbeddingNoise(settings.neftune_alpha, seed=settings.seed, step=position.step, device=run.device)
     row_sums: list[torch.Tensor] = []
-    if run.engine is not None:
+    if run.recorder is not None:
+        run.recorder.refresh()
+    elif run.engine is not None:
         run.engine.refresh()
     for batch in step_batches:
         if run.should_stop() == "now":
             raise _Stopped("now", position.step)
+        if run.recorder is not None:
+            batch_sum, of_rows = run.recorder.run(batch, loss_weight)
+            loss_sum += batch_sum
+            row_sums.append(of_rows)
+            continue
         on_device = batch.to(run.device)
         by_hand = nullcontext() if run.engine is None else run.engine.rows(on_device)
         with noise.added_to(model, on_device), by_hand:
             batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
-    in_order = [row for group in split_step(rows, run.data.tokens, micro_batch_size) for row in group]
+    groups = split_step(rows, run.data.tokens, micro_batch_size, run.budget)
+    in_order = [row for group in groups for row in group]
     run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)
     return _Accumulated(
         loss_sum=loss_sum,
@@ -792,7 +852,9 @@ def _forward_backward(
 def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
     # Hand-written blocks take rows without padding; what is learned is the same.
     packing = run.recipe.training.packing is True or run.engine is not None
-    return batches(rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0)
+    return batches(
+        rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0, budget=run.budget
+    )
 
 
 def _num_loss_tokens(data: Data, row: int) -> int:

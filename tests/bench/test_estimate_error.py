@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import pytest
 
 from tests.bench import estimate_error
 from tests.bench.estimate_error import (
     CASES,
-    Case,
+    compared,
     errors_of,
+    fitted,
     leave_one_out,
+    lengths_of,
     merge,
     read_lines,
     recipe_of,
     run,
-    run_of,
+    shape_of,
     small,
 )
+from tests.bench.workload import ALL_SHAPES
+from workers.hand_written_time import PACE
+from workers.memory import GIB
 from workers.methods import methods
 
 ROWS = Path(__file__).with_name("rows") / "estimates" / "cpu.jsonl"
@@ -32,10 +39,12 @@ def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precis
     assert len({case.label for case in CASES}) == len(CASES)
     for learns in (True, False):
         chosen = [case for case in CASES if case.learns == learns]
-        assert {case.shape for case in chosen} == {"1b", "3b", "8b"}
+        assert {case.shape for case in chosen} == {"135m", "1b", "3b", "8b"}
         assert {case.precision for case in chosen} == {"bfloat16", "nf4"}
         assert {case.length for case in chosen} >= {512, 2048}
         assert len({case.method for case in chosen}) >= 4
+        assert {case.card is None for case in chosen} == {True, False}
+    assert len({small(case).label for case in CASES}) == len(CASES)
     for case in (*CASES, *map(small, CASES)):
         recipe = recipe_of(case)
         assert recipe.precision in methods()[recipe.method].precisions, case.label
@@ -45,23 +54,21 @@ def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precis
 def test_real_runs_are_measured_resumed_and_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    two = (
-        Case("1b", "lora", "bfloat16", 512, 8, False, True),
-        Case("1b", "lora", "bfloat16", 1024, 8, False, False),
-    )
-    monkeypatch.setattr(estimate_error, "CASES", two)
+    monkeypatch.setattr(estimate_error, "CASES", CASES[:2])
     rows = tmp_path / "rows.jsonl"
     run(rows, tmp_path, is_small=True, seconds=0)
     assert not rows.exists(), "there was no time for any"
     run(rows, tmp_path, is_small=True, seconds=600)
     before = rows.read_text()
     lines = read_lines(rows)
-    assert [line["label"] for line in lines] == ["1b lora float32 64x8 kept", "1b lora float32 128x8 kept"]
+    labels = ["135m lora float32, 16 rows up to 256", "135m lora float32, 48 rows up to 128"]
+    assert [line["label"] for line in lines] == labels
     for line in lines:
         assert line["kind"] == "cpu"
         assert line["peak_bytes"] > 2**28, "torch alone is larger"
         assert line["step_seconds"] > 0
-        assert line["estimated_step_seconds"] > 0
+        assert line["blocks"] == "by hand"
+        assert compared(line).step_seconds > 0
     run(rows, tmp_path, is_small=True, seconds=600)
     assert rows.read_text() == before, "what is there is not run again"
     [learned, checked] = merge(rows)
@@ -74,12 +81,30 @@ def test_measured_peaks_make_the_estimates_of_other_recipes_better() -> None:
     """The rows were measured on a CPU, where most of a small run is the process itself."""
     lines = read_lines(ROWS)
     assert {line["label"] for line in lines} == {small(case).label for case in CASES}
-    alone, corrected = leave_one_out([run_of(line) for line in lines])
-    assert mean(corrected) < 0.8 * mean(alone)
+    alone, corrected = leave_one_out([compared(line).run for line in lines])
+    assert mean(corrected) < mean(alone)
     assert median(corrected) < 0.8 * median(alone)
     checked = [one for one in errors_of(lines) if not one.line["learns"]]
     assert median(abs(one.memory_corrected) for one in checked) < median(abs(one.memory) for one in checked)
-    assert median(abs(one.time_corrected) for one in checked) < 0.6 * median(abs(one.time) for one in checked)
+
+
+def test_the_constants_of_a_gpu_are_found_again_from_times_that_they_give() -> None:
+    truth = replace(PACE, products=0.5, host_per_block=1.2e-3, bandwidth=0.8)
+    lines = []
+    for case in CASES:
+        if case.method == "dora":
+            continue
+        line: dict[str, Any] = {
+            "label": case.label, **asdict(case), "model_shape": shape_of(ALL_SHAPES[case.shape]).model_dump(),
+            "lengths": lengths_of(case), "recipe": recipe_of(case).to_dict(), "kind": "cuda", "device": "NVIDIA H200",
+            "memory_bytes": 140 * GIB, "num_threads": 1, "peak_bytes": GIB,
+        }  # fmt: skip
+        lines.append(line | {"step_seconds": compared(line, truth).step_seconds})
+    found = fitted(lines)
+    for line in lines:
+        assert compared(line, found).step_seconds == pytest.approx(line["step_seconds"], rel=0.05), line["label"]
+    before = [abs(compared(line).step_seconds / line["step_seconds"] - 1) for line in lines]
+    assert max(before) > 0.2
 
 
 def test_rows_of_two_devices_are_not_merged() -> None:

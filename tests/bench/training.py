@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of real training steps on random weights of a size: one JSON line per run.
 
     python -m tests.bench.training ours --shape 8b --method lora --rows DIR
+    python -m tests.bench.training suite --rows DIR
     python -m tests.bench.training merge DIR
 
 A step is the product's own, from the loop that jobs run: collation, copies to the device, forward and backward pass,
@@ -13,15 +14,17 @@ A row that a folder has already is not measured again, so a run that broke off g
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -45,7 +48,7 @@ from workers.base_models import prepare_process
 from workers.base_scores import BaseScores
 from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
-from workers.events import Event, StepEvent
+from workers.events import Event, Report, ShouldStop, StepEvent
 from workers.examples import Example, Message
 from workers.memory import DatasetFacts
 from workers.methods import get_method
@@ -73,12 +76,26 @@ def main() -> None:
     ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
     ours.add_argument("--plain", action="store_true", help="the model's own blocks")
     ours.add_argument("--rows", type=Path, help="folder of the JSON lines; by default they are printed alone")
+    suite = kinds.add_parser("suite", help="all of our rows that a GPU is measured by, in one process")
+    suite.add_argument("--rows", type=Path, required=True)
+    suite.add_argument("--only", default="", help="those whose options hold this")
     merge = kinds.add_parser("merge", help="the table of a folder's lines")
     merge.add_argument("folder", type=Path)
     options = parser.parse_args()
     if options.kind == "merge":
         print(table(options.folder))
-        return
+    elif options.kind == "suite":
+        for row in SUITE:
+            if options.only in row:
+                measure_once(parser.parse_args(["ours", *row.split(), "--rows", str(options.rows)]))
+                gc.collect()
+                torch.cuda.empty_cache()
+    else:
+        measure_once(options)
+
+
+def measure_once(options: argparse.Namespace) -> None:
+    """Prints a run's line and keeps it, unless it is there already."""
     name = "-".join(
         str(one)
         for one in (
@@ -96,6 +113,21 @@ def main() -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(line + "\n", "utf-8")
+
+
+SUITE = (
+    "--shape 8b --method qlora --precision nf4 --lean --batch 1 --length 2048",
+    "--shape 8b --method lora --steps 40 --warm 10",
+    "--shape 8b --method lora --lean --micro 4",
+    "--shape 8b --method lora --dropout 0.05",
+    "--shape 8b --method qlora --precision nf4",
+    "--shape 8b --method prefix_tuning",
+    "--shape 8b --method prompt_tuning",
+    "--shape 8b --method bottleneck",
+    "--shape 1b --method lora --steps 240 --warm 120",
+    "--shape 135m --method lora --steps 480 --warm 200",
+)
+"""What the goals of training on a GPU are held against; the leanest first, whose peak of memory is looked at most."""
 
 
 def shape_name(options: argparse.Namespace) -> str:
@@ -117,6 +149,41 @@ class Ready:
         length = self.lengths[example.line - 1]
         ids, masked = row_tokens(example.line, length, self.num_tokens)
         return Rendered(ids, [False] * masked + [True] * (length - masked), "", 0, [])
+
+
+class Waits:
+    """How long a GPU has nothing to do while the host makes batches: marks on the GPU's own clock, before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the batches of steps are watched."""
+        if self._device.type != "cuda":
+            yield
+            return
+        make = training._step_batches
+
+        def watched(*args: Any) -> Iterator[Any]:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            found = list(make(*args))
+            after.record()
+            self._marks.append((before, after))
+            return iter(found)
+
+        with mock.patch.object(training, "_step_batches", watched):
+            yield
+
+    def share(self) -> float | None:
+        """Share of the time between the first step and the last; None where nothing was watched."""
+        if len(self._marks) < 2:
+            return None
+        torch.cuda.synchronize(self._device)
+        waited = sum(before.elapsed_time(after) for before, after in self._marks[1:])
+        return round(waited / self._marks[0][1].elapsed_time(self._marks[-1][1]), 5)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,66 +213,83 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 seen.append((time.monotonic(), time.process_time(), event))
 
         folder = Path(temporary)
-        ready = Ready(lengths, sizes["vocab_size"])
-        tokens, problems, num_cut = TokenRows.render(ready.examples(), ready, folder)  # type: ignore[arg-type]
-        assert not problems
-        assert not num_cut
-        # Trained prompts and prefixes begin as a text's tokens.
-        (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
         prepare_process()
         model = random_model(sizes, options.precision, device, options.model)
+        run = make_run(recipe, lengths, sizes, folder, device, report, lambda: None)
         model.name_or_path = model.config._name_or_path = str(folder)
-        run = training.Run(
-            recipe,
-            training.Folders(folder, folder, folder),
-            1,
-            device,
-            BaseFolder(folder, shape_of(sizes), [], "", 0, has_chat_template=True, context_length=8192),
-            ready,  # type: ignore[arg-type]
-            training.Data(
-                tokens,
-                list(range(len(tokens))),
-                [],
-                [],
-                0,
-                0,
-                "",
-                OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
-                [],
-                portions([len(tokens)], []),
-                frozenset(),
-            ),
-            DatasetFacts(len(tokens), sum(lengths), max(lengths)),
-            training.facts_of_device(device),
-            report,
-            lambda: None,
-            BaseScores(folder / "base_scores"),
-            visits=training.Visits(len(tokens)),
-        )
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         method = get_method(options.method)
         devices.seed_everything(17)
         model = method.attach(model, method.read_settings(recipe.settings)).train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with nullcontext() if options.plain else training.computed_by_hand(run, model):
+        waits = Waits(device)
+        with nullcontext() if options.plain else training.computed_by_hand(run, model), waits.watched():
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
+            num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
     warm, *later = [one for one in seen if one[-1].step >= options.warm]
     assert later, "no step is left behind the warm ones"
     seconds, processor_seconds = (later[-1][clock] - warm[clock] for clock in (0, 1))
     return {
         "contender": "ours", "shape": shape_name(options), "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
-        "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
+        "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
         "batch": options.batch, "length": options.length,
         "tokens_per_second": round((later[-1][-1].num_tokens - warm[-1].num_tokens) / seconds, 1),
         "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][-1].step - warm[-1].step,
         "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
         "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
+        "waits_for_data": waits.share(), "base_gib": round(before / 2**30, 2),
         "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][-1].loss, 4),
         "last_loss": round(seen[-1][-1].loss, 4), "device": devices.device_name(device),
         "versions": training.versions(),
     }  # fmt: skip
+
+
+def make_run(
+    recipe: Recipe,
+    lengths: list[int],
+    sizes: dict[str, int],
+    folder: Path,
+    device: torch.device,
+    report: Report,
+    should_stop: ShouldStop,
+) -> training.Run:
+    """A run over random rows of these lengths, ready for its loop, in a folder of its own."""
+    ready = Ready(lengths, sizes["vocab_size"])
+    tokens, problems, num_cut = TokenRows.render(ready.examples(), ready, folder)  # type: ignore[arg-type]
+    assert not problems
+    assert not num_cut
+    # Trained prompts and prefixes begin as a text's tokens.
+    (folder / "tokenizer.json").write_text(tokenizer_json(), "utf-8")
+    return training.Run(
+        recipe,
+        training.Folders(folder, folder, folder),
+        1,
+        device,
+        BaseFolder(folder, shape_of(sizes), [], "", 0, has_chat_template=True, context_length=8192),
+        ready,  # type: ignore[arg-type]
+        training.Data(
+            tokens,
+            list(range(len(tokens))),
+            [],
+            [],
+            0,
+            0,
+            "",
+            OverlapRecord(num_held_out_rows=0, num_exact=0, num_near=0),
+            [],
+            portions([len(tokens)], []),
+            frozenset(),
+        ),
+        DatasetFacts(len(tokens), sum(lengths), max(lengths)),
+        training.facts_of_device(device),
+        report,
+        should_stop,
+        BaseScores(folder / "base_scores"),
+        visits=training.Visits(len(tokens)),
+    )
 
 
 def shape_of(sizes: dict[str, int]) -> ModelShape:

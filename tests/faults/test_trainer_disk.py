@@ -61,7 +61,7 @@ def fill(folder: Path) -> Path:
 def test_a_job_waits_for_room_keeps_its_checkpoint_and_goes_on_by_itself(
     queue: Callable[..., Job], tmp_path: Path
 ) -> None:
-    job = queue(max_steps=60)
+    job = queue(max_steps=200, epochs=35)
     with worker_on_a_small_disk(tmp_path / "data", tmp_path / "worker.log") as data:
         wait_for(lambda: job.points.filter(step__gte=7).exists(), seconds=300, what="step 7")
         ballast = fill(data)

@@ -153,7 +153,7 @@ def test_a_second_machine_joins_and_goes_on_where_the_first_was_killed(
 def test_a_worker_that_stops_brings_its_last_checkpoint_into_the_storage_first(
     shared: dict[str, str], queue: Callable[..., Job], settings: Any, tmp_path: Path
 ) -> None:
-    job = queue(max_steps=60, checkpoint_every_steps=1000)
+    job = queue(max_steps=300, epochs=50, checkpoint_every_steps=1000)
     share_base_models()
     move_away(tmp_path / "web")
     settings.DATA_DIR = tmp_path / "web-anew"

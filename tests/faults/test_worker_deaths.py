@@ -80,7 +80,7 @@ def test_kill_9_of_the_trainer_and_of_the_worker_gives_the_same_adapter_as_no_ki
 
 
 def test_of_two_jobs_the_second_waits_says_why_and_runs(queue: Callable[..., Job], tmp_path: Path) -> None:
-    first, second = queue("first", max_steps=30), queue("second", max_steps=5)
+    first, second = queue("first", max_steps=150, epochs=25), queue("second", max_steps=5)
     assert scheduling.explain_wait(second) == "No worker is running. Start one, and the job begins by itself."
     with celery_worker("gpu", tmp_path / "worker.log"):
         wait_for_step(first, 3)
@@ -111,7 +111,7 @@ def test_stop_and_keep_gives_the_adapter_of_the_last_step(queue: Callable[..., J
 
 
 def test_sigterm_hands_the_job_back_and_another_worker_goes_on(queue: Callable[..., Job], tmp_path: Path) -> None:
-    job = queue(max_steps=60)
+    job = queue(max_steps=300, epochs=50)
     with celery_worker("gpu", tmp_path / "first.log") as worker:
         wait_for_step(job, 7)
         os.kill(worker.pid, signal.SIGTERM)

@@ -38,11 +38,11 @@ def card(db: None) -> Worker:
 
 def finish(
     team: Team, user: User, base_model: BaseModel, card: Worker, *, memory: float = 1.0, time: float = 1.0,
-    minutes_ago: int = 0, **changes: Any,
+    minutes_ago: int = 0, method: str = "lora", **changes: Any,
 ) -> Job:  # fmt: skip
     """A succeeded job whose peak and time were so many times what had been estimated."""
     version = make_dataset_version(team, user, num_rows=60)
-    plan = plan_for(make_recipe(base_model, version), base_model, version)
+    plan = plan_for(make_recipe(base_model, version, method=method), base_model, version)
     estimate = estimate_values(plan)
     recipe = plan.recipe.to_dict()
     ended = timezone.now() - timedelta(minutes=minutes_ago)
@@ -61,8 +61,8 @@ def finish(
     return job
 
 
-def make_plan(base_model: BaseModel, version: DatasetVersion) -> Plan:
-    return plan_for(make_recipe(base_model, version), base_model, version)
+def make_plan(base_model: BaseModel, version: DatasetVersion, method: str = "lora") -> Plan:
+    return plan_for(make_recipe(base_model, version, method=method), base_model, version)
 
 
 @pytest.fixture
@@ -107,14 +107,29 @@ def test_finished_jobs_correct_memory_and_time_and_the_form_says_how_many(
 def test_a_correction_is_heeded_by_what_the_studio_chooses_itself(
     team: Team, alice: User, large: BaseModel, version: DatasetVersion, card: Worker
 ) -> None:
-    """What would fit by arithmetic, and does not by what was measured, is given fewer rows at once."""
-    before = make_plan(large, version).recipe.training.micro_batch_size
-    finish(team, alice, large, card, memory=1.2)
-    after = make_plan(large, version)
+    """What would fit by arithmetic, and does not by what was measured, is given fewer rows at once: where the model's
+    own blocks compute, which choose nothing by themselves."""
+    before = make_plan(large, version, "dora").recipe.training.micro_batch_size
+    finish(team, alice, large, card, memory=1.2, method="dora")
+    after = make_plan(large, version, "dora")
     assert isinstance(before, int)
     assert isinstance(after.recipe.training.micro_batch_size, int)
     assert after.recipe.training.micro_batch_size < before
     assert after.estimate.verdict == "fits"
+
+
+def test_a_correction_is_heeded_by_the_verdict_on_what_chooses_by_itself(
+    team: Team, alice: User, large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    """The least with which it works is corrected as well; the rows at once are the run's own choice."""
+    before = make_plan(large, version)
+    finish(team, alice, large, card, memory=1.5)
+    after = make_plan(large, version)
+    assert before.estimate.least_bytes is not None
+    assert after.estimate.least_bytes is not None
+    assert after.estimate.least_bytes > 1.1 * before.estimate.least_bytes
+    assert (before.estimate.verdict, after.estimate.verdict) == ("fits", "tight")
+    assert after.estimate.total_bytes <= card.memory_bytes
 
 
 def test_what_was_corrected_once_is_not_learned_again(
@@ -261,6 +276,33 @@ def test_the_api_estimates_as_the_form_does_and_queues_nothing(
     assert ask(viewer, team)[0] == 403
     assert not Job.objects.exists()
     assert signed_in(viewer).post(reverse("jobs:estimate"), form_data(large, version)).status_code == 403
+
+
+def test_a_run_that_fits_only_by_computing_twice_is_said_to_fit_and_to_be_slower(
+    alice_client: Client, client: Client, team: Team, bob: User, large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    _token, secret = ApiToken.issue(team=team, user=bob, name="estimates", scopes=["read", "write"])
+    body = {"name": "x", "base_model": large.pk, "dataset_version": version.pk}
+
+    def ask(gib: int) -> tuple[str, dict[str, Any]]:
+        Worker.objects.update(memory_bytes=gib * GIB)
+        panel = alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
+        headers = {"Authorization": f"Bearer {secret}"}
+        answer = client.post("/api/v1/jobs/estimate/", body, content_type="application/json", headers=headers)
+        return panel, answer.json()
+
+    panel, found = ask(18)
+    assert "It fits by computing a part of its blocks twice: about" in panel
+    assert "slower than with memory to spare" in panel
+    assert found["verdict"] == "fits"
+    assert found["least_bytes"] < found["total_bytes"] <= 18 * GIB
+    assert found["kept_share"] < 1 < found["slowdown"] < 1.6
+    panel, found = ask(80)
+    assert "blocks twice" not in panel
+    assert (found["kept_share"], found["slowdown"]) == (1, 1)
+    panel, found = ask(12)
+    assert found["verdict"] == "too_large"
+    assert "blocks twice" not in panel
 
 
 def test_the_estimate_costs_at_most_eight_queries_when_a_job_has_just_finished_and_one_less_after(

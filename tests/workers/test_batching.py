@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_base
-from workers.batching import Plan, TokenRows, batches, collate, split_step
+from workers.batching import Plan, TokenBudget, TokenRows, batches, collate, split_step
 from workers.examples import Example, Message, Problem
 from workers.rendering import Renderer
 
@@ -54,6 +57,34 @@ def test_micro_batches_hold_the_rows_of_the_step_sorted_by_length(tmp_path: Path
     flat = [row for group in groups for row in group]
     assert flat == [1, 3, 0, 4]
     assert all(len(group) <= micro_batch_size for group in groups)
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=24)
+
+
+@given(lengths=LENGTHS, micro_batch_size=st.integers(1, 8), budget=st.integers(1, 120), beside=st.integers(0, 9))
+def test_a_budget_of_tokens_splits_a_step_without_losing_or_cutting_a_row(
+    lengths: list[int], micro_batch_size: int, budget: int, beside: int
+) -> None:
+    with TemporaryDirectory() as folder:
+        rows = rows_of(Path(folder), lengths)
+        step = list(range(len(lengths)))
+        groups = split_step(step, rows, micro_batch_size, TokenBudget(budget, beside))
+    assert sorted(row for group in groups for row in group) == step
+    sums = [sum(lengths[row] + beside for row in group) for group in groups]
+    for group, size in zip(groups, sums, strict=True):
+        assert 1 <= len(group) <= micro_batch_size
+        assert size <= budget or len(group) == 1, "only a row that is longer by itself is above it"
+    assert sums == sorted(sums, reverse=True), "a shortage of memory shows at once"
+
+
+def test_micro_batches_by_tokens_are_about_equally_large(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, [50, 10, 10, 30, 20, 40, 20, 20])
+    groups = split_step(range(8), rows, 8, TokenBudget(110))
+    assert [sum(rows.length(row) for row in group) for group in groups] == [100, 100]
+    assert split_step(range(8), rows, 8, TokenBudget(200)) == split_step(range(8), rows, 8), (
+        "all at once, where it fits"
+    )
 
 
 def test_padding_stands_on_the_right_and_carries_no_loss(tmp_path: Path) -> None:
@@ -144,6 +175,19 @@ def test_rows_without_weights_make_batches_without_weights(tmp_path: Path) -> No
     batch = collate([0], rows, packing=True, pad_id=0)
     assert batch.weights_N is None
     assert batch.loss_weight == batch.num_loss_tokens == 2
+
+
+def test_a_sample_takes_the_end_of_each_row_that_carries_loss(tmp_path: Path) -> None:
+    rows = TokenRows(tmp_path)
+    rows._append(1, [1, 2, 3, 4, 5, 6, 7, 8], [False] * 4 + [True, True, False, False], [0.5] * 8)
+    rows._append(2, [9, 10], [True, True])
+    rows._append(3, [11, 12, 13, 14], [True, True, False, False])
+    rows._close()
+    batch = collate([0, 1, 2], rows, packing=True, pad_id=0, most=3)
+    assert batch.input_ids.tolist() == [[4, 5, 6, 9, 10, 11, 12, 13]]
+    assert batch.targets_N.tolist() == [5, 6, 10, 12]
+    assert batch.weights_N is not None
+    assert batch.weights_N.tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
 def test_weights_of_a_message_reach_the_rows(tmp_path: Path) -> None:

@@ -33,14 +33,20 @@ def recipe(**training: object) -> Recipe:
     )  # fmt: skip
 
 
+def by_its_own_blocks(**training: object) -> Recipe:
+    """A recipe whose blocks are the model's own: what these keep is not chosen by the memory there is."""
+    return recipe(**training).model_copy(update={"method": "dora"})
+
+
 def test_every_remedy_fits_by_its_own_estimate_and_says_how_much_it_needs() -> None:
     found = remedies(recipe(), SEVEN_B, ROWS, CARD, micro_batch_size=4, peak_memory_bytes=0)
-    assert [one.words.split(" with")[0] for one in found][:2] == ["gradient checkpointing", "QLoRA"]
+    names = ["a micro-batch of 2", "gradient checkpointing", "QLoRA"]
+    assert [one.words.split(" with")[0] for one in found][:3] == names
     for one in found:
         assert one.num_bytes == estimate(one.recipe, SEVEN_B, ROWS, CARD).total_bytes
         assert one.num_bytes < 0.85 * CARD.memory_bytes
     text = advice(found, recipe(), CARD)
-    assert f"gradient checkpointing with a micro-batch of 1, about {found[0].num_bytes / GIB:.1f} GiB" in text
+    assert f"gradient checkpointing with a micro-batch of 1, about {found[1].num_bytes / GIB:.1f} GiB" in text
 
 
 def test_what_was_measured_beyond_the_estimate_is_added_to_every_remedy() -> None:
@@ -98,22 +104,38 @@ def test_whatever_is_suggested_fits_by_the_same_arithmetic_and_says_how_long_it_
 
 
 def test_what_leaves_the_result_alone_comes_first() -> None:
-    words = [(one.words, one.cost) for one in found(recipe(), 64)]
+    asked = by_its_own_blocks()
+    words = [(one.words, one.cost) for one in found(asked, 64)]
     assert words[0] == ("a micro-batch of 1 row", "what is learned stays the same")
     assert words[1] == ("gradient checkpointing", "what is learned stays the same")
-    assert [one.slowdown for one in found(recipe(), 64)][1] > 1.2, "a third pass through the layers"
+    assert [one.slowdown for one in found(asked, 64)][1] > 1.2, "a third pass through the layers"
 
 
 def test_where_one_change_is_not_enough_the_studio_chooses_the_rows_at_once_as_well() -> None:
-    first = found(recipe(), 24)[0]
+    first = found(by_its_own_blocks(), 24)[0]
     assert first.words == "gradient checkpointing, and as many rows at once as fit"
     small = next(one for one in found(recipe(), 12) if one.words.startswith("QLoRA"))
-    assert small.asked.training.micro_batch_size == "auto"
+    assert first.asked.training.micro_batch_size == "auto"
     assert (small.asked.method, small.asked.settings["rank"]) == ("qlora", 16)
 
 
+def test_hand_written_blocks_that_fit_only_by_computing_twice_fit_and_nothing_smaller_is_suggested_for_others() -> None:
+    card = DeviceFacts("cuda", "NVIDIA card", 18 * GIB, 8)
+    asked = recipe(micro_batch_size="auto", gradient_checkpointing="auto")
+    resolved = resolve(asked, SEVEN_B, UNEVEN, card)
+    needed = estimate(resolved, SEVEN_B, UNEVEN, card)
+    assert (needed.verdict, resolved.training.gradient_checkpointing) == ("fits", False)
+    assert needed.kept_share is not None
+    assert needed.kept_share < 0.5
+    roomy = estimate(resolved, SEVEN_B, UNEVEN, DeviceFacts("cuda", "NVIDIA card", 80 * GIB, 8))
+    assert roomy.kept_share == 1
+    assert 1.05 < needed.seconds_low / roomy.seconds_low < 1.6
+    words = [one.words for one in found(recipe(), 15)]
+    assert words[0].startswith("QLoRA"), "neither fewer rows nor checkpointing saves what is not already saved"
+
+
 def test_a_shorter_length_is_the_longest_that_fits_and_says_which_share_it_cuts() -> None:
-    asked = recipe(micro_batch_size=8, gradient_checkpointing=False)
+    asked = by_its_own_blocks(micro_batch_size=8, gradient_checkpointing=False)
     shorter = next(one for one in found(asked, 48) if one.words.startswith("rows of at most"))
     length = shorter.asked.training.max_length
     assert length % 64 == 0
@@ -127,7 +149,7 @@ def test_a_shorter_length_is_the_longest_that_fits_and_says_which_share_it_cuts(
 
 @pytest.mark.parametrize(("long_rows", "fate"), [("cut", "lose their ends"), ("leave_out", "are left out")])
 def test_a_shorter_length_says_what_becomes_of_longer_rows(long_rows: str, fate: str) -> None:
-    asked = recipe(micro_batch_size=8, gradient_checkpointing=False, long_rows=long_rows)
+    asked = by_its_own_blocks(micro_batch_size=8, gradient_checkpointing=False, long_rows=long_rows)
     shorter = next(one for one in found(asked, 48) if one.words.startswith("rows of at most"))
     assert re.fullmatch(rf"up to [\d.]+ % of the rows {fate}", shorter.cost)
 

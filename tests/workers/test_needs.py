@@ -47,9 +47,10 @@ def test_what_fits_is_what_a_job_would_be_told_of_and_what_does_not_is_the_least
     rows = DatasetFacts(num_rows=NUM_ROWS, total_tokens=NUM_ROWS * 2048, longest=2048)
     recipe = resolve(asked, SEVEN_B, rows, CARD)
     need = found["qlora"].needs[1]
-    assert need.num_bytes == estimate(recipe, SEVEN_B, rows, CARD).total_bytes
+    needed = estimate(recipe, SEVEN_B, rows, CARD)
+    assert need.num_bytes == needed.total_bytes
     assert (need.micro_batch_size, need.gradient_checkpointing) == (
-        recipe.training.micro_batch_size, recipe.training.gradient_checkpointing,
+        recipe.training.micro_batch_size, needed.computes_again,
     )  # fmt: skip
     full = found["full"].needs[0]
     assert (full.verdict, full.micro_batch_size) == ("too_large", 1)

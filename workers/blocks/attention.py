@@ -16,20 +16,19 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-MAX_HEAD_FEATURES = 256
-"""Most features of a head that the flash kernels take."""
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Where rows begin and end in a batch of T tokens.
 
     `starts` is (number of rows + 1,) int32 on the device, the last the number of tokens; `lengths` is the same for the
-    host, so that nobody waits for the device.
+    host, so that nobody waits for the device. `longest` is what no row is longer than.
     """
 
     lengths: tuple[int, ...]
     starts: Tensor
+    num_tokens: int
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
@@ -37,11 +36,7 @@ class Rows:
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         if device.type == "cuda":
             starts = starts.pin_memory().to(device, non_blocking=True)
-        return cls(tuple(lengths), starts)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
+        return cls(tuple(lengths), starts, sum(lengths), max(lengths))
 
     def behind(self, num_virtual: int) -> Rows:
         """The same rows with as many tokens more before each."""
@@ -50,10 +45,6 @@ class Rows:
     def places_behind(self, num_virtual: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where in these rows, which begin with virtual tokens, their own tokens stand, and where the virtual ones."""
         return _places_behind(self, num_virtual, device)
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
 
     def slices(self) -> list[slice]:
         """The tokens of each row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +9,11 @@ import torch
 from torch import Tensor
 
 from workers.batching import Batch
-from workers.blocks.engine import Engine, agrees, install
+from workers.blocks.agreement import TOLERANCES, compare
+from workers.blocks.engine import Engine, install
 from workers.blocks.families import NotByHandError
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import first_line
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far loss and gradients may be from the model's own, relative: rounding alone, with room. A kernel that goes wrong
-on a device or in a version of its library that nobody tried is off by more."""
 
 
 def hand_written(
@@ -47,7 +43,7 @@ def hand_written(
         warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {first_line(error)}")
         return None
     try:
-        off = agrees(engine, model, sample, loss, tolerance=TOLERANCE.get(_dtype(model), 0.1))
+        off = compare(engine, model, sample, loss)
     except Exception as error:
         # Of a compiler, a kernel or an operation of another version; the model's own blocks do without them.
         engine.remove()
@@ -55,9 +51,13 @@ def hand_written(
             raise
         warn(f"The fast blocks do not run here, and the model's own are used: {first_line(error)}")
         return None
-    if off is not None:
+    if not off.within(TOLERANCES.get(_dtype(model), TOLERANCES[torch.float32])):
         engine.remove()
-        how_far = f"{off:.0%} off" if math.isfinite(off) else "no numbers, unlike"
+        how_far = (
+            f"{off.layer:.1%} off in a layer, {off.whole:.0%} in all and {off.loss:.1%} in the loss from"
+            if off.is_finite
+            else "no numbers, unlike"
+        )
         warn(
             f"The fast blocks give gradients that are {how_far} the model's own, so they are not used. Please "
             "report this with the versions on the adapter's page."

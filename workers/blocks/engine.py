@@ -5,21 +5,32 @@ Only a forward pass inside `Engine.rows` takes them; any other, as for generatio
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from workers.batching import Batch
+from workers.batching import Batch, TokenBudget
 from workers.blocks.attention import Prefix, Rows
-from workers.blocks.budget import SAFETY, block_bytes, choose_keeping
+from workers.blocks.budget import block_bytes
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
-from workers.blocks.function import Block, Keeping, run_block
+from workers.blocks.function import Block, run_block
+from workers.blocks.keeping import (
+    MOST_TOKENS,
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    token_budget,
+    tokens_that_fit,
+)
 from workers.blocks.linears import Group
+from workers.blocks.pointwise import Seed
 from workers.blocks.sublayers import Surroundings
 from workers.blocks.weights import Quantised
 from workers.layers.bottleneck import BottleneckLayer
@@ -30,6 +41,8 @@ from workers.losses import head_is_plain
 NO_MASKS = "rows_by_hand"
 """A name of attention that transformers knows no masks for, so that it makes none."""
 _SEEDS = 2**31 - 16
+_SEEDS_PER_LAYER = 4
+"""Of two groups in each of two sublayers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Engine:
         self._parts = [list(_parts(one)) for one in read]
         self.blocks = tuple(part.block for parts in self._parts for part in parts)
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
+        self._free_bytes: int | None = None  # by which `keeping` is chosen for each batch, where it is known
         self._model = model
         self._layers = tuple(layers)
         self._num_virtual_tokens = num_virtual_tokens
@@ -69,6 +83,8 @@ class Engine:
         self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
+        self._compares = False
+        self._seed: Seed | None = None
         self._copies = self._find_copies()
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
@@ -100,6 +116,8 @@ class Engine:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._rows is None:
+                if self._compares:
+                    return checkpoint(own_forward, hidden_states, *args, use_reentrant=False, **kwargs)
                 return own_forward(hidden_states, *args, **kwargs)
             angles = kwargs.get("position_embeddings")
             if angles is None:
@@ -116,8 +134,7 @@ class Engine:
                 f"a block was given {tuple(hidden_BTH.shape[:2])} tokens of {rows.num_tokens} packed ones"
             )
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
-        # Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
-        seed = int(torch.randint(_SEEDS, ())) if self._drops and self._model.training else None
+        seed = None if self._seed is None else self._seed.plus(_SEEDS_PER_LAYER * place)
         around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
@@ -136,25 +153,64 @@ class Engine:
         slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
         return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that stand before each row's own in the layers' inputs."""
+        return self._num_virtual_tokens
+
+    @property
+    def drops(self) -> bool:
+        """Whether branches drop some of their input now."""
+        return self._drops and bool(self._model.training)
+
+    def draw(self, device: torch.device) -> Seed | None:
+        """Where the masks of dropout of one batch begin; None where nothing is dropped.
+
+        Drawn from the host's generator, whose state a checkpoint keeps: a resumed run drops the same elements.
+        """
+        if not self.drops:
+            return None
+        base_1 = torch.randint(_SEEDS, (1,))
+        return Seed(base_1 if device.type == "cpu" else base_1.pin_memory().to(device, non_blocking=True))
+
     @contextmanager
     def rows(self, batch: Batch) -> Iterator[None]:
         """Inside, a forward pass of the model is one over the packed rows of `batch`."""
+        device = batch.input_ids.device
+        rows = Rows.of([length + self._num_virtual_tokens for length in batch.lengths], device)
+        with self.prepared(rows, self.draw(device)):
+            yield
+
+    @contextmanager
+    def prepared(self, rows: Rows, seed: Seed | None) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over `rows`, dropping by `seed`."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NO_MASKS
         checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self._layers]
         for layer in self._layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
-        lengths = [length + self._num_virtual_tokens for length in batch.lengths]
-        self._rows = Rows.of(lengths, batch.input_ids.device)
+        if self._free_bytes is not None:
+            self.keeping = choose_keeping(self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes)
+        self._rows, self._seed = rows, seed
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = self._seed = None
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
             for layer, is_on in zip(self._layers, checkpointing, strict=True):
                 layer.gradient_checkpointing = is_on
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """Inside, the model's own layers keep their inputs alone for the way back: a run that fits only so may be
+        compared, too."""
+        self._compares = True
+        try:
+            yield
+        finally:
+            self._compares = False
 
     def keep_copies(self) -> None:
         """Computes quantised weights back once and for all, into memory of their own."""
@@ -163,25 +219,47 @@ class Engine:
                 group.weights = group.weights.kept()
         self._copies = self._find_copies()
 
-    def keep_least(self) -> None:
-        """Each block keeps its input alone, as with gradient checkpointing."""
-        self.keeping = ["input"] * len(self.blocks)
-
-    def keep_what_fits(self, lengths: Sequence[int], *, free_bytes: int) -> None:
-        """Settles what each block keeps, for batches of rows of up to these lengths, in tokens of their own; and where
-        there is memory beyond that, weights in 4 bits are computed back once."""
+    @cached_property
+    def _costs(self) -> list[BlockBytes]:
         element = _plain(self._model).get_input_embeddings().weight.element_size()
-        costs = [
+        return [
             block_bytes(part.block, element, has_adapter=part.adapter is not None)
             for parts in self._parts
             for part in parts
         ]
-        num_tokens = sum(lengths) + len(lengths) * self._num_virtual_tokens
-        self.keeping = choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes)
+
+    def keep_least(self, *, free_bytes: int | None = None) -> TokenBudget | None:
+        """Each block keeps its input alone, as with gradient checkpointing. Gives what a micro-batch may have for that
+        to stay within `free_bytes`, where these are known."""
+        self._free_bytes = None
+        self.keeping = ["input"] * len(self.blocks)
+        if free_bytes is None:
+            return None
+        fitting = tokens_that_fit(self._costs, "input", free_bytes=free_bytes)
+        return TokenBudget(max(1, min(fitting, MOST_TOKENS)), self._num_virtual_tokens)
+
+    def keep_what_fits(self, *, free_bytes: int, num_tokens: int) -> TokenBudget:
+        """From here on what blocks keep of each batch is chosen by its size; and where there is memory beyond that,
+        weights in 4 bits are computed back once. Gives what a micro-batch should have.
+
+        `num_tokens` are the most of a step's rows, `free_bytes` what is free beside weights and optimizer.
+        """
         copies = sum(group.weights.copy_bytes() for group in self._groups())
-        needed = num_tokens * (sum(cost.all for cost in costs) + max(cost.working for cost in costs))
-        if copies and needed + copies < SAFETY * free_bytes:
+        if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
             self.keep_copies()
+            free_bytes -= copies
+        self._free_bytes = free_bytes
+        return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self._num_virtual_tokens)
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """The model's decoder layers, in their order."""
+        return self._layers
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether trained keys and values stand before those of each row."""
+        return any(hasattr(layer.self_attn, PREFIX_MARK) for layer in self._layers)
 
     def remove(self) -> None:
         """Leaves the model as it was."""
@@ -209,53 +287,6 @@ def install(model: Any, *, is_wide: bool) -> Engine:
     # Virtual tokens that are embeddings stand before each row in every layer's input.
     num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
     return Engine(model, list(layers), read, num_virtual)
-
-
-def agrees(
-    engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], *, tolerance: float
-) -> float | None:
-    """How far loss and gradients of a batch are from the model's own; None where that is within `tolerance`.
-
-    A relative error: of the loss, and of all gradients taken as one vector; infinite where they are no numbers. What an
-    adapter begins with at zero is another number meanwhile, for through zeros nothing of its branch would show. No
-    gradient is left behind, no weight is changed, and no random number is used up.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
-    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
-    model.eval()  # a mask of dropout would differ
-    zeros = [parameter for parameter in parameters if not bool(parameter.detach().any())]
-    try:
-        # cuDNN has no backward pass for recurrent layers in eval mode, which some prompt encoders have.
-        with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=False):
-            for parameter in zeros:
-                torch.nn.init.normal_(parameter, 0.0, 0.02)
-            plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
-            engine.refresh()
-            with engine.rows(batch):
-                own_loss, own = _loss_and_gradients(loss(model, batch), parameters)
-    finally:
-        model.train(was_training)
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
-    # Against a tenth of a nat a token, where there is less to lose: a row known by heart has a loss near zero.
-    off = [abs(own_loss - plain_loss) / max(abs(plain_loss), 0.1 * batch.num_loss_tokens)]
-    size = float(torch.stack([one.norm() for one in plain]).norm())
-    difference = float(torch.stack([(one - two).norm() for one, two in zip(own, plain, strict=True)]).norm())
-    off.append(difference / size if size else difference)
-    if not all(math.isfinite(one) for one in off):
-        return math.inf
-    return None if max(off) <= tolerance else max(off)
-
-
-def _loss_and_gradients(loss: Tensor, parameters: list[torch.nn.Parameter]) -> tuple[float, list[Tensor]]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    gradients = [
-        torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-        for gradient, parameter in zip(found, parameters, strict=True)
-    ]
-    return float(loss.detach()), gradients
 
 
 def _plain(model: Any) -> Any:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.blocks.attention import Prefix
+from workers.blocks.keeping import Keeping
+from workers.blocks.pointwise import Seed
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
-
-Keeping = Literal["all", "attention", "input"]
-"""What a block keeps for the way back: what both sublayers computed; attention's alone; or only its own input, from
-which it computes everything again."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Block:
         return [parameter for sublayer in self.sublayers for parameter in sublayer.parameters()]
 
 
-def run_block(block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: int | None) -> Tensor:
+def run_block(block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: Seed | None) -> Tensor:
     """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix."""
     prefix = around.prefix
     key, value = (None, None) if prefix is None else (prefix.key_PHD, prefix.value_PHD)
@@ -50,7 +48,7 @@ class _BlockFunction(torch.autograd.Function):
         block: Block,
         around: Surroundings,
         keeping: Keeping,
-        seed: int | None,
+        seed: Seed | None,
         *parameters: Tensor,
     ) -> Tensor:
         if key_PHD is not None and value_PHD is not None:
@@ -94,7 +92,7 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def _forward(
-    block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: int | None
+    block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: Seed | None
 ) -> tuple[Tensor, list[Kept]]:
     kept = []
     for place, sublayer in enumerate(block.sublayers):
@@ -104,7 +102,7 @@ def _forward(
     return x_TH, kept
 
 
-def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: int | None) -> list[Kept]:
+def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: Seed | None) -> list[Kept]:
     """What the forward pass would have kept; the last sublayer computes its own part again, and not its result."""
     *others, _ = block.sublayers
     kept = []
@@ -114,5 +112,5 @@ def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: int | No
     return [*kept, Kept(x_TH, _seed(seed, len(others)))]
 
 
-def _seed(seed: int | None, place: int) -> int | None:
-    return None if seed is None else seed + _SEEDS_PER_SUBLAYER * place
+def _seed(seed: Seed | None, place: int) -> Seed | None:
+    return None if seed is None else seed.plus(_SEEDS_PER_SUBLAYER * place)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.blocks.pointwise import Activation, Norm
+from workers.blocks.pointwise import Activation, Norm, Seed
 
 
 @triton.jit
@@ -123,16 +123,28 @@ def _gated_backward(gradient_at, gate_up_at, gradient_row, width, SILU: tl.const
         )
     tl.store(at, (gradient * up * slope).to(gate_up_at.dtype.element_ty), mask=inside)
     tl.store(at + width, (gradient * act).to(gate_up_at.dtype.element_ty), mask=inside)
+    found = act.to(gradient_at.dtype.element_ty).to(tl.float32) * up
+    tl.store(gradient_at + row * gradient_row + column, found.to(gradient_at.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _dropped(x_at, out_at, x_row, width, share, scale, seed, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["offset"])
+def _dropped(
+    x_at, out_at, seed_at, offset, x_row, out_row, width, share, scale, ADDS: tl.constexpr, QUADS: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Each draw gives four numbers, and all are used.
+    quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+    seed = tl.load(seed_at) + offset
+    one, two, three, four = tl.rand4x(seed, row * ((width + 3) // 4) + quad)
+    drawn = tl.interleave(tl.interleave(one, three), tl.interleave(two, four))
+    column = tl.program_id(1) * 4 * QUADS + tl.arange(0, 4 * QUADS)
     inside = column < width
     x = tl.load(x_at + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.rand(seed, row * width + column) >= share
-    tl.store(out_at + row * width + column, tl.where(kept, x * scale, 0.0).to(out_at.dtype.element_ty), mask=inside)
+    found = tl.where(drawn >= share, x * scale, 0.0)
+    if ADDS:
+        found = found.to(out_at.dtype.element_ty).to(tl.float32)
+        found += tl.load(out_at + row * out_row + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -254,16 +266,26 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
     return gate_up_T2F
 
 
-def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
+def dropped(x_TK: Tensor, share: float, seed: Seed) -> Tensor:
     """As `pointwise.dropped`, from Triton's Philox numbers."""
-    num_rows, width = x_TK.shape
-    assert x_TK.stride(1) == 1
-    out_TK = torch.empty(num_rows, width, dtype=x_TK.dtype, device=x_TK.device)
-    block = min(2048, triton.next_power_of_2(width))
-    _dropped[(num_rows, triton.cdiv(width, block))](
-        x_TK, out_TK, x_TK.stride(0), width, share, 1.0 / (1.0 - share), seed, BLOCK=block, num_warps=4
-    )
+    out_TK = torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
+    _drop(x_TK, out_TK, share, seed, adds=False)
     return out_TK
+
+
+def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> None:
+    """As `pointwise.add_dropped`."""
+    _drop(x_TK, target_TK, share, seed, adds=True)
+
+
+def _drop(x_TK: Tensor, out_TK: Tensor, share: float, seed: Seed, *, adds: bool) -> None:
+    num_rows, width = x_TK.shape
+    assert x_TK.stride(1) == out_TK.stride(1) == 1
+    quads = min(512, triton.next_power_of_2(triton.cdiv(width, 4)))
+    _dropped[(num_rows, triton.cdiv(width, 4 * quads))](
+        x_TK, out_TK, seed.base_1, seed.offset, x_TK.stride(0), out_TK.stride(0), width, share, 1.0 / (1.0 - share),
+        ADDS=adds, QUADS=quads, num_warps=4,
+    )  # fmt: skip
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:

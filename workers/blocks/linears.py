@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.blocks.pointwise import dropped
-from workers.blocks.weights import PAD, Weights
+from workers.blocks.pointwise import Seed, add_dropped, dropped
+from workers.blocks.sizes import PAD
+from workers.blocks.weights import Weights
+
+FOLDS_BACK_FROM = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Read:
 
     x_TK: Tensor | None
     thin_TR: Tensor | None
-    seed: int | None = None
+    seed: Seed | None = None
 
 
 class Group:
@@ -130,7 +133,7 @@ class Group:
                 first_rank = last_rank
             first_output += layer.num_outputs
 
-    def forward(self, x_TK: Tensor, *, seed: int | None = None, added_to: Tensor | None = None) -> tuple[Tensor, Read]:
+    def forward(self, x_TK: Tensor, *, seed: Seed | None = None, added_to: Tensor | None = None) -> tuple[Tensor, Read]:
         """(T, N), plus `added_to`; and what `backward` needs besides the input.
 
         `x_TK` has `width` columns, or K.
@@ -149,12 +152,12 @@ class Group:
             out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
         return out_TN, Read(x_TK, thin_TR, seed)
 
-    def thin(self, x_TK: Tensor, *, seed: int | None = None) -> Tensor:
+    def thin(self, x_TK: Tensor, *, seed: Seed | None = None) -> Tensor:
         """x A^T of all branches, (T, R)."""
         assert self._down_RK is not None, "no layer of the group has a branch"
         return self._dropped(x_TK[:, : self.num_inputs], seed) @ self._down_RK.T
 
-    def _dropped(self, x_TK: Tensor, seed: int | None) -> Tensor:
+    def _dropped(self, x_TK: Tensor, seed: Seed | None) -> Tensor:
         return dropped(x_TK, self.dropout, seed) if self.dropout and seed is not None else x_TK
 
     def _product(self, x_TK: Tensor, weight_NK: Tensor, added_to: Tensor | None) -> Tensor:
@@ -192,40 +195,55 @@ class Group:
 
         The first is None where not needed. `read.x_TK` holds the same values as in the forward pass.
         """
+        by_input, by_thin = self.backward_input(gradient_TN, read.seed, needs_input=needs_input)
+        return by_input, self.backward_parameters(gradient_TN, by_thin, read)
+
+    def backward_input(
+        self, gradient_TN: Tensor, seed: Seed | None, *, needs_input: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient by the first K columns of the input, in a tensor that may have more, and by x A^T, (T, R); the
+        first is None where not needed, the second without branches."""
         columns = self.num_inputs
         by_input: Tensor | None = None
         by_thin: Tensor | None = None
-        if self.is_folded and needs_input:
+        if self.is_folded and needs_input and columns >= FOLDS_BACK_FROM:
             joined_NK = self._weights.joined(self._side_NR)
             assert joined_NK is not None
             by_input = gradient_TN @ joined_NK
             by_thin = by_input[:, columns : columns + self.num_ranks]
-        else:
-            if needs_input:
-                by_input = self._frozen_backward(gradient_TN)
-            if self.branches:
-                by_thin = torch.empty(
-                    gradient_TN.shape[0], self.num_ranks, dtype=gradient_TN.dtype, device=gradient_TN.device
-                )
-                for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
-                    torch.mm(gradient_TN[:, outputs], up, out=by_thin[:, ranks])
-        if by_thin is None:
-            return by_input, []
-        assert read.x_TK is not None
-        assert read.thin_TR is not None
-        assert self._down_RK is not None
-        by_down_RK = _product_float(by_thin.T, self._dropped(read.x_TK[:, :columns], read.seed))
-        if by_input is not None:
-            if self.dropout and read.seed is not None:
+        elif self.is_folded:
+            assert self._side_NR is not None
+            by_thin = gradient_TN @ self._side_NR[:, : self.num_ranks]
+        elif self.branches:
+            by_thin = torch.empty(
+                gradient_TN.shape[0], self.num_ranks, dtype=gradient_TN.dtype, device=gradient_TN.device
+            )
+            for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
+                torch.mm(gradient_TN[:, outputs], up, out=by_thin[:, ranks])
+        if needs_input and by_input is None:
+            by_input = self._frozen_backward(gradient_TN)
+        if by_input is not None and by_thin is not None:
+            assert self._down_RK is not None
+            if self.dropout and seed is not None:
                 # The same mask and scale as on the way forward.
-                by_input[:, :columns] += self._dropped(by_thin @ self._down_RK, read.seed)
+                add_dropped(by_input, by_thin @ self._down_RK, self.dropout, seed)
             else:
                 by_input[:, :columns].addmm_(by_thin, self._down_RK)
+        return by_input, by_thin
+
+    def backward_parameters(self, gradient_TN: Tensor, by_thin_TR: Tensor | None, read: Read) -> list[Tensor]:
+        """The gradients of `parameters`, from that by x A^T."""
+        if by_thin_TR is None:
+            return []
+        assert read.x_TK is not None
+        assert read.thin_TR is not None
+        x_TK = self._dropped(read.x_TK[:, : self.num_inputs], read.seed)
+        by_down_RK = _product_float(by_thin_TR.T, x_TK)
         gradients = []
         for (outputs, ranks), branch in zip(self._places(), self.branches, strict=True):
             by_up = _product_float(gradient_TN[:, outputs].T, read.thin_TR[:, ranks]) * branch.scale
             gradients += [by_down_RK[ranks].to(branch.down.dtype), by_up.to(branch.up.dtype)]
-        return by_input, gradients
+        return gradients
 
     def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
         joined_NK = self._weights.joined(None)

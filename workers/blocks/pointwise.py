@@ -35,6 +35,21 @@ class Norm:
     adds_one: bool = False
 
 
+@dataclass(frozen=True)
+class Seed:
+    """Where random numbers begin: at `base_1`, (1,) int64, plus `offset`.
+
+    The base is on the device, so that launches which were recorded once draw anew each time.
+    """
+
+    base_1: Tensor
+    offset: int = 0
+
+    def plus(self, more: int) -> Seed:
+        """One of another offset."""
+        return Seed(self.base_1, self.offset + more)
+
+
 def _has_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda and _kernels_work(tensor.device)
 
@@ -139,13 +154,17 @@ def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
 
 
 def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
-    """The gradient by gate and up, (T, 2F), in the memory of `gate_up_T2F`."""
+    """The gradient by gate and up, (T, 2F), in the memory of `gate_up_T2F`.
+
+    The first F columns of `gradient_TK` are written over with what `gated` gave.
+    """
     if _has_kernels(gate_up_T2F):
         from workers.blocks import kernels
 
         return kernels.gated_backward(gradient_TK, gate_up_T2F, activation)
     width = gate_up_T2F.shape[1] // 2
-    gradient_TF = gradient_TK[:, :width].float()
+    gradient_TF = gradient_TK[:, :width].to(torch.float32, copy=True)
+    gated(gate_up_T2F, activation, gradient_TK[:, :width])
     gate_TF, up_TF = (part.float() for part in gate_up_T2F.chunk(2, dim=-1))
     # Few passes over memory: on a CPU they are what these lines cost.
     by_act_TF = gradient_TF * up_TF
@@ -161,15 +180,25 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
     return gate_up_T2F
 
 
-def dropped(x_TK: Tensor, share: float, seed: int) -> Tensor:
+def dropped(x_TK: Tensor, share: float, seed: Seed) -> Tensor:
     """A copy of `x_TK` with a share of its elements at 0 and the others scaled up, the same for the same seed."""
     if _has_kernels(x_TK):
         from workers.blocks import kernels
 
         return kernels.dropped(x_TK, share, seed)
-    generator = torch.Generator(device=x_TK.device).manual_seed(seed)
+    generator = torch.Generator(device=x_TK.device).manual_seed(int(seed.base_1) + seed.offset)
     kept = torch.rand(x_TK.shape, generator=generator, device=x_TK.device) >= share
     return x_TK * kept.to(x_TK.dtype) * (1.0 / (1.0 - share))
+
+
+def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> None:
+    """Adds `dropped(x_TK, share, seed)` to the first K columns of `target_TK`."""
+    if _has_kernels(x_TK):
+        from workers.blocks import kernels
+
+        kernels.add_dropped(target_TK, x_TK, share, seed)
+        return
+    target_TK[:, : x_TK.shape[1]] += dropped(x_TK, share, seed)
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:

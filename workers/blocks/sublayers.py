@@ -19,6 +19,7 @@ from workers.blocks.linears import Group, Read
 from workers.blocks.pointwise import (
     Activation,
     Norm,
+    Seed,
     gated,
     gated_backward,
     rms_norm,
@@ -52,7 +53,7 @@ class Kept:
     """What a sublayer's forward pass leaves for its backward pass; `body` only where it is not to be computed again."""
 
     x_TH: Tensor
-    seed: int | None
+    seed: Seed | None
     body: Any = None
 
 
@@ -83,7 +84,9 @@ class Sublayer(ABC):
         yield from self.outputs.parameters()
 
     @abstractmethod
-    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+    def forward(
+        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+    ) -> tuple[Tensor, Kept]:
         """The sublayer's result, (T, H), and what its backward pass needs; drops by `seed`, and nothing for None."""
 
     @abstractmethod
@@ -98,7 +101,7 @@ class Sublayer(ABC):
         out_TK = torch.empty(x_TH.shape[0], width, dtype=x_TH.dtype, device=x_TH.device)
         return out_TK, rms_norm(x_TH, self.norm, out_TK)
 
-    def _finish(self, x_TH: Tensor, body: _Body, inner_TN: Tensor, seed: int | None) -> Tensor:
+    def _finish(self, x_TH: Tensor, body: _Body, inner_TN: Tensor, seed: Seed | None) -> Tensor:
         """The sublayer's result from the input of its last product; `body` keeps what the way back needs."""
         adds_here = self.adds_input and self.post_norm is None
         out_TH, read = self.outputs.forward(inner_TN, seed=_next(seed), added_to=x_TH if adds_here else None)
@@ -176,7 +179,7 @@ class Attention(Sublayer):
         size = self.head_size
         return query.unflatten(1, (-1, size)), key.unflatten(1, (-1, size)), value.unflatten(1, (-1, size))
 
-    def _body(self, normed_TK: Tensor, around: Surroundings, seed: int | None) -> _AttentionBody:
+    def _body(self, normed_TK: Tensor, around: Surroundings, seed: Seed | None) -> _AttentionBody:
         """Everything up to what attention gives; the product behind it is not among it."""
         qkv_TQ, read = self.inputs.forward(normed_TK, seed=seed)
         body = _AttentionBody(qkv_TQ=qkv_TQ, thin_TR=read.thin_TR, attended=Attended(qkv_TQ, ()))
@@ -199,7 +202,9 @@ class Attention(Sublayer):
         rotate(query, around.cos_TE, around.sin_TE, back=back)
         rotate(key, around.cos_TE, around.sin_TE, back=back)
 
-    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+    def forward(
+        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+    ) -> tuple[Tensor, Kept]:
         normed_TK, _ = self._normed(x_TH, self.inputs.width)
         body = self._body(normed_TK, around, seed)
         del normed_TK
@@ -236,7 +241,7 @@ class Attention(Sublayer):
         by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
         return Gradients(by_input_TH, of_inputs + of_outputs, by_prefix)
 
-    def _finish_again(self, x_TH: Tensor, body: _AttentionBody, seed: int | None) -> None:
+    def _finish_again(self, x_TH: Tensor, body: _AttentionBody, seed: Seed | None) -> None:
         """What the backward pass needs of what stands behind attention, without more products than that takes."""
         if self.post_norm is not None:
             self._finish(x_TH, body, body.attended.out_TGD.flatten(1), seed)
@@ -264,7 +269,9 @@ class FeedForward(Sublayer):
         normed = 0 if self.post_norm is None else self.outputs.num_outputs
         return self.inputs.num_outputs + self.inputs.num_ranks + self.outputs.num_ranks + normed
 
-    def forward(self, x_TH: Tensor, around: Surroundings, *, seed: int | None, keeps_body: bool) -> tuple[Tensor, Kept]:
+    def forward(
+        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+    ) -> tuple[Tensor, Kept]:
         normed_TK, _ = self._normed(x_TH, self.inputs.width)
         gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed)
         body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
@@ -289,15 +296,15 @@ class FeedForward(Sublayer):
             if self.post_norm is not None:
                 self._finish(kept.x_TH, body, self._gated(body), kept.seed)
         by_out_TH = self._by_out(gradient_TH, body)
-        read = Read(None, None, _next(kept.seed))
-        if self.outputs.branches:
-            read.x_TK = self._gated(body)
-            thin_TR = body.thin_out_TR
-            read.thin_TR = self.outputs.thin(read.x_TK, seed=read.seed) if thin_TR is None else thin_TR
-        by_act_TK, of_outputs = self.outputs.backward(by_out_TH, read)
-        del read
+        seed = _next(kept.seed)
+        by_act_TK, by_thin_TR = self.outputs.backward_input(by_out_TH, seed)
         assert by_act_TK is not None
         by_gate_up_T2F = gated_backward(by_act_TK, body.gate_up_T2F, self.activation)
+        of_outputs = []
+        if by_thin_TR is not None:
+            # Where the gradient was, there is now what the product had read.
+            thin_TR = self.outputs.thin(by_act_TK, seed=seed) if body.thin_out_TR is None else body.thin_out_TR
+            of_outputs = self.outputs.backward_parameters(by_out_TH, by_thin_TR, Read(by_act_TK, thin_TR, seed))
         del by_act_TK
         by_normed_TK, of_inputs = self.inputs.backward(
             by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
@@ -306,8 +313,8 @@ class FeedForward(Sublayer):
         return Gradients(by_input_TH, of_inputs + of_outputs)
 
 
-def _next(seed: int | None) -> int | None:
-    return None if seed is None else seed + 1
+def _next(seed: Seed | None) -> Seed | None:
+    return None if seed is None else seed.plus(1)
 
 
 def _norm_heads(heads_TGD: Tensor, norm: Norm, out_TGD: Tensor) -> Tensor:

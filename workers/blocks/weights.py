@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.blocks.pointwise import dequantise_4bit
-
-PAD = 64
-"""Columns beside a frozen weight: a multiple of what matrix products like, and enough for queries, keys and values at
-rank 16 and for two layers at rank 32."""
+from workers.blocks.sizes import PAD
 
 
 class Weights(ABC):

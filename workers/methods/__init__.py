@@ -65,6 +65,10 @@ class Method(ABC):
     """Precisions of the base it can train on; the first is the default on a GPU."""
     learning_rate: float
     """Default learning rate; its source stands beside it in the method's file."""
+    has_hand_written_blocks: bool = False
+    """Whether training steps on families that have them take `workers.blocks`, where estimates expect them."""
+    lengthens_rows: bool = False
+    """Whether its virtual tokens stand before each row's own in every layer's input."""
     can_pack: bool
     can_checkpoint_activations: bool
     can_merge: bool

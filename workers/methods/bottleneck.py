@@ -92,6 +92,7 @@ class Bottleneck(Method):
     can_pack = True
     can_checkpoint_activations = True
     can_merge = False
+    has_hand_written_blocks = True
     peft_type = "BOTTLENECK"
     runs_in = ("peft",)
     companion_file = Path(__file__).parents[1] / "layers" / "bottleneck.py"

@@ -52,6 +52,7 @@ class Dora(Lora):
     precisions: tuple[Precision, ...] = ("bfloat16", "float32", "nf4")
     # The authors' repository advises a little less than LoRA's; peft's method comparison on MetaMathQA has this value.
     learning_rate = 1e-4
+    has_hand_written_blocks = False
     # vLLM refuses an adapter with use_dora; llama.cpp's converter knows no magnitude vectors.
     runs_in = ("peft",)
     use_dora = True

@@ -73,6 +73,7 @@ class Lora(Method):
     can_pack = True
     can_checkpoint_activations = True
     can_merge = True
+    has_hand_written_blocks = True
     peft_type = "LORA"
     runs_in: tuple[str, ...] = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
     use_dora: bool = False

@@ -75,6 +75,7 @@ class PrefixTuning(VirtualTokenMethod):
     Settings: type[MethodSettings] = PrefixTuningSettings
     # peft's method comparison on MetaMathQA (Llama-3.2-3B): 0.416 with 5e-3 and a prefix from a text, 0.186 with 1e-3.
     learning_rate = 5e-3
+    has_hand_written_blocks = True
     peft_type = "PREFIX_TUNING"
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:

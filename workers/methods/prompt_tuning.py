@@ -64,6 +64,8 @@ class PromptTuning(VirtualTokenMethod):
     # want more: on SmolLM2 and GSM8K our held-out loss went from 2.01 to 1.93 in 15 steps with 1e-2, to 1.98 in 25
     # with 1e-3.
     learning_rate = 1e-3
+    has_hand_written_blocks = True
+    lengthens_rows = True
     peft_type = "PROMPT_TUNING"
 
     def attach(self, model: PreTrainedModel, settings: Any) -> PeftModel:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.blocks.models import make_model, with_lora
-from workers.blocks.budget import SAFETY, BlockBytes, block_bytes, choose_keeping
+from workers.blocks.budget import block_bytes
 from workers.blocks.engine import install
+from workers.blocks.keeping import SAFETY, BlockBytes, choose_keeping
 
 COST = BlockBytes(all=100, attention=40, input=8, working=200)
 TOKENS = 10

@@ -17,15 +17,18 @@ from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_l
 from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
-from workers.blocks.engine import agrees, install
+from workers.blocks.agreement import Tolerance, compare
+from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
-from workers.blocks.function import Keeping
+from workers.blocks.keeping import Keeping
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
 from workers.losses import summed_cross_entropy
 from workers.methods import get_method
 from workers.recipe import Precision
+
+CLOSE = Tolerance(1e-4, 1e-4, 1e-4)
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -168,21 +171,20 @@ def test_agreement_is_measured_without_leaving_a_trace() -> None:
     engine = install(model, is_wide=True)
     torch.manual_seed(4)
     state = torch.get_rng_state()
-    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) is None
+    assert compare(engine, model, make_batch(), loss_of).within(CLOSE)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(one.grad is None for one in model.parameters())
 
     down = engine.blocks[0].sublayers[0].inputs.branches[0].down
     handle = down.register_hook(lambda gradient: gradient * float("nan"))
-    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) == math.inf
+    assert compare(engine, model, make_batch(), loss_of).whole == math.inf
     handle.remove()
 
     block = engine.blocks[1].sublayers[1]
     block.activation = "gelu_tanh"  # what a kernel that went wrong would do
-    off = agrees(engine, model, make_batch(), loss_of, tolerance=1e-4)
-    assert off is not None
-    assert off > 1e-3
+    off = compare(engine, model, make_batch(), loss_of)
+    assert min(off.layer, off.whole) > 1e-3
 
 
 def test_a_branch_that_begins_at_zero_is_looked_at_as_if_it_did_not() -> None:
@@ -191,12 +193,13 @@ def test_a_branch_that_begins_at_zero_is_looked_at_as_if_it_did_not() -> None:
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     engine = install(model, is_wide=True)
-    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) is None
+    assert compare(engine, model, make_batch(), loss_of).within(CLOSE)
     assert not any(bool(one.any()) for name, one in model.named_parameters() if "lora_B" in name)
     engine.remove()
     engine = install(model, is_wide=True)
     engine.refresh = lambda: None  # what the optimizer changes is not taken over
-    assert agrees(engine, model, make_batch(), loss_of, tolerance=1e-4) is not None
+    off = compare(engine, model, make_batch(), loss_of)
+    assert min(off.layer, off.whole) > 1e-3
 
 
 def test_blocks_that_nobody_wrote_by_hand_say_why() -> None:

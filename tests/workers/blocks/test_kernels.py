@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from workers.blocks import pointwise
-from workers.blocks.pointwise import Activation, Norm
+from workers.blocks.pointwise import Activation, Norm, Seed
 
 CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU, or triton with TRITON_INTERPRET=1")
@@ -83,20 +83,37 @@ def test_gates(
     pointwise.gated(gate_up, activation, expected)
     kernels.gated(gate_up, activation, found)
     assert_close(found, expected, dtype)
-    gradient = random(5, padded, dtype=dtype)
-    expected = pointwise.gated_backward(gradient, gate_up.clone(), activation)
-    assert_close(kernels.gated_backward(gradient, gate_up.clone(), activation), expected, dtype)
+    for backward in (pointwise.gated_backward, kernels.gated_backward):
+        gradient = random(5, padded, dtype=dtype)
+        found_backward = backward(gradient, gate_up.clone(), activation)
+        assert_close(gradient[:, :width], expected[:, :width], dtype)
+        assert torch.equal(gradient[:, width:], random(5, padded, dtype=dtype)[:, width:])
+        if backward is pointwise.gated_backward:
+            expected_backward = found_backward
+    assert_close(found_backward, expected_backward, dtype)
 
 
 def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     from workers.blocks import kernels
 
     x = torch.ones(200, 300, device=DEVICE)
-    found = kernels.dropped(x, 0.25, 7)
-    assert torch.equal(found, kernels.dropped(x, 0.25, 7))
-    assert not torch.equal(found, kernels.dropped(x, 0.25, 8))
+    seed = Seed(torch.tensor([7], device=DEVICE))
+    found = kernels.dropped(x, 0.25, seed)
+    assert torch.equal(found, kernels.dropped(x, 0.25, seed))
+    assert not torch.equal(found, kernels.dropped(x, 0.25, seed.plus(1)))
     assert sorted(found.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
     assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
+    # No row, column or neighbour is like another.
+    is_kept = found > 0
+    assert float(is_kept.float().mean(0).std()) < 0.05
+    assert float(is_kept.float().mean(1).std()) < 0.05
+    for step in (1, 2, 3, 4):
+        both = (is_kept[:, step:] & is_kept[:, :-step]).float().mean()
+        assert float(both) == pytest.approx(0.75**2, abs=0.02)
+    wide = torch.full((200, 320), 2.0, device=DEVICE)
+    kernels.add_dropped(wide, x, 0.25, seed)
+    assert torch.equal(wide[:, :300], found + 2.0)
+    assert bool((wide[:, 300:] == 2.0).all())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])

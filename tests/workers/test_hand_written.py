@@ -1,0 +1,133 @@
+"""The torch-free arithmetic of hand-written blocks: the same sizes and choices as of the blocks themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import FAMILIES, make_tiny_base
+from workers.base_folders import read_base_folder
+from workers.blocks.budget import block_bytes
+from workers.blocks.engine import Engine, install
+from workers.blocks.families import NotByHandError
+from workers.blocks.keeping import FILLING_TOKENS, MOST_TOKENS, SAFETY, token_budget, tokens_that_fit
+from workers.hand_written import Blocks, is_hand_written
+from workers.hand_written_memory import StepTokens, held
+from workers.methods import get_method, methods
+from workers.recipe import Precision
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4}, "lora_plus": {"rank": 4, "target_modules": ["down_proj"]}, "rslora": {"rank": 4},
+    "prompt_tuning": {"num_virtual_tokens": 4}, "p_tuning": {"num_virtual_tokens": 4},
+    "prefix_tuning": {"num_virtual_tokens": 4}, "bottleneck": {"placement": "houlsby"},
+}  # fmt: skip
+
+
+def installed(family: str, name: str, folder: Path) -> tuple[Engine | None, Blocks | None]:
+    """The blocks of a tiny base with a method's adapter, as they are and by arithmetic; None where there are none."""
+    import torch
+
+    from workers import base_models
+
+    base = make_tiny_base(folder, family=family)  # type: ignore[arg-type]
+    shape = read_base_folder(base).shape
+    method = get_method(name)
+    settings = method.read_settings(SETTINGS.get(name, {}))
+    model = method.attach(base_models.load(base, "float32", torch.device("cpu")).model, settings)
+    expected = Blocks.of(shape, method, settings) if is_hand_written(method, "float32", shape, "cpu") else None
+    try:
+        return install(model, is_wide=False), expected
+    except NotByHandError:
+        return None, expected
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_sizes_are_those_of_the_blocks_in_every_family(family: str, tmp_path: Path) -> None:
+    engine, blocks = installed(family, "lora", tmp_path / "base")
+    assert engine is not None
+    assert blocks is not None
+    assert blocks.costs(4) == engine._costs == [block_bytes(block, 4) for block in engine.blocks]
+    groups = [group for half in engine.blocks[0].sublayers for group in (half.inputs, half.outputs)]
+    for group, found in zip(groups, blocks.groups, strict=True):
+        assert (found.num_inputs, found.num_outputs, found.num_ranks) == (
+            group.num_inputs, group.num_outputs, group.num_ranks,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods().items() if "float32" in method.precisions])
+def test_every_method_is_expected_where_it_is_taken_and_with_its_sizes(name: str, tmp_path: Path) -> None:
+    engine, blocks = installed("llama", name, tmp_path / "base")
+    assert (engine is None) == (blocks is None)
+    if engine is not None and blocks is not None:
+        assert blocks.costs(4) == engine._costs
+        assert blocks.num_virtual_tokens == engine._num_virtual_tokens
+
+
+def test_blocks_of_other_families_and_of_types_without_kernels_are_the_models_own(tmp_path: Path) -> None:
+    shape = read_base_folder(make_tiny_base(tmp_path / "base")).shape
+    lora = get_method("lora")
+    assert is_hand_written(lora, "bfloat16", shape, "cuda")
+    cases: list[tuple[Precision, dict[str, Any]]] = [
+        ("float32", {}), ("int8", {}), ("bfloat16", {"family": "gpt2"}), ("bfloat16", {"head_size": 12}),
+        ("bfloat16", {"linears": ()}),
+    ]  # fmt: skip
+    for precision, changes in cases:
+        assert not is_hand_written(lora, precision, shape.model_copy(update=changes), "cuda"), (precision, changes)
+
+
+@pytest.fixture(scope="module")
+def eight_b() -> Blocks:
+    from tests.bench.estimate_error import shape_of
+    from tests.bench.workload import ALL_SHAPES
+
+    method = get_method("lora")
+    return Blocks.of(shape_of(ALL_SHAPES["8b"]), method, method.read_settings({}))
+
+
+STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=16)
+
+
+def held_with(blocks: Blocks, gib: float, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "element": 2, "kind": "cuda", "is_quantised": False, "is_lean": False, "loss_share": 0.65, **changes,
+    }  # fmt: skip
+    return held(blocks, STEP, free_bytes=round(gib * 2**30), **settings)
+
+
+def test_the_more_memory_is_free_the_less_is_computed_twice(eight_b: Blocks) -> None:
+    found = [held_with(eight_b, gib) for gib in (4, 6, 8, 12, 40)]
+    shares = [one.kept_share for one in found]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.5
+    assert shares[-1] == 1
+    assert found[-1].num_micro == 1
+    for one, gib in zip(found, (4, 6, 8, 12, 40), strict=True):
+        assert one.activations_bytes < gib * 2**30, "a plan stays within its memory"
+
+
+def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_with_room(eight_b: Blocks) -> None:
+    assert held_with(eight_b, 40, is_lean=True).activations_bytes < 0.2 * held_with(eight_b, 40).activations_bytes
+    small, large = held_with(eight_b, 16, is_quantised=True), held_with(eight_b, 80, is_quantised=True)
+    assert (small.has_copies, large.has_copies) == (False, True)
+    assert small.weights_bytes == 2 * 2 * 14336 * (4096 + 64)
+    assert large.weights_bytes > 2 * eight_b.num_weights
+
+
+def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:
+    costs = eight_b.costs(2)
+    per_token = sum(cost.all for cost in costs) + costs[0].working
+    for tokens, expected in ((FILLING_TOKENS, FILLING_TOKENS), (10 * MOST_TOKENS, MOST_TOKENS), (1000, FILLING_TOKENS)):
+        free = round(tokens * per_token / SAFETY) + 4096
+        assert token_budget(costs, free_bytes=free) == expected
+    tight = round(100 * (sum(cost.input for cost in costs) + costs[0].working) / SAFETY) + 4096
+    assert token_budget(costs, free_bytes=tight) == tokens_that_fit(costs, "input", free_bytes=tight) == 100
+    assert token_budget(costs, free_bytes=-1) == 1
+
+
+def test_none_of_it_needs_torch() -> None:
+    code = "import sys, workers.memory, workers.hand_written_run; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

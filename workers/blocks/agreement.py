@@ -1,0 +1,150 @@
+"""Whether hand-written blocks compute what a model's own do, on this machine, with this adapter.
+
+Layer by layer: rounding in 16 bits grows from layer to layer, and a deep model's gradients as a whole may differ by as
+much as a small mistake would make them. Within one layer, given the same input, there is little rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.batching import Batch
+from workers.blocks.engine import Engine
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart the two may be, as relative errors: `layer` of a layer's result and gradients, `loss` of the loss,
+    and `whole` of all gradients of the model as one vector."""
+
+    layer: float
+    loss: float
+    whole: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-3, 1e-3),
+    torch.float16: Tolerance(0.05, 0.02, 0.5),
+    torch.bfloat16: Tolerance(0.05, 0.02, 0.5),
+}
+"""By the type of activations: rounding alone, with room. A kernel that goes wrong on a device or in a version of its
+library that nobody tried is off by more."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart two ways are: relative errors; infinite where one of them is no number."""
+
+    layer: float
+    loss: float
+    whole: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether none is larger than what is tolerated."""
+        return self.layer <= tolerance.layer and self.loss <= tolerance.loss and self.whole <= tolerance.whole
+
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(one) for one in (self.layer, self.loss, self.whole))
+
+
+def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor]) -> Difference:
+    """How far hand-written blocks are from the model's own on a small packed batch.
+
+    What an adapter begins with at zero is another number meanwhile, for through zeros nothing of its branch would show.
+    No gradient is left behind, no weight is changed, and no random number is used up.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
+    model.eval()  # a mask of dropout would differ
+    zeros = [parameter for parameter in parameters if not bool(parameter.detach().any())]
+    try:
+        # cuDNN has no backward pass for recurrent layers in eval mode, which some prompt encoders have.
+        with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=False):
+            for parameter in zeros:
+                torch.nn.init.normal_(parameter, 0.0, 0.02)
+            with engine.compared(), _inputs_of_layers(engine) as inputs:
+                plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
+            engine.refresh()
+            with engine.rows(batch):
+                own_loss, own = _loss_and_gradients(loss(model, batch), parameters)
+            worst = 0.0
+            if not engine.has_prefix:  # which a layer is given only inside a pass of the whole model
+                worst = max(_of_layer(engine, batch, *one) for one in inputs)
+    finally:
+        model.train(was_training)
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
+    # Against a tenth of a nat a token, where there is less to lose: a row known by heart has a loss near zero.
+    off = abs(own_loss - plain_loss) / max(abs(plain_loss), 0.1 * batch.num_loss_tokens)
+    return Difference(worst, _number(off), _relative(own, plain))
+
+
+@contextmanager
+def _inputs_of_layers(engine: Engine) -> Iterator[list[tuple[Any, Tensor, dict[str, Any]]]]:
+    """The list of (layer, hidden states, what it is given by name) of a forward pass inside."""
+    found: list[tuple[Any, Tensor, dict[str, Any]]] = []
+
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        found.append((layer, hidden.detach(), named))
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in engine.layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_layer(engine: Engine, batch: Batch, layer: Any, hidden_BTH: Tensor, kwargs: dict[str, Any]) -> float:
+    """How far a layer's result and its gradients by hidden states and parameters are off, the larger."""
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    gradient_BTH = torch.randn(hidden_BTH.shape, device=hidden_BTH.device).to(hidden_BTH.dtype)
+
+    def run() -> list[Tensor]:
+        given = hidden_BTH.clone().requires_grad_()
+        result = layer(given, **kwargs)
+        result = result[0] if isinstance(result, tuple) else result
+        by_input, *others = torch.autograd.grad(result, [given, *parameters], gradient_BTH)
+        # Without the residual stream, which goes past the layer and would hide it.
+        return [result.detach().float() - hidden_BTH.float(), by_input.float() - gradient_BTH.float(), *others]
+
+    plain = run()
+    with engine.rows(batch):
+        own = run()
+    # Each sum was rounded with the stream in it.
+    rounded = [0.1 * float(one.float().norm()) for one in (hidden_BTH, gradient_BTH)]
+    streams = [_relative([own[at]], [plain[at]], beside=rounded[at]) for at in range(2)]
+    return max(*streams, _relative(own[2:], plain[2:]) if parameters else 0.0)
+
+
+def _relative(found: list[Tensor], expected: list[Tensor], *, beside: float = 0.0) -> float:
+    """How far tensors are off, all of them as one vector, by its length plus `beside`."""
+    size = float(torch.stack([one.float().norm() for one in expected]).norm()) + beside
+    differences = [(one.float() - two.float()).norm() for one, two in zip(found, expected, strict=True)]
+    difference = float(torch.stack(differences).norm())
+    return _number(difference / size if size else difference)
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _loss_and_gradients(loss: Tensor, parameters: list[torch.nn.Parameter]) -> tuple[float, list[Tensor]]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = [
+        torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
+        for gradient, parameter in zip(found, parameters, strict=True)
+    ]
+    return float(loss.detach()), gradients

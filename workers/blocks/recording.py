@@ -1,0 +1,232 @@
+"""Launches of a batch, recorded once for each of few shapes and replayed: for models so small that a GPU is done with
+each launch before the host has made the next one.
+
+Rows are filled up to a shape by one row more, of padding, which carries no loss: whether launches are replayed
+or made one by one, they are the same, and so is what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.batching import Batch
+from workers.blocks.attention import Rows
+from workers.blocks.engine import Engine
+from workers.blocks.pointwise import Seed
+from workers.device_errors import is_gpu_failure
+from workers.errors import first_line
+from workers.objectives import Objective
+
+MAX_SHAPES = 64
+"""Most shapes that are recorded: each takes some memory of the host's and the driver's."""
+BUSY_OPERATIONS = 3.0e12
+"""Operations of a layer and batch, forward and back, that keep a GPU of today as busy as the host is with launching
+them, some 5 ms."""
+
+
+def is_worth_recording(engine: Engine, num_tokens: int) -> bool:
+    """Whether layers are so small, for batches of so many tokens, that launching them takes longer than running them.
+
+    Not for adapters that put tokens before each row: where these go is settled by the host.
+    """
+    if engine.num_virtual_tokens or engine.has_prefix:
+        return False
+    groups = [group for block in engine.blocks for half in block.sublayers for group in (half.inputs, half.outputs)]
+    weights = sum(group.num_inputs * group.num_outputs for group in groups) / len(engine.layers)
+    return 4 * weights * num_tokens < BUSY_OPERATIONS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a batch that has been filled up; `longest` is what no row of the run is longer than, in tokens."""
+
+    num_tokens: int
+    num_loss_tokens: int
+    num_rows: int
+    longest: int
+
+    @classmethod
+    def of(cls, batch: Batch, longest: int) -> Shape:
+        """The smallest shape with room for a batch and at least one token of padding."""
+        num_tokens = _rounded(batch.num_tokens + 1)
+        longest = max(longest, num_tokens - batch.num_tokens, *batch.lengths)
+        return cls(num_tokens, _rounded(batch.num_loss_tokens), len(batch.lengths) + 1, _rounded(longest))
+
+
+def _rounded(size: int) -> int:
+    """The next larger of eight sizes between each two powers of two, at least 64 apart."""
+    step = max(64, 2 ** (size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+def filled(batch: Batch, shape: Shape) -> Batch:
+    """The batch of packed rows, filled up to a shape: its last row is padding, and losses of weight 0 are added."""
+    assert batch.position_ids is not None, "the rows are packed"
+    padding = shape.num_tokens - batch.num_tokens
+    more = shape.num_loss_tokens - batch.num_loss_tokens
+
+    def behind(tensor: Tensor, num: int, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((num,), value)])
+
+    weights_N = batch.weights_N
+    if weights_N is None:
+        weights_N = torch.ones(batch.num_loss_tokens)
+    return replace(
+        batch,
+        input_ids=behind(batch.input_ids[0], padding, 0)[None],
+        position_ids=torch.cat([batch.position_ids[0], torch.arange(padding)])[None],
+        positions_N=behind(batch.positions_N, more, shape.num_tokens - 1),
+        targets_N=behind(batch.targets_N, more, 0),
+        rows_N=behind(batch.rows_N, more, shape.num_rows - 1),
+        lengths=(*batch.lengths, padding),
+        weights_N=behind(weights_N, more, 0),
+    )
+
+
+class _Step:
+    """What a batch of one shape is computed from and gives, always in the same memory, and its recording if any."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        T, N = shape.num_tokens, shape.num_loss_tokens
+        self._sizes = (T, T, N, N, N, 1)
+        self._whole = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        self._real = torch.zeros(N + 1, dtype=torch.float32, device=device)
+        ids, places, positions_N, targets_N, rows_N, base_1 = self._whole.split(self._sizes)
+        self._starts = torch.zeros(shape.num_rows + 1, dtype=torch.int32, device=device)
+        self.batch = Batch(ids[None], places[None], positions_N, targets_N, rows_N, (), self._real[:N])
+        self.rows = Rows((), self._starts, T, shape.longest)
+        self.seed = Seed(base_1)
+        self.share = self._real[N]
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.row_sums = torch.zeros(shape.num_rows, dtype=torch.float32, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.was_run = False
+
+    def note(self, row_sums: Tensor) -> None:
+        """Keeps each row's loss."""
+        self.row_sums.copy_(row_sums)
+
+    def load(self, batch: Batch, base: int, share: float) -> None:
+        """Takes over a filled batch; the copies to a GPU do not wait."""
+        assert batch.position_ids is not None
+        assert batch.weights_N is not None
+        parts = (batch.input_ids[0], batch.position_ids[0], batch.positions_N, batch.targets_N, batch.rows_N)
+        whole = torch.cat([*parts, torch.tensor([base])])
+        real = torch.cat([batch.weights_N, torch.tensor([share])])
+        starts = torch.from_numpy(np.cumsum([0, *batch.lengths], dtype=np.int32))
+        for found, target in ((whole, self._whole), (real, self._real), (starts, self._starts)):
+            target.copy_(found.pin_memory() if target.is_cuda else found, non_blocking=True)
+        self.batch = replace(self.batch, lengths=batch.lengths)
+        self.rows = replace(self.rows, lengths=batch.lengths)
+
+
+class Recorder:
+    """Computes batches in shapes that return, and adds up gradients in `.grad` of the parameters, which stay where they
+    are: zero them in place.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Any,
+        objective: Objective,
+        *,
+        longest: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        """`longest` is the length of the longest row of the run, in tokens."""
+        self._engine, self._model, self._objective, self._warn = engine, model, objective, warn
+        self._longest = longest
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._device = self._parameters[0].device
+        self._can_record = self._device.type == "cuda"
+        self._steps: dict[Shape, _Step] = {}
+        self._pool: Any = None
+        # One stream for what is launched and what is recorded: autograd ties the parameters to that of their first use.
+        self._stream = torch.cuda.Stream(self._device) if self._can_record else None
+        self._refreshing: torch.cuda.CUDAGraph | None = None
+        self._was_refreshed = False
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def num_recorded(self) -> int:
+        """How many shapes are replayed."""
+        return sum(step.graph is not None for step in self._steps.values())
+
+    def run(self, batch: Batch, loss_weight: float) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of a batch's summed loss divided by `loss_weight`; `batch` is on the host.
+
+        Gives the summed loss, and each row's without weights, (rows,), on the device.
+        """
+        shape = Shape.of(batch, self._longest)
+        step = self._steps.get(shape)
+        if step is None:
+            if len(self._steps) >= MAX_SHAPES:
+                self._steps.pop(next(iter(self._steps)))
+            step = self._steps[shape] = _Step(shape, self._device)
+        seed = self._engine.draw(torch.device("cpu"))
+        step.load(filled(batch, shape), 0 if seed is None else int(seed.base_1), 1.0 / loss_weight)
+        # The first time of a shape warms everything up that a recording must find ready.
+        if step.graph is None and step.was_run and self._can_record:
+            step.graph = self._recorded(lambda: self._compute(step))
+        if step.graph is not None:
+            step.graph.replay()
+        elif self._stream is None:
+            self._compute(step)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._compute(step)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        step.was_run = True
+        return step.loss_sum.clone(), step.row_sums[: len(batch.lengths)].clone()
+
+    def refresh(self) -> None:
+        """As the engine's."""
+        if self._refreshing is None and self._was_refreshed and self._can_record:
+            self._refreshing = self._recorded(self._engine.refresh)
+        if self._refreshing is None:
+            self._engine.refresh()
+        else:
+            self._refreshing.replay()
+        self._was_refreshed = True
+
+    def _recorded(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """What `launch` does on the device, to be replayed; None where that cannot be had."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            # All recordings share memory: they are never replayed at once, and what they give lies elsewhere.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                launch()
+        except Exception as error:
+            if is_gpu_failure(error):
+                raise
+            self._can_record = False
+            _end_recording(self._device)
+            self._warn(f"Launches cannot be recorded here, which small models are faster with: {first_line(error)}")
+            return None
+        return graph
+
+    def _compute(self, step: _Step) -> None:
+        seed = step.seed if self._engine.drops else None
+        with self._engine.prepared(step.rows, seed):
+            loss_sum, _ = self._objective.loss(self._model, step.batch, note=step.note)
+            found = torch.autograd.grad(loss_sum * step.share, self._parameters, allow_unused=True)
+        step.loss_sum.copy_(loss_sum.detach())
+        gradients = [(one.grad, own) for one, own in zip(self._parameters, found, strict=True) if own is not None]
+        torch._foreach_add_([one for one, _ in gradients], [own for _, own in gradients])
+
+
+def _end_recording(device: torch.device) -> None:
+    """Lets random numbers be drawn again: a recording that broke off leaves their generator waiting for its end."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())

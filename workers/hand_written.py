@@ -1,0 +1,165 @@
+"""Which recipes take hand-written blocks, and the sizes of these: what estimates of their memory and time share.
+
+Torch-free: the form asks here, and `workers.blocks` itself decides when a run begins. Letters: H hidden, F features
+between the feed-forward's projections, Q features of queries, keys and values together, A those of attention's result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from workers.blocks.keeping import BlockBytes, bytes_of_block
+from workers.blocks.sizes import MAX_HEAD_FEATURES, PAD
+from workers.methods import Method
+from workers.recipe import Precision
+from workers.shapes import LinearShape, ModelShape
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gemma3_text", "phi3"})
+"""`model_type` of the architectures whose layers `workers.blocks.families` reads."""
+HEAD_NORMS = frozenset({"qwen3", "gemma3", "gemma3_text"})
+"""Families that normalise each head's query and key, and keep both."""
+POST_NORMS = frozenset({"gemma3", "gemma3_text"})
+"""Families with a second norm behind each sublayer, which keeps what it normalised."""
+
+_READ_BY_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+_READ_BY_FEED_FORWARD = frozenset({"gate_proj", "up_proj", "gate_up_proj"})
+
+
+def is_hand_written(method: Method, precision: Precision, shape: ModelShape, device_kind: str) -> bool:
+    """Whether training steps of a method on such a base take hand-written blocks."""
+    if not method.has_hand_written_blocks or precision == "int8" or shape.family not in FAMILIES:
+        return False
+    if any(group is None for group in (_group(shape, names) for names in _GROUPS)):
+        return False
+    if device_kind == "cpu":
+        return True
+    return precision != "float32" and shape.head_size % 8 == 0 and shape.head_size <= MAX_HEAD_FEATURES
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one block that read the same input, as one product. `num_ranks` are those of their branches."""
+
+    num_inputs: int
+    num_outputs: int
+    num_ranks: int
+    reads_norm: bool
+    """Whether its weights, where they are not quantised, lie in memory with room beside them."""
+
+    @property
+    def num_weights(self) -> int:
+        return self.num_inputs * self.num_outputs
+
+    @property
+    def wide_bytes(self) -> int:
+        """Its weights in 16 bits with room for branches beside them."""
+        return 2 * self.num_outputs * (self.num_inputs + PAD)
+
+
+_GROUPS = (_READ_BY_ATTENTION, frozenset({"o_proj"}), _READ_BY_FEED_FORWARD, frozenset({"down_proj"}))
+
+
+def _group(shape: ModelShape, names: frozenset[str]) -> list[LinearShape] | None:
+    found = [linear for linear in shape.linears if linear.name in names]
+    return found or None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model with an adapter of one method, by their sizes."""
+
+    shape: ModelShape
+    groups: tuple[Group, Group, Group, Group]
+    """Queries, keys and values; attention's output; gate and up; down."""
+    adapters: tuple[bool, bool]
+    """Whether a bottleneck adapter stands behind or beside attention, and the feed-forward network."""
+    bottleneck: int
+    """Features that the bottleneck adapters of a layer keep in float32 between their projections."""
+    num_virtual_tokens: int
+    """Embeddings before each row, which pass through every block like tokens."""
+    has_dropout: bool
+    """Whether the inputs of low-rank branches are dropped in part."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, method: Method, settings: Any) -> Blocks:
+        """Those of a shape and a method that `is_hand_written`."""
+        targets: Any = getattr(settings, "target_modules", ())
+        rank = int(settings.rank) if targets else 0
+        groups = []
+        for place, names in enumerate(_GROUPS):
+            linears = _group(shape, names)
+            assert linears is not None, "asked for a shape that has no hand-written blocks"
+            num_targeted = sum(targets == "all-linear" or linear.name in targets for linear in linears) if rank else 0
+            groups.append(
+                Group(
+                    linears[0].in_features,
+                    sum(linear.out_features for linear in linears),
+                    rank * num_targeted,
+                    reads_norm=place != 1,
+                )
+            )
+        placement = getattr(settings, "placement", None)
+        bottleneck = method.adapted_features(settings, shape) if placement else 0
+        adapters = (placement == "houlsby", placement is not None)
+        return cls(
+            shape,
+            (groups[0], groups[1], groups[2], groups[3]),
+            adapters,
+            max(0, bottleneck - sum(adapters) * shape.hidden_size),
+            method.num_virtual_tokens(settings) if method.lengthens_rows else 0,
+            has_dropout=rank > 0 and getattr(settings, "dropout", 0.0) > 0,
+        )
+
+    @property
+    def num_weights(self) -> int:
+        """Frozen weights of all blocks' products."""
+        return self.shape.num_layers * sum(group.num_weights for group in self.groups)
+
+    @property
+    def bodies(self) -> tuple[int, int]:
+        """Numbers for one token that keeping what attention and the feed-forward network computed takes."""
+        joined, out, gate_up, down = self.groups
+        family, hidden = self.shape.family, self.shape.hidden_size
+        normed = hidden if family in POST_NORMS else 0
+        attention = joined.num_outputs * (2 if family in HEAD_NORMS else 1) + out.num_inputs
+        return (
+            attention + joined.num_ranks + out.num_ranks + normed,
+            gate_up.num_outputs + gate_up.num_ranks + down.num_ranks + normed,
+        )
+
+    def costs(self, element: int) -> list[BlockBytes]:
+        """What each block keeps of a token whose numbers take `element` bytes, as `workers.blocks.engine` has it."""
+        hidden, bodies = self.shape.hidden_size, self.bodies
+        if not any(self.adapters):
+            return [bytes_of_block(bodies, hidden, element)] * self.shape.num_layers
+        halves = [
+            bytes_of_block([body], hidden, element, has_adapter=has_adapter)
+            for body, has_adapter in zip(bodies, self.adapters, strict=True)
+        ]
+        return halves * self.shape.num_layers
+
+    def wide_bytes(self) -> int:
+        """All weights of the blocks computed back from 4 bits."""
+        return self.shape.num_layers * sum(group.wide_bytes for group in self.groups)
+
+    def scratch_bytes(self) -> int:
+        """Memory in which groups in 4 bits are computed back for each use."""
+        return max(group.wide_bytes for group in self.groups)
+
+    @staticmethod
+    def room_of(shape: ModelShape) -> int:
+        """What the room beside weights that are not quantised takes in a model; 0 in other families."""
+        if shape.family not in FAMILIES:
+            return 0
+        wide = (linear.out_features for names in (*_GROUPS[:1], *_GROUPS[2:]) for linear in _group(shape, names) or ())
+        return shape.num_layers * 2 * PAD * sum(wide)
+
+    def branch_bytes(self, element: int, *, is_quantised: bool) -> int:
+        """The copies of low-rank branches that products use: those inside the room beside weights take nothing."""
+        each = (
+            group.num_ranks * group.num_inputs
+            + (group.num_ranks * group.num_outputs if is_quantised or not group.reads_norm else 0)
+            for group in self.groups
+        )
+        return self.shape.num_layers * element * sum(each)

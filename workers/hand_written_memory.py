@@ -1,0 +1,193 @@
+"""What training with hand-written blocks holds, by the rules that the run itself goes by (`workers.blocks.keeping`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.blocks.keeping import (
+    MOST_TOKENS,
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    token_budget,
+    tokens_that_fit,
+)
+from workers.hand_written import Blocks
+
+CONTEXT_BYTES = int(0.5 * 2**30)
+"""What a GPU's driver and libraries hold of its memory for a process."""
+LOGIT_BYTES = {"cpu": 2 * 2**26, "cuda": 2**28}
+"""One chunk of logits, which the softmax and the gradient take over (workers.losses); with a copy on a CPU."""
+RESERVED_LOGIT_BYTES = 3 * 2**28
+"""What a run on a GPU leaves free for the loss when it plans."""
+LOSS_SHARE = 0.65
+"""Tokens that carry loss where only answers do, of all: of instruction datasets about two thirds."""
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """A step's rows: tokens of an average one and of the largest, virtual ones not counted, and of its longest row;
+    `num_rows` in all, of which `rows_at_once` at most are in memory."""
+
+    mean: float
+    most: float
+    longest: int
+    num_rows: int
+    rows_at_once: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a step is computed, and the most bytes that it needs beside weights, adapter and optimizer.
+
+    `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones; `keeping` is what each block
+    keeps of it. `weights_bytes` are those of the 4-bit base computed back; the activations are of the largest
+    micro-batch.
+    """
+
+    tokens: float
+    num_micro: int
+    keeping: tuple[Keeping, ...]
+    has_copies: bool
+    weights_bytes: int
+    activations_bytes: int
+
+    @property
+    def kept_share(self) -> float:
+        """Of the blocks, those that keep all that they computed."""
+        return self.keeping.count("all") / len(self.keeping)
+
+
+def held(
+    blocks: Blocks,
+    step: StepTokens,
+    *,
+    element: int,
+    kind: Literal["cuda", "cpu"],
+    is_quantised: bool,
+    is_lean: bool,
+    free_bytes: int | None,
+    loss_share: float,
+) -> Held:
+    """What a run does with `free_bytes` beside weights, adapter and optimizer; of unbounded memory for None.
+
+    Args:
+        element: bytes of an activation.
+        is_lean: whether blocks keep their inputs alone, whatever there is room for.
+        loss_share: of all tokens those that carry loss.
+    """
+    costs = blocks.costs(element)
+    scratch = _scratch(blocks, element, kind) if is_quantised else 0
+    with_virtual = step.num_rows * blocks.num_virtual_tokens
+    most, mean = step.most + with_virtual, step.mean + with_virtual
+    longest = step.longest + blocks.num_virtual_tokens
+    budget: int | None = None
+    has_copies = False
+    if free_bytes is not None:
+        free_bytes -= RESERVED_LOGIT_BYTES + scratch
+        if is_lean:
+            budget = max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
+        else:
+            copies = blocks.wide_bytes() if is_quantised else 0
+            has_copies = copies_fit(costs, copies, num_tokens=math.ceil(most), free_bytes=free_bytes)
+            free_bytes -= copies if has_copies else 0
+            budget = token_budget(costs, free_bytes=free_bytes)
+    elif is_quantised and kind == "cuda" and not is_lean:
+        has_copies = True
+
+    def micro(tokens: float) -> int:
+        by_tokens = min(step.num_rows, math.ceil(tokens / budget)) if budget else 1
+        return max(math.ceil(step.num_rows / step.rows_at_once), by_tokens)
+
+    def kept(tokens: float) -> list[Keeping]:
+        if is_lean:
+            return ["input"] * len(costs)
+        if free_bytes is None:
+            return ["all"] * len(costs)
+        return choose_keeping(costs, num_tokens=math.ceil(tokens), free_bytes=free_bytes)
+
+    largest = max(longest, most / micro(most))
+    num_micro = micro(mean)
+    usual = mean / num_micro
+    return Held(
+        tokens=usual,
+        num_micro=num_micro,
+        keeping=tuple(kept(usual)),
+        has_copies=has_copies,
+        weights_bytes=blocks.wide_bytes() if has_copies else scratch,
+        activations_bytes=_peak(blocks, costs, kept(largest), largest, element, kind, loss_share),
+    )
+
+
+def least_bytes(blocks: Blocks, step: StepTokens, *, element: int, kind: Literal["cuda", "cpu"], loss_share: float,
+                is_quantised: bool) -> int:  # fmt: skip
+    """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input."""
+    scratch = _scratch(blocks, element, kind) if is_quantised else 0
+    longest = step.longest + blocks.num_virtual_tokens
+    costs = blocks.costs(element)
+    lean: list[Keeping] = ["input"] * len(costs)
+    return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share)
+
+
+def _scratch(blocks: Blocks, element: int, kind: Literal["cuda", "cpu"]) -> int:
+    """Where weights in 4 bits are computed back for each use: on a CPU without room beside them."""
+    if kind == "cuda":
+        return blocks.scratch_bytes()
+    return element * max(group.num_weights for group in blocks.groups)
+
+
+def _peak(
+    blocks: Blocks,
+    costs: list[BlockBytes],
+    keeping: list[Keeping],
+    tokens: float,
+    element: int,
+    kind: Literal["cuda", "cpu"],
+    loss_share: float,
+) -> int:
+    """Bytes at the moment when most is held: while the loss is computed, or on the way back through one of the blocks,
+    when those behind it have let go."""
+    shape = blocks.shape
+    kept = sum(cost.of(keeps) for cost, keeps in zip(costs, keeping, strict=True))
+    stream = element * shape.hidden_size
+    # The last norm is transformers' own: it computes in float32, and keeps one such tensor.
+    norm = 3 * 4 * shape.hidden_size
+    logits = min(loss_share * tokens * shape.vocabulary_size * element, LOGIT_BYTES[kind])
+    head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + logits
+    most = tokens * kept + max(tokens * (stream + norm), head)
+    halves = 2 if any(blocks.adapters) else 1
+    for place in range(len(costs) - 1, -1, -1):
+        sublayers = (place % 2,) if halves == 2 else (0, 1)
+        in_use = _in_use(blocks, sublayers, element, keeps_body=keeping[place] == "all", on_cpu=kind == "cpu")
+        most = max(most, tokens * (kept + in_use))
+        kept -= costs[place].of(keeping[place])
+    return round(most)
+
+
+def _in_use(blocks: Blocks, sublayers: tuple[int, ...], element: int, *, keeps_body: bool, on_cpu: bool) -> int:
+    """Bytes a token that a block works with on the way back, besides what is kept, when it is most.
+
+    In the feed-forward network these are the gradient of the stream, the normalised input, the down projection's input
+    and the gradient by it; with dropout, two more of that size. In attention the gradients of queries, keys and values
+    in pieces and joined, that of attention's result, the normalised input, and the stream's gradient. What was not kept
+    is there besides.
+    """
+    joined, out, _, down = blocks.groups
+    hidden, inner = blocks.shape.hidden_size, down.num_inputs
+    bodies = blocks.bodies
+    again = 0 if keeps_body else sum(bodies[one] for one in sublayers) + hidden * (len(sublayers) - 1)
+    found = []
+    if 1 in sublayers:
+        dropped = 2 * inner if blocks.has_dropout else 0
+        found.append(element * (again + 2 * hidden + 2 * inner + dropped))
+        if on_cpu:
+            # Plain torch makes a tensor of each step of the activation's slope.
+            found.append(element * (again + 2 * hidden + inner) + 4 * 5 * inner)
+    if 0 in sublayers:
+        found.append(element * (again + 2 * hidden + 2 * joined.num_outputs + out.num_inputs))
+    # An adapter's gradients are float32.
+    adapter = 4 * (2 * hidden + blocks.bottleneck) if any(blocks.adapters[one] for one in sublayers) else 0
+    return max(found) + adapter

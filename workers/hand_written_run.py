@@ -1,0 +1,104 @@
+"""A recipe's steps with hand-written blocks: what they hold and how long they take, from the dataset's facts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from workers.blocks.keeping import Keeping
+from workers.gpus import gpu_named
+from workers.hand_written import Blocks, is_hand_written
+from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
+from workers.hand_written_time import StepWork, step_work
+from workers.methods import Method
+from workers.recipe import Precision, Recipe
+from workers.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from workers.memory import DatasetFacts, DeviceFacts
+
+
+def blocks_of(method: Method, settings: Any, precision: Precision, shape: ModelShape, kind: str) -> Blocks | None:
+    """The hand-written blocks that a recipe takes; None where the model's own do it."""
+    return Blocks.of(shape, method, settings) if is_hand_written(method, precision, shape, kind) else None
+
+
+def room_beside_weights(shape: ModelShape, precision: Precision, device: DeviceFacts) -> int:
+    """Bytes beside the weights of a base on a GPU, for low-rank branches: whatever the method, in families with
+    hand-written blocks."""
+    if device.kind != "cuda" or precision != "bfloat16":
+        return 0
+    return Blocks.room_of(shape)
+
+
+@dataclass(frozen=True)
+class HandWrittenRun:
+    """What steps hold, and on a GPU the least with which they work (None on a CPU, where nothing is chosen by memory)
+    and what they do."""
+
+    held: Held
+    least: int | None
+    rows_at_once: int
+    work: StepWork | None
+    work_with_memory: StepWork | None
+    """What they would do with memory to keep everything."""
+
+    def step_seconds(self, device: DeviceFacts) -> float:
+        """Seconds of a step on a GPU."""
+        assert self.work is not None
+        return self.work.seconds(gpu_named(device.name), device.pace)
+
+    def slowdown(self, device: DeviceFacts) -> float:
+        """How many times as long a step takes on a GPU as with memory to keep everything."""
+        assert self.work_with_memory is not None
+        return self.step_seconds(device) / self.work_with_memory.seconds(gpu_named(device.name), device.pace)
+
+
+def run_of(
+    recipe: Recipe,
+    blocks: Blocks,
+    dataset: DatasetFacts,
+    device: DeviceFacts,
+    *,
+    num_steps: int,
+    num_trainable: int,
+    element: int,
+    precision: Precision,
+    fixed_bytes: int,
+) -> HandWrittenRun:
+    """How a recipe's steps are computed beside `fixed_bytes` of weights, adapter and optimizer."""
+    training = recipe.training
+    batch, length = training.batch_size, training.max_length
+    asked = batch if training.micro_batch_size == "auto" else min(training.micro_batch_size, batch)
+    step = StepTokens(
+        mean=batch * dataset.mean_after_cut(length),
+        most=dataset.largest_step(batch, length, num_steps),
+        longest=dataset.longest_after_cut(length),
+        num_rows=batch,
+        rows_at_once=asked,
+    )
+    loss_share = 1.0 if training.loss_on == "all" else LOSS_SHARE
+    is_quantised = precision == "nf4"
+    on_gpu = device.kind == "cuda"
+    found = held(
+        blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
+        is_lean=training.gradient_checkpointing is True,
+        free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
+    )  # fmt: skip
+    if not on_gpu:
+        return HandWrittenRun(found, None, asked, None, None)
+    least = least_bytes(
+        blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
+    )
+
+    def work_of(held: Held) -> StepWork:
+        return step_work(
+            blocks, held, num_trainable=num_trainable, loss_share=loss_share, is_quantised=is_quantised,
+            element=element, weighted_length=dataset.weighted_after_cut(length),
+        )  # fmt: skip
+
+    all_kept: list[Keeping] = ["all"] * len(found.keeping)
+    everything = replace(found, keeping=tuple(all_kept))
+    rows = min(asked, math.ceil(batch / found.num_micro))
+    return HandWrittenRun(found, least, rows, work_of(found), work_of(everything))

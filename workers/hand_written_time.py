@@ -1,0 +1,137 @@
+"""Seconds of a training step with hand-written blocks on a GPU.
+
+The frozen products, attention and the output layer take time by their FLOPs; what stands between them, low-rank
+branches, weights in 4 bits and the optimizer by the bytes that they move; and small models by the kernels that the host
+has to launch. Letters as in `workers.hand_written`; sums as in the measured limits of such a step: 4 FLOPs for each
+frozen weight and token, 2 more where it is computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.blocks.keeping import Keeping
+from workers.gpus import Gpu
+from workers.hand_written import Blocks
+from workers.hand_written_memory import Held
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Which shares of a GPU's peaks training reaches, and what the host needs. Fitted by `tests.bench.estimate_error
+    fit` on ten recipes."""
+
+    products: float = 0.69
+    """Of the peak FLOP/s, by the large products of a model of billions of parameters."""
+    half_features: float = 480.0
+    """Features of the residual stream at which products reach half of that: small ones do not fill a GPU."""
+    attention: float = 0.32
+    """Of the peak FLOP/s, by attention."""
+    bandwidth: float = 0.86
+    """Of the memory's bandwidth, by what stands between the products."""
+    host_per_block: float = 6e-4
+    """Seconds in which the host launches a block's forward and backward pass."""
+    host_per_micro: float = 3.7e-3
+    """Seconds beside the blocks for a micro-batch: collation, the head, the loss."""
+    host_per_step: float = 5.5e-3
+    """Seconds for a step: the optimizer, clipping, reports."""
+
+
+PACE = Pace()
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step does, whatever the device: FLOPs, bytes, and launches."""
+
+    product_flops: float
+    attention_flops: float
+    moved_bytes: float
+    num_blocks: float
+    """Passes through blocks, forward and back."""
+    num_micro: int
+    hidden_size: int
+
+    def seconds(self, gpu: Gpu, pace: Pace) -> float:
+        """How long it takes: the device's time or the host's, whichever is longer."""
+        fill = self.hidden_size / (self.hidden_size + pace.half_features)
+        device = (
+            self.product_flops / (gpu.flops * pace.products * fill)
+            + self.attention_flops / (gpu.flops * pace.attention)
+            + self.moved_bytes / (gpu.bandwidth * pace.bandwidth)
+        )
+        host = self.num_blocks * pace.host_per_block + self.num_micro * pace.host_per_micro
+        return max(device, host) + pace.host_per_step
+
+
+def step_work(
+    blocks: Blocks,
+    held: Held,
+    *,
+    num_trainable: int,
+    loss_share: float,
+    weighted_length: float,
+    is_quantised: bool,
+    element: int = 2,
+) -> StepWork:
+    """The work of a usual step.
+
+    Args:
+        loss_share: of all tokens those that carry loss.
+        weighted_length: tokens of the row in which a token usually stands.
+    """
+    shape = blocks.shape
+    tokens = held.tokens * held.num_micro
+    layers = shape.num_layers
+    again = sum(_again(blocks, keeping) for keeping in held.keeping) / len(held.keeping) * layers
+    attended_again = 1 - held.kept_share
+    # On the way forward and back; the gradient of frozen weights is nobody's.
+    products = 4 * blocks.num_weights + 2 * again
+    head = 4 * shape.vocabulary_size * shape.hidden_size * loss_share
+    heads = shape.num_heads * shape.head_size
+    # Scores and their sum, causal: half of what is there; two and a half times as much on the way back.
+    attention = 2 * weighted_length * heads * layers * (3.5 + attended_again)
+    adapter = 6 * num_trainable if any(blocks.adapters) else 0
+    moved = tokens * layers * element * _moved_features(blocks, held.kept_share)
+    if is_quantised and not held.has_copies:
+        # Half a byte is read and two are written for each weight, each time that it is used.
+        moved += held.num_micro * 2.5 * (2 * blocks.num_weights + again)
+    else:
+        moved += held.num_micro * 2 * (2 * blocks.num_weights + again)
+    moved += 50 * num_trainable
+    return StepWork(
+        product_flops=tokens * (products + head + adapter),
+        attention_flops=tokens * attention,
+        moved_bytes=moved,
+        num_blocks=held.num_micro * layers * (1 + 0.4 * attended_again) * (1.5 if any(blocks.adapters) else 1),
+        num_micro=held.num_micro,
+        hidden_size=shape.hidden_size,
+    )
+
+
+def _again(blocks: Blocks, keeping: Keeping) -> float:
+    """Weights of a layer whose products are computed once more on the way back: the last sublayer's result is not."""
+    joined, out, gate_up, _ = (group.num_weights for group in blocks.groups)
+    if keeping == "all":
+        return 0
+    return gate_up if keeping == "attention" else joined + (0 if any(blocks.adapters) else out) + gate_up
+
+
+def _moved_features(blocks: Blocks, kept_share: float) -> float:
+    """Numbers for one token of a layer that go to and from memory beside the frozen products.
+
+    Norms, rotations, attention's own, the activation and their gradients; the thin products of branches read the
+    layer's input on the way forward, twice on the way back, and add to its gradient; a dropped copy is made twice of
+    the input and once of its gradient.
+    """
+    joined, out, _, down = blocks.groups
+    hidden, inner = blocks.shape.hidden_size, down.num_inputs
+    forward = 10 * hidden + 4 * joined.num_outputs + out.num_inputs + 3 * inner
+    backward = 16 * hidden + 8 * joined.num_outputs + 4 * out.num_inputs + 8 * inner
+    moved = forward * (2 - kept_share) + backward
+    for group in blocks.groups:
+        if group.num_ranks:
+            moved += 5 * group.num_inputs + group.num_outputs + (9 * group.num_inputs if blocks.has_dropout else 0)
+    if any(blocks.adapters):
+        moved += sum(blocks.adapters) * 2 * (10 * hidden + 4 * blocks.bottleneck)
+    return moved
