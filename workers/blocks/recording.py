@@ -8,6 +8,7 @@ or made one by one, they are the same, and so is what comes out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from workers.blocks.attention import Rows
 from workers.blocks.engine import Engine
 from workers.blocks.pointwise import Seed
 from workers.blocks.sizes import launches_take_longer
-from workers.device_errors import is_gpu_failure
+from workers.device_errors import is_out_of_memory
 from workers.errors import first_line
 from workers.objectives import Objective
 
@@ -126,7 +127,7 @@ class _Step:
 
 class Recorder:
     """Computes batches in shapes that return, and adds up gradients in `.grad` of the parameters, which stay where they
-    are: zero them in place.
+    are from the first batch on: zero them in place.
     """
 
     def __init__(
@@ -150,8 +151,6 @@ class Recorder:
         self._stream = torch.cuda.Stream(self._device) if self._can_record else None
         self._refreshing: torch.cuda.CUDAGraph | None = None
         self._was_refreshed = False
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
 
     @property
     def num_recorded(self) -> int:
@@ -164,11 +163,12 @@ class Recorder:
         Gives the summed loss, and each row's without weights, (rows,), on the device.
         """
         shape = Shape.of(batch, self._longest)
-        step = self._steps.get(shape)
+        step = self._steps.pop(shape, None)
         if step is None:
             if len(self._steps) >= MAX_SHAPES:
                 self._steps.pop(next(iter(self._steps)))
-            step = self._steps[shape] = _Step(shape, self._device)
+            step = _Step(shape, self._device)
+        self._steps[shape] = step  # the longest unused stands first
         seed = self._engine.draw(torch.device("cpu"))
         step.load(filled(batch, shape), 0 if seed is None else int(seed.base_1), 1.0 / loss_weight)
         # The first time of a shape warms everything up that a recording must find ready.
@@ -176,13 +176,9 @@ class Recorder:
             step.graph = self._recorded(lambda: self._compute(step))
         if step.graph is not None:
             step.graph.replay()
-        elif self._stream is None:
-            self._compute(step)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                self._compute(step)
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        elif not self._fits(step):
+            # What recordings hold is free now, and nothing had been added yet.
+            self._launch(step)
         step.was_run = True
         return step.loss_sum.clone(), step.row_sums[: len(batch.lengths)].clone()
 
@@ -196,23 +192,59 @@ class Recorder:
             self._refreshing.replay()
         self._was_refreshed = True
 
+    def _fits(self, step: _Step) -> bool:
+        """Launches a batch; False where there was too little memory beside the recordings, which are given up then."""
+        try:
+            self._launch(step)
+        except Exception as error:
+            if self._pool is None or not is_out_of_memory(error):
+                raise
+            self._launch_only(_why(error))
+            return False
+        return True
+
+    def _launch(self, step: _Step) -> None:
+        if self._stream is None:
+            self._compute(step)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._compute(step)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def _recorded(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """What `launch` does on the device, to be replayed; None where that cannot be had."""
+        """What `launch` does on the device, to be replayed; None where that cannot be had, here or any more."""
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # All recordings share memory: they are never replayed at once, and what they give lies elsewhere.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # All recordings share memory: they are never replayed at once, and what they give lies elsewhere. A
+            # recording that breaks off leaves its stream in force, which the outer one takes back.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 launch()
-        except Exception as error:
-            if is_gpu_failure(error):
-                raise
-            self._can_record = False
-            _end_recording(self._device)
-            self._warn(f"Launches cannot be recorded here, which small models are faster with: {first_line(error)}")
-            return None
-        return graph
+        except RuntimeError as error:
+            # A GPU that has failed says so again when it is waited for.
+            reason = _why(error)
+        else:
+            return graph
+        _end_recording(graph, self._pool, self._device)
+        del graph  # before the memory is given back
+        self._launch_only(reason)
+        return None
+
+    def _launch_only(self, reason: str) -> None:
+        """Gives up recording and all that was recorded, with its memory."""
+        self._can_record = False
+        # What is being replayed must be through before its memory is another's.
+        torch.cuda.synchronize(self._device)
+        self._refreshing = self._pool = None
+        for step in self._steps.values():
+            step.graph = None
+        torch.cuda.empty_cache()
+        self._warn(f"Launches cannot be recorded here, which small models are faster with: {reason}")
 
     def _compute(self, step: _Step) -> None:
         seed = step.seed if self._engine.drops else None
@@ -220,11 +252,32 @@ class Recorder:
             loss_sum, _ = self._objective.loss(self._model, step.batch, note=step.note)
             found = torch.autograd.grad(loss_sum * step.share, self._parameters, allow_unused=True)
         step.loss_sum.copy_(loss_sum.detach())
-        gradients = [(one.grad, own) for one, own in zip(self._parameters, found, strict=True) if own is not None]
-        torch._foreach_add_([one for one, _ in gradients], [own for _, own in gradients])
+        reached = [(one, own) for one, own in zip(self._parameters, found, strict=True) if own is not None]
+        for one, _ in reached:
+            # Only here: weights that have no gradient must not decay either. The first pass, which is launched, finds
+            # them all.
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+        torch._foreach_add_([one.grad for one, _ in reached], [own for _, own in reached])
 
 
-def _end_recording(device: torch.device) -> None:
-    """Lets random numbers be drawn again: a recording that broke off leaves their generator waiting for its end."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+def _why(error: Exception) -> str:
+    """What kept launches from being recorded. Where something broke a recording off, its end fails, too, and says only
+    that: the reason is the error before."""
+    if is_out_of_memory(error):
+        return "they take memory that is needed."
+    return first_line(error if error.__context__ is None else error.__context__)
+
+
+def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Ends what a recording that broke off had begun and torch leaves waiting for its end: the allocator, which would
+    give back no memory, and the generator, which would draw no random numbers."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        graph.pool()
+    except RuntimeError:  # it has not ended
+        with suppress(RuntimeError):  # nor begun
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+    generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.workers.blocks.models import make_batch, make_model, with_lora
 from workers.batching import Batch
+from workers.blocks import recording
 from workers.blocks.engine import install
 from workers.blocks.recording import Recorder, Shape, filled, is_worth_recording
 from workers.layers.prefix import PrefixTunedModel
@@ -63,9 +64,7 @@ def test_what_is_filled_in_teaches_nothing() -> None:
     batches = [make_batch((7, 19, 3), seed=2), make_batch((30, 11), seed=3), make_batch((8, 18, 3), seed=4)]
     for batch in batches:
         recorder.refresh()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad.zero_()
+        model.zero_grad(set_to_none=False)
         loss_sum, row_sums = recorder.run(batch, 17.0)
         found = gradients_of(model)
 
@@ -86,6 +85,28 @@ def test_the_weights_of_rows_count() -> None:
     loss_sum, row_sums = recorder.run(weighted, 1.0)
     assert float(loss_sum) == pytest.approx(float(of_the_model(model, weighted, 1.0)[0]), rel=0.02)
     assert float(row_sums.sum()) == pytest.approx(float(of_the_model(model, batch, 1.0)[0]), rel=0.02)
+
+
+def test_weights_that_no_row_reaches_have_no_gradient_by_which_they_would_decay() -> None:
+    model = model_of()
+    model.register_parameter("unreached", torch.nn.Parameter(torch.ones(3, device=DEVICE)))
+    recorder = recorder_of(model)
+    recorder.refresh()
+    for seed in range(3):
+        recorder.run(make_batch(seed=seed), 1.0)
+    reached = {name: one.grad is not None for name, one in model.named_parameters() if one.requires_grad}
+    assert not reached.pop("unreached")
+    assert all(reached.values())
+
+
+def test_the_shape_that_was_longest_unused_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MAX_SHAPES", 2)
+    recorder = recorder_of(model_of())
+    recorder.refresh()
+    usual, once, other = (make_batch((length,)) for length in (20, 90, 150))
+    for batch in (usual, once, usual, other):
+        recorder.run(batch, 1.0)
+    assert set(recorder._steps) == {Shape.of(batch, 40) for batch in (usual, other)}
 
 
 def test_tokens_before_each_row_are_not_recorded() -> None:
@@ -131,23 +152,76 @@ def test_what_is_replayed_is_what_was_launched(dropout: float) -> None:
         assert len({float(one) for one in masks}) == len(masks)
 
 
+def small_and_large() -> tuple[Batch, Batch]:
+    return make_batch((7, 19, 3)), make_batch((70, 120, 30))
+
+
+def recorded_once(model: Any, batch: Batch, warnings: list[str]) -> Recorder:
+    """A recorder that replays the batch."""
+    recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, warn=warnings.append)
+    recorder.refresh()
+    for _ in range(2):
+        recorder.run(batch, 1.0)
+    assert recorder.num_recorded == 1
+    return recorder
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_cannot_be_recorded_is_launched_and_nothing_is_left_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     model = model_of()
-    recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, warn=warnings.append)
-    own = recorder._compute
+    small, large = small_and_large()
+    recorder = recorded_once(model, small, warnings)
+    own, stream = recorder._compute, torch.cuda.current_stream()
 
     def waits(step: Any) -> None:
         own(step)
         step.loss_sum.item()
 
     monkeypatch.setattr(recorder, "_compute", waits)
-    batch = make_batch((7, 19, 3))
-    recorder.refresh()
-    losses = [float(recorder.run(batch, 1.0)[0]) for _ in range(3)]
+    losses = [float(recorder.run(large, 1.0)[0]) for _ in range(3)]
     assert len(warnings) == 1
     assert "cannot be recorded" in warnings[0]
+    assert "previous error" not in warnings[0], "the error itself is told"
     assert recorder.num_recorded == 0
     assert losses == [losses[0]] * 3
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()  # which torch refuses while it waits for the end of a recording
     assert float(torch.rand(1000, device="cuda").std()) > 0.1
+    # Another recorder, as of the next run, records.
+    recorded_once(model_of(), large, warnings)
+    assert len(warnings) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recordings_give_way_to_a_batch_that_does_not_fit_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    model = model_of()
+    small, large = small_and_large()
+    recorder = recorded_once(model, small, warnings)
+    own, fails = recorder._compute, iter([True])
+
+    def short(step: Any) -> None:
+        if next(fails, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        own(step)
+
+    monkeypatch.setattr(recorder, "_compute", short)
+    for batch in (large, large, small):
+        loss_sum, _ = recorder.run(batch, 1.0)
+        torch.testing.assert_close(loss_sum, of_the_model(model, batch, 1.0)[0], rtol=0.05, atol=0)
+    assert recorder.num_recorded == 0
+    assert len(warnings) == 1
+    assert "memory" in warnings[0]
+
+
+def test_memory_that_is_short_without_recordings_is_the_runs_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = recorder_of(model_of())
+    recorder.refresh()
+
+    def short(_step: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(recorder, "_compute", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.run(make_batch(), 1.0)
