@@ -49,6 +49,7 @@ from workers.fitting import advice, remedies
 from workers.fixed_prompts import FixedPrompts
 from workers.forgetting import general_scores, score_general
 from workers.general import MAX_LENGTH, general_rows
+from workers.hand_written import is_hand_written
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
 from workers.losses import LOGIT_BYTES, head_is_plain
@@ -541,7 +542,7 @@ def attach(run: Run, model: Any) -> Any:
     devices.seed_everything(run.recipe.training.seed)
     adapted = method.attach(model, method.read_settings(run.recipe.settings))
     if run.recipe.training.gradient_checkpointing is True:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_blocks(adapted)
     head_is_plain(adapted)
     return adapted
 
@@ -579,9 +580,11 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )
-    if run.engine is not None:
-        _settle(run, model, run.engine, by_length)
     try:
+        if run.engine is not None:
+            _settle(run, model, run.engine, by_length)
+        else:
+            _save_memory(run, model)
         yield
     finally:
         if run.engine is not None:
@@ -613,6 +616,22 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
             longest=tokens.length(by_length[-1]),
             warn=lambda text: run.say(text, is_warning=True),
         )
+
+
+def _save_memory(run: Run, model: Any) -> None:
+    """Has the model's own blocks keep their inputs alone where memory ran out with a plan made for hand-written ones:
+    these would have chosen by themselves what they compute again, so the plan left that off."""
+    recipe = run.recipe
+    assert recipe.precision != "auto"
+    if run.max_micro_batch_size is None or recipe.training.gradient_checkpointing is True:
+        return
+    if is_hand_written(get_method(recipe.method), recipe.precision, run.base.shape, run.device.type):
+        _checkpoint_blocks(model)
+        run.say("Memory ran out before, so each block is computed once more on the way back instead of being kept.")
+
+
+def _checkpoint_blocks(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _room(run: Run, model: Any) -> int | None:

@@ -511,6 +511,46 @@ def test_a_smaller_micro_batch_goes_on_from_the_checkpoint_with_the_same_gradien
     assert position["micro_batch_size"] == 2
 
 
+def test_the_models_own_blocks_save_memory_where_it_ran_out_with_a_plan_for_hand_written_ones(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "hand_written", lambda *_, **__: None)  # as where the two do not agree
+    real, saves = training._forward_backward, []
+
+    def watched(run: Any, model: Any, *others: Any) -> Any:
+        saves.append(model.get_base_model().is_gradient_checkpointing)
+        return real(run, model, *others)
+
+    monkeypatch.setattr(training, "_forward_backward", watched)
+    recipe = recipe_of(max_steps=2)
+    recipe = recipe.model_copy(update={"settings": {"rank": 4, "dropout": 0.0}})
+    _, log = run(tiny, tmp_path / "first", recipe)
+    assert saves == [False, False]
+    again = Log()
+    folders = Folders(tiny.base_model, tiny.dataset, tmp_path / "again")
+    train(recipe, folders, report=again.report, should_stop=again.should_stop, micro_batch_size=1)
+    assert saves[2:] == [True, True]
+    assert any("Memory ran out before" in event.text for event in again.of(MessageEvent))
+    assert again.losses() == pytest.approx(log.losses(), rel=1e-5)
+
+
+def test_a_plan_that_fails_leaves_the_model_its_own_blocks(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, models = training._settle, []
+
+    def fails(run: Any, model: Any, *others: Any) -> None:
+        real(run, model, *others)
+        models.append(model)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "_settle", fails)
+    with pytest.raises(OutOfMemoryError):
+        run(tiny, tmp_path, recipe_of())
+    [model] = models
+    assert not any("forward" in vars(layer) for layer in model.get_base_model().get_decoder().layers)
+
+
 def test_the_micro_batch_that_was_found_is_kept_by_an_attempt_that_is_told_nothing(
     tiny: Folders, tmp_path: Path
 ) -> None:

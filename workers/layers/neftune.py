@@ -24,7 +24,7 @@ class EmbeddingNoise:
 
     A pure function of seed and step, drawn row after row in the order in which `split_step` sorts them. So a resumed
     run sees the noise of an unbroken one, and on one device every row sees the same noise whatever the micro-batch
-    size, packed or not. A GPU draws other numbers than a CPU.
+    size, packed or not, unless a budget of tokens settles the order. A GPU draws other numbers than a CPU.
     """
 
     def __init__(self, alpha: float, *, seed: int, step: int, device: torch.device) -> None:

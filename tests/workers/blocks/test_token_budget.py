@@ -36,7 +36,6 @@ class Room:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, *, lean: bool = False) -> None:
         self.tokens, self.lean = tokens, lean
-        self.kept: list[set[str]] = []
         self.sizes: list[int] = []
         before = Engine.rows
 
