@@ -280,10 +280,10 @@ def _reported(said: FailedEvent) -> Failure:
     kind = kind_of(said.code)
     retry, micro_batch_size = kind.retries != 0, None
     if said.code == "out_of_memory":
-        # Fewer rows at once are all that another try could change.
+        # Another try could only have fewer rows at once, or plan what it keeps with less memory.
         at_once = int(said.details.get("micro_batch_size", 1))
-        retry = at_once > 1
-        micro_batch_size = at_once // 2 if retry else None
+        retry = at_once > 1 or bool(said.details.get("plans_with_less"))
+        micro_batch_size = max(1, at_once // 2) if retry else None
     return Failure(
         code=said.code,
         # Postgres takes no NUL in a text, and a dataset's excerpt may hold one.

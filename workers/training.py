@@ -147,7 +147,8 @@ class Run:
 
     `max_micro_batch_size` bounds the rows in memory at once when that is not None; `step` is the one being taken, None
     outside the loop, and `micro_batch_size` the rows that it has in memory at once. `budget` bounds the tokens of a
-    micro-batch, where hand-written blocks take it without padding.
+    micro-batch, where hand-written blocks take it without padding. `plans_by_memory` says that they chose what they
+    keep by the memory that is free: once it ran out, the next attempt plans with half of it.
     """
 
     recipe: Recipe
@@ -170,6 +171,7 @@ class Run:
     engine: Engine | None = None
     budget: TokenBudget | None = None
     recorder: Recorder | None = None
+    plans_by_memory: bool = False
 
     def say(self, text: str, *, is_warning: bool = False) -> None:
         """A sentence for the job's event list."""
@@ -601,6 +603,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     usual = size * sum(map(tokens.length, by_length)) // len(by_length)
     records = run.device.type == "cuda" and not training.neftune_alpha and is_worth_recording(engine, usual)
     room = _room(run, model)
+    run.plans_by_memory = room is not None
     if room is not None and records:
         room = int(room * RECORDING_SHARE)
     if training.gradient_checkpointing is True:
@@ -1230,6 +1233,8 @@ def _out_of_memory(run: Run | None, device: torch.device) -> OutOfMemoryError:
             at_once = "1 row" if run.micro_batch_size == 1 else f"{run.micro_batch_size} rows"
             where = f" at step {run.step} with {at_once} at once"
             details |= {"step": run.step, "micro_batch_size": run.micro_batch_size}
+        if run.plans_by_memory and run.max_micro_batch_size is None:
+            details["plans_with_less"] = True
         found = remedies(
             run.recipe,
             run.base.shape,

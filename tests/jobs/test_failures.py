@@ -89,6 +89,7 @@ def test_every_failure_has_a_sentence_a_next_step_and_actions_that_exist(kind: f
         (said("of_a_newer_trainer"), "of_a_newer_trainer", False, True),
         (said("out_of_memory", details={"micro_batch_size": 4}), "out_of_memory", True, True),
         (said("out_of_memory", details={"micro_batch_size": 1}), "out_of_memory", False, True),
+        (said("out_of_memory", details={"micro_batch_size": 1, "plans_with_less": True}), "out_of_memory", True, True),
         (said("out_of_memory"), "out_of_memory", False, True),
         (Ending(exit_status=-9, gpu_fault="GPU 0 reports Xid 79"), "gpu_error", True, True),
     ],
@@ -108,6 +109,12 @@ def test_a_host_out_of_memory_names_both_numbers() -> None:
 def test_out_of_memory_asks_for_half_the_rows_at_once() -> None:
     assert explain(said("out_of_memory", details={"micro_batch_size": 8})).micro_batch_size == 4
     assert explain(said("out_of_memory", details={"micro_batch_size": 3})).micro_batch_size == 1
+    assert explain(said("out_of_memory", details={"micro_batch_size": 1})).micro_batch_size is None
+
+
+def test_what_plans_by_memory_is_tried_again_with_one_row_that_did_not_fit() -> None:
+    details = {"micro_batch_size": 1, "plans_with_less": True}
+    assert explain(said("out_of_memory", details=details)).micro_batch_size == 1
 
 
 def test_waits_are_those_of_the_table_a_fifth_more_or_less() -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of, run
 from workers import training
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import SAFETY, BlockBytes
+from workers.errors import OutOfMemoryError
 from workers.events import StepEvent
 from workers.recipe import Recipe
 from workers.training import Folders, train
@@ -91,6 +93,29 @@ def test_a_resumed_run_adds_up_the_micro_batches_that_it_began_with(
     room.tokens = 70  # somebody else is on the card now
     resumed, _ = run(folders, tmp_path / "resumed", eight, attempt=2)
     assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+def test_another_try_is_worth_it_as_long_as_it_plans_with_less_memory(
+    folders: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "_forward_backward", fails)
+    log, one_row = Log(), recipe_of(batch_size=1, micro_batch_size=1)
+
+    def details(*, most: int | None = None) -> dict[str, Any]:
+        own = Folders(folders.base_model, folders.dataset, tmp_path)
+        with pytest.raises(OutOfMemoryError) as caught:
+            train(one_row, own, report=log.report, should_stop=log.should_stop, micro_batch_size=most)
+        return caught.value.details
+
+    assert "plans_with_less" not in details(), "nothing is planned on a CPU"
+    Room(monkeypatch, 100)
+    assert details()["plans_with_less"]
+    assert "plans_with_less" not in details(most=1), "it did"
 
 
 def test_where_memory_ran_out_the_budget_shrinks_and_is_kept(
