@@ -15,6 +15,7 @@ from workers.blocks.keeping import (
     token_budget,
     tokens_that_fit,
 )
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
@@ -69,6 +70,7 @@ def held(
     kind: Literal["cuda", "cpu"],
     is_quantised: bool,
     is_lean: bool,
+    is_recorded: bool,
     free_bytes: int | None,
     loss_share: float,
 ) -> Held:
@@ -77,6 +79,7 @@ def held(
     Args:
         element: bytes of an activation.
         is_lean: whether blocks keep their inputs alone, whatever there is room for.
+        is_recorded: whether launches are recorded, which takes memory, too.
         loss_share: of all tokens those that carry loss.
     """
     costs = blocks.costs(element)
@@ -88,6 +91,7 @@ def held(
     has_copies = False
     if free_bytes is not None:
         free_bytes -= RESERVED_LOGIT_BYTES + scratch
+        free_bytes = int(free_bytes * RECORDING_SHARE) if is_recorded else free_bytes
         if is_lean:
             budget = max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
         else:
@@ -122,8 +126,15 @@ def held(
     )
 
 
-def least_bytes(blocks: Blocks, step: StepTokens, *, element: int, kind: Literal["cuda", "cpu"], loss_share: float,
-                is_quantised: bool) -> int:  # fmt: skip
+def least_bytes(
+    blocks: Blocks,
+    step: StepTokens,
+    *,
+    element: int,
+    kind: Literal["cuda", "cpu"],
+    is_quantised: bool,
+    loss_share: float,
+) -> int:
     """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input."""
     scratch = _scratch(blocks, element, kind) if is_quantised else 0
     longest = step.longest + blocks.num_virtual_tokens
@@ -159,10 +170,15 @@ def _peak(
     head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + logits
     most = tokens * kept + max(tokens * (stream + norm), head)
     halves = 2 if any(blocks.adapters) else 1
+    in_use = {
+        (half, keeps_body): _in_use(
+            blocks, (half,) if halves == 2 else (0, 1), element, keeps_body=keeps_body, on_cpu=kind == "cpu"
+        )
+        for half in range(halves)
+        for keeps_body in (False, True)
+    }
     for place in range(len(costs) - 1, -1, -1):
-        sublayers = (place % 2,) if halves == 2 else (0, 1)
-        in_use = _in_use(blocks, sublayers, element, keeps_body=keeping[place] == "all", on_cpu=kind == "cpu")
-        most = max(most, tokens * (kept + in_use))
+        most = max(most, tokens * (kept + in_use[place % halves, keeping[place] == "all"]))
         kept -= costs[place].of(keeping[place])
     return round(most)
 

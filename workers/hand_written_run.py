@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workers.blocks.keeping import Keeping
+from workers.blocks.sizes import launches_take_longer
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
@@ -63,6 +64,7 @@ def run_of(
     *,
     num_steps: int,
     num_trainable: int,
+    has_virtual_tokens: bool,
     element: int,
     precision: Precision,
     fixed_bytes: int,
@@ -81,9 +83,13 @@ def run_of(
     loss_share = 1.0 if training.loss_on == "all" else LOSS_SHARE
     is_quantised = precision == "nf4"
     on_gpu = device.kind == "cuda"
+    is_lean = training.gradient_checkpointing is True
+    usual = asked * dataset.mean_after_cut(length)
+    is_small = launches_take_longer(blocks.num_weights / blocks.shape.num_layers, usual)
+    is_recorded = on_gpu and not training.neftune_alpha and not has_virtual_tokens and is_small
     found = held(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
-        is_lean=training.gradient_checkpointing is True,
+        is_lean=is_lean, is_recorded=is_recorded,
         free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
     )  # fmt: skip
     if not on_gpu:

@@ -8,6 +8,7 @@ frozen weight and token, 2 more where it is computed again.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from workers.blocks.keeping import Keeping
@@ -83,7 +84,8 @@ def step_work(
     shape = blocks.shape
     tokens = held.tokens * held.num_micro
     layers = shape.num_layers
-    again = sum(_again(blocks, keeping) for keeping in held.keeping) / len(held.keeping) * layers
+    counts = Counter(held.keeping)
+    again = sum(num * _again(blocks, keeping) for keeping, num in counts.items()) / len(held.keeping) * layers
     attended_again = 1 - held.kept_share
     # On the way forward and back; the gradient of frozen weights is nobody's.
     products = 4 * blocks.num_weights + 2 * again

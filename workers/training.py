@@ -25,6 +25,7 @@ from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, colla
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.blocks.recording import Recorder, is_worth_recording
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -595,15 +596,13 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     assert training.micro_batch_size != "auto"
     size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
     usual = size * sum(map(tokens.length, by_length)) // len(by_length)
-    is_lean = training.gradient_checkpointing is True
-    may_record = run.device.type == "cuda" and not is_lean and not training.neftune_alpha
-    records = may_record and is_worth_recording(engine, usual)
+    records = run.device.type == "cuda" and not training.neftune_alpha and is_worth_recording(engine, usual)
     room = _room(run, model)
-    if is_lean:
+    if room is not None and records:
+        room = int(room * RECORDING_SHARE)
+    if training.gradient_checkpointing is True:
         run.budget = engine.keep_least(free_bytes=room)
     elif room is not None:
-        if records:  # recordings have memory of their own, and batches are filled up
-            room = int(room / (2 * 1.125))
         longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
         run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
     if records:

@@ -476,7 +476,7 @@ def merge(rows: Path) -> list[Errors]:
     if not any("failed" not in line and line["learns"] for line in lines):
         raise SystemExit(f"{rows} has no measured recipes to learn from yet.")
     found = errors_of(lines)
-    print(f"{found[0].line['device']}, {len(found)} of {len(CASES)} recipes; expected / measured - 1")
+    print(f"{found[0].line['device']}, {len(found)} recipes; expected / measured - 1")
     print(
         "| recipe | blocks | | peak GiB | memory, arithmetic | corrected | ms a step | time, arithmetic | corrected |"
     )

@@ -93,20 +93,27 @@ STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=
 
 def held_with(blocks: Blocks, gib: float, **changes: Any) -> Any:
     settings: dict[str, Any] = {
-        "element": 2, "kind": "cuda", "is_quantised": False, "is_lean": False, "loss_share": 0.65, **changes,
+        "element": 2, "kind": "cuda", "is_quantised": False, "is_lean": False, "is_recorded": False, "loss_share": 0.65,
+        **changes,
     }  # fmt: skip
     return held(blocks, STEP, free_bytes=round(gib * 2**30), **settings)
 
 
 def test_the_more_memory_is_free_the_less_is_computed_twice(eight_b: Blocks) -> None:
-    found = [held_with(eight_b, gib) for gib in (4, 6, 8, 12, 40)]
+    found = [held_with(eight_b, gib) for gib in (3, 6, 8, 12, 40)]
     shares = [one.kept_share for one in found]
     assert shares == sorted(shares)
     assert shares[0] < 0.5
     assert shares[-1] == 1
     assert found[-1].num_micro == 1
-    for one, gib in zip(found, (4, 6, 8, 12, 40), strict=True):
+    for one, gib in zip(found, (3, 6, 8, 12, 40), strict=True):
         assert one.activations_bytes < gib * 2**30, "a plan stays within its memory"
+
+
+def test_a_run_whose_launches_are_recorded_plans_with_less(eight_b: Blocks) -> None:
+    plain, recorded = held_with(eight_b, 20), held_with(eight_b, 20, is_recorded=True)
+    assert (plain.kept_share, plain.num_micro) == (1, 1)
+    assert recorded.activations_bytes < plain.activations_bytes
 
 
 def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_with_room(eight_b: Blocks) -> None:

@@ -19,15 +19,13 @@ from workers.batching import Batch
 from workers.blocks.attention import Rows
 from workers.blocks.engine import Engine
 from workers.blocks.pointwise import Seed
+from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_gpu_failure
 from workers.errors import first_line
 from workers.objectives import Objective
 
 MAX_SHAPES = 64
 """Most shapes that are recorded: each takes some memory of the host's and the driver's."""
-BUSY_OPERATIONS = 3.0e12
-"""Operations of a layer and batch, forward and back, that keep a GPU of today as busy as the host is with launching
-them, some 5 ms."""
 
 
 def is_worth_recording(engine: Engine, num_tokens: int) -> bool:
@@ -39,7 +37,7 @@ def is_worth_recording(engine: Engine, num_tokens: int) -> bool:
         return False
     groups = [group for block in engine.blocks for half in block.sublayers for group in (half.inputs, half.outputs)]
     weights = sum(group.num_inputs * group.num_outputs for group in groups) / len(engine.layers)
-    return 4 * weights * num_tokens < BUSY_OPERATIONS
+    return launches_take_longer(weights, num_tokens)
 
 
 @dataclass(frozen=True)

@@ -7,3 +7,15 @@ PAD = 64
 rank 16 and for two layers at rank 32."""
 MAX_HEAD_FEATURES = 256
 """Features of a head that flash attention takes."""
+BUSY_OPERATIONS = 3.0e12
+"""Operations of a layer and batch, forward and back, that keep a GPU of today as busy as the host is with launching
+them, some 5 ms."""
+RECORDING_SHARE = 1 / (2 * 1.125)
+"""Of free memory, what a run may plan with whose launches are recorded: recordings have memory of their own, and
+batches are filled up."""
+
+
+def launches_take_longer(layer_weights: float, num_tokens: float) -> bool:
+    """Whether a layer of so many weights is so small, for batches of so many tokens, that launching it takes longer
+    than running it."""
+    return 4 * layer_weights * num_tokens < BUSY_OPERATIONS
