@@ -18,7 +18,7 @@ from jobs import series
 from jobs.actions import ActionError
 from jobs.diffing import diff_rows, jobs_to_compare
 from jobs.draining import DrainError, drain_worker, end_draining, end_quarantine
-from jobs.estimating import estimate_values, plan_for
+from jobs.estimating import estimate_values, plan_for, suggestions_for
 from jobs.evaluating import queue_evaluation
 from jobs.mending import actions_for, run_again_with
 from jobs.mixes import check_mix, dataset_ref
@@ -38,14 +38,16 @@ from jobs.queueing import (
 from jobs.ranking import studio_priority, team_priority
 from jobs.repeating import run_exactly
 from jobs.scheduling import WAITING_STATES, explain_wait, look_at_queue
-from studio.accounts.models import Role, Scope
+from studio.accounts.models import Role, Scope, Team
 from studio.api.auth import ApiRequest, Token, may_write
 from studio.api.errors import ERRORS, ApiError, ErrorDetail, ErrorOut, error_response
 from studio.api.paging import Page, PageQuery, page_of
 from studio.api.schemas import Body, Out, QueryFields
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState
-from workers.errors import RecipeError, RecipeProblems
+from studio.reviews.scan_limits import blocking
+from workers.errors import DoesNotFitError, RecipeError, RecipeProblems
+from workers.fitting import Suggestion
 from workers.methods import methods
 from workers.recipe import MAX_MIXED, EvaluationSettings, Precision, Recipe, SplitSettings, TrainingSettings
 
@@ -337,6 +339,21 @@ class CostEstimateOut(Out):
     price_per_gpu_hour: float = Field(description="The team's, of `device`.")
 
 
+class BlockedOut(Out):
+    """A scan that keeps a job from being queued on one of its datasets, by the team's policy."""
+
+    dataset_version_id: int
+    scan: str
+    sentence: str = Field(description="What it found, and what the policy allows.")
+
+
+class DoesNotFitOut(ErrorOut):
+    """A recipe cannot be queued. Where that is because it must fit and does not, `suggestions` would fit."""
+
+    suggestions: list[SuggestionOut] | None = None
+    blocked: list[BlockedOut] | None = Field(None, description="As in the answer of a recipe that can be queued.")
+
+
 class EstimateOut(Out):
     """What a job would need. Bytes at the peak of training."""
 
@@ -372,6 +389,7 @@ class EstimateOut(Out):
     num_time_measured: int
     cost: CostEstimateOut | None = Field(description="null where the team has set no price for the device.")
     suggestions: list[SuggestionOut] = Field(description="Where it does not fit, or not now: what would.")
+    blocked: list[BlockedOut] = Field(description="What keeps it from being queued whatever it needs.")
 
 
 class JobFilters(PageQuery):
@@ -434,13 +452,23 @@ def _asked(request: ApiRequest, body: JobIn) -> tuple[Recipe, BaseModel, Dataset
 
 
 @router.post(
-    "jobs/estimate/", response={200: EstimateOut, **ERRORS}, auth=may_write, summary="What a job would need and cost"
+    "jobs/estimate/",
+    response={200: EstimateOut, **ERRORS, 422: DoesNotFitOut},
+    auth=may_write,
+    summary="What a job would need and cost",
 )
 def estimate_job(request: ApiRequest, body: JobIn) -> dict[str, Any] | HttpResponse:
-    """Memory, time and cost of a job as the New job form shows them, and what would make it fit. Queues nothing."""
+    """Memory, time and cost of a job as the New job form shows them, and what would make it fit. Queues nothing.
+
+    A method that is refused where it does not fit is answered with 422, and with what would fit beside the error.
+    """
     asked, base_model, version, mixed = _asked(request, body)
+    blocked = _blocked(request.team, (version, *mixed))
     try:
         plan = plan_for(asked, base_model, version, mixed)
+    except DoesNotFitError as error:
+        fitting = _suggestion_values(suggestions_for(asked, base_model, version, mixed))
+        return _problems(error, suggestions=fitting, blocked=blocked)
     except RecipeProblems as error:
         return _problems(error)
     assert plan.time is not None, "plan_for says the time"
@@ -455,14 +483,30 @@ def estimate_job(request: ApiRequest, body: JobIn) -> dict[str, Any] | HttpRespo
         "num_tokens": plan.num_tokens, "recipe": plan.recipe.to_dict(), "cost": cost,
         "seconds_low": plan.time.low, "seconds_high": plan.time.high, "seconds": plan.time.expected,
         "time_measured": plan.time.basis, "num_time_measured": plan.time.num_jobs,
-        "suggestions": [
-            {
-                "words": one.words, "cost": one.cost, "num_bytes": one.num_bytes, "slowdown": one.slowdown,
-                "recipe": one.asked.to_dict(),
-            }
-            for one in plan.suggestions
-        ],
+        "suggestions": _suggestion_values(plan.suggestions), "blocked": blocked,
     }  # fmt: skip
+
+
+def _suggestion_values(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
+    return [
+        {
+            "words": one.words,
+            "cost": one.cost,
+            "num_bytes": one.num_bytes,
+            "slowdown": one.slowdown,
+            "recipe": one.asked.to_dict(),
+        }
+        for one in suggestions
+    ]
+
+
+def _blocked(team: Team, versions: Sequence[DatasetVersion]) -> list[dict[str, Any]]:
+    """The scans that keep a job from training on its datasets, the main one's first."""
+    return [
+        {"dataset_version_id": version.pk, "scan": one.name, "sentence": one.sentence}
+        for version in versions
+        for one in blocking(version, team)
+    ]
 
 
 def _check_key(idempotency_key: str) -> None:
@@ -517,10 +561,10 @@ def _mix_refs(versions: Sequence[DatasetVersion], mix: Sequence[MixIn]) -> list[
     ]
 
 
-def _problems(error: RecipeProblems) -> HttpResponse:
-    """Everything that is wrong with a recipe."""
+def _problems(error: RecipeProblems, **beside: Any) -> HttpResponse:
+    """Everything that is wrong with a recipe, and what else is to be said then."""
     found = [ErrorDetail(code=error.code, message=text, field=field) for field, text in error.fields.items()]
-    return error_response(422, found)
+    return error_response(422, found, beside=beside)
 
 
 def _queue(

@@ -85,8 +85,11 @@ class Plan:
     device: Device
     num_train_rows: int
     num_held_out_rows: int
+    num_usable_rows: int
+    """Of all its datasets, those too that a frozen split has in no part."""
     num_cut_rows: int
-    """Usable rows over the maximum length: cut, or left out when the recipe says so."""
+    """Usable rows over the maximum length: cut, or left out when the recipe says so. Nobody has counted which parts of
+    a frozen split they are in."""
     num_tokens: int
     """Tokens of the training rows over all epochs, after cutting."""
     is_counted: bool
@@ -133,11 +136,8 @@ class Plan:
 
     @property
     def cut_share(self) -> float:
-        """Share of the dataset's usable rows that are longer than the maximum length."""
-        total = self.num_train_rows + self.num_held_out_rows
-        if self.recipe.training.long_rows == "leave_out":
-            total += self.num_cut_rows
-        return self.num_cut_rows / total if total else 0.0
+        """Share of the usable rows that are longer than the maximum length."""
+        return self.num_cut_rows / self.num_usable_rows if self.num_usable_rows else 0.0
 
 
 def live_devices() -> list[Worker]:
@@ -220,6 +220,7 @@ def make_plan(
     """
     every = [dataset, *mixed_facts]
     num_longer = sum(one.num_longer(recipe.training.max_length) for one in every)
+    num_usable = sum(one.num_rows for one in every)
     dataset, sources = _mixture_of(recipe, every)
     splits, parts = [one.own for one in sources], [one.portion for one in sources]
     resolved = resolve(recipe, shape, dataset, device.facts)
@@ -237,6 +238,7 @@ def make_plan(
         device=device,
         num_train_rows=sum(one.num_train for one in splits),
         num_held_out_rows=sum(one.num_held_out for one in splits),
+        num_usable_rows=num_usable,
         num_cut_rows=num_longer,
         num_tokens=round(dataset.mean_after_cut(training.max_length) * rows_seen),
         is_counted=is_counted,

@@ -30,7 +30,15 @@ from workers.errors import ExplainedError
 from workers.evaluations import choose_evaluations, evaluations
 from workers.fitting import Suggestion
 from workers.methods import Method, methods
-from workers.recipe import EvaluationSettings, MetricChoice, Recipe, SplitSettings, TrainingSettings, problems_by_field
+from workers.recipe import (
+    MAX_MIXED,
+    EvaluationSettings,
+    MetricChoice,
+    Recipe,
+    SplitSettings,
+    TrainingSettings,
+    problems_by_field,
+)
 from workers.resolving import read_settings
 from workers.setting import Setting, settings_of, to_text
 
@@ -175,10 +183,10 @@ class JobForm(forms.Form):
     shown_dataset = forms.CharField(max_length=40, required=False, widget=forms.HiddenInput)
 
     def __init__(
-        self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None, dataset_version: str = "",
-        **kwargs: Any,
+        self, data: QueryDict | None = None, *, team: Team, rows_of: JobForm | None = None,
+        dataset_versions: Sequence[str] = (), **kwargs: Any,
     ) -> None:  # fmt: skip
-        """A form for a team; `dataset_version` is the key of the one that is chosen before anything was sent."""
+        """A form for a team; `dataset_versions` are the keys of those that are chosen before anything was sent."""
         super().__init__(data, **kwargs)
         self.team = team
         self.suggestions: Sequence[Suggestion] = ()
@@ -195,7 +203,7 @@ class JobForm(forms.Form):
                     .annotate(done_splits=_DONE_SPLITS)
                     .order_by("dataset__name", "-number"),
                     team,
-                    only=whole_number(data.get("dataset_version", "") if data is not None else dataset_version),
+                    only=_known_keys(dataset_versions if data is None else _chosen_keys(data)),
                 ),
                 why_not=DatasetVersion.why_not_trainable,
             )
@@ -424,6 +432,16 @@ class JobForm(forms.Form):
         return self.section("settings", method.label, method_settings(method), values)
 
 
+def _chosen_keys(data: QueryDict) -> list[str]:
+    """The dataset versions that a sent form chooses, the main one first."""
+    return [data.get("dataset_version", ""), *(one.key for one in MixWidget().value_from_datadict(data, None, "mix"))]
+
+
+def _known_keys(texts: Sequence[str]) -> list[int]:
+    """Those of some keys that can be a row's."""
+    return [key for text in texts[: 1 + MAX_MIXED] if (key := whole_number(text)) is not None]
+
+
 def method_settings(method: Method) -> tuple[Setting, ...]:
     """A method's own settings, named `settings.<method>.<field>` so that methods do not share inputs."""
     return settings_of(method.Settings, f"settings.{method.name}")
@@ -464,8 +482,9 @@ def fresh_form(
     Without a split of the dataset that is asked for it begins with the default one.
     `num_again` is how often `parent` was run again already; the new name counts on from there.
     """
+    mixed = pairs_of(parent) if parent is not None else []
     chosen = str(parent.dataset_version_id or "") if parent is not None else dataset_version
-    form = JobForm(team=team, dataset_version=chosen)
+    form = JobForm(team=team, dataset_versions=[chosen, *(str(key) for key, _weight in mixed)])
     form.initial.update(idempotency_key=secrets.token_urlsafe(16), goal="balanced")
     if parent is not None:
         recipe = Recipe.from_dict(parent.asked_recipe)
@@ -473,7 +492,7 @@ def fresh_form(
             {
                 "base_model": parent.base_model_id,
                 "dataset_version": parent.dataset_version_id,
-                "mix": as_text(pairs_of(parent), recipe.mix, form.dataset_versions.rows),
+                "mix": as_text(mixed, recipe.mix, form.dataset_versions.rows),
                 "method": recipe.method,
                 "goal": "",
                 "name": name_again(recipe.name, num_again),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django import forms
 from django.http import QueryDict
 
+from studio.accounts.models import Team
 from studio.datasets.models import DatasetSplit, DatasetVersion
+from studio.reviews.scan_limits import Standing, blocking
 from workers.recipe import MAX_MIXED, MixedDataset, MixSettings
 from workers.setting import settings_of, to_text
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from jobs.forms import RowField
 
 VERSION, WEIGHT, SPLIT, ADD, REMOVE = "mix_version", "mix_weight", "mix_split", "mix_add", "mix_remove"
+SHOWN = "mix_shown"
+"""The version whose splits a row showed: what was chosen of them is not meant for another one."""
 SHARE = "share"
 """Instead of a split's key: a share of the rows is held out, as the recipe's settings say."""
 (WEIGHT_SETTING,) = settings_of(MixSettings, "mix")
@@ -32,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class MixWidget(forms.Widget):
-    """Reads the rows of a form: three inputs of the same names for each."""
+    """Reads the rows of a form: four inputs of the same names for each."""
 
     def value_from_datadict(self, data: Mapping[str, Any], files: object, name: str) -> list[Pair]:
         """Every row, those without a dataset too."""
@@ -41,7 +45,11 @@ class MixWidget(forms.Widget):
         keys, weights = data.getlist(VERSION), data.getlist(WEIGHT)
         weights += [WEIGHT_SETTING.default_text()] * (len(keys) - len(weights))
         splits = data.getlist(SPLIT) + [""] * len(keys)
-        return [Pair(*row) for row in zip(keys, weights, splits, strict=False)]
+        shown = data.getlist(SHOWN) + [""] * len(keys) if SHOWN in data else keys
+        return [
+            Pair(key, weight, split if key == version else "")
+            for key, weight, split, version in zip(keys, weights, splits, shown, strict=False)
+        ]
 
     def value_omitted_from_data(self, data: Mapping[str, Any], files: object, name: str) -> bool:
         return VERSION not in data
@@ -95,6 +103,9 @@ class MixRow:
     planned: PlannedSource | None
     splits: list[DatasetSplit]
     split: DatasetSplit | None
+    version: DatasetVersion | None
+    blocks: list[Standing]
+    """The scans of its dataset that keep the job from being queued."""
 
     @property
     def number(self) -> int:
@@ -107,23 +118,53 @@ def splits_of(version: DatasetVersion | None) -> list[DatasetSplit]:
     return [DatasetSplit(**values) for values in getattr(version, "done_splits", ())]
 
 
-def split_of(version: DatasetVersion | None, key: str) -> DatasetSplit | None:
-    """The split that a row asks for: the version's own of that key, its default one, or none for a share."""
-    found = splits_of(version)
-    default = next((one for one in found if one.is_default), None)
-    return None if key == SHARE else next((one for one in found if str(one.pk) == key), default)
+def split_of(version: DatasetVersion, key: str) -> DatasetSplit | None:
+    """The split that a row asks for: the version's own of that key, its default one, or none for a share.
+
+    Raises ValidationError where the version has no such split.
+    """
+    if key == SHARE:
+        return None
+    if not key:
+        return _default_split(version)
+    found = next((one for one in splits_of(version) if str(one.pk) == key), None)
+    if found is None:
+        raise forms.ValidationError(f"{version} has no such split. Choose one from the list.", code="invalid_choice")
+    return found
+
+
+def _default_split(version: DatasetVersion) -> DatasetSplit | None:
+    return next((one for one in splits_of(version) if one.is_default), None)
+
+
+def _shown_split(version: DatasetVersion | None, key: str) -> DatasetSplit | None:
+    """The split that a row shows as chosen; for one that the version has not, its default one."""
+    if version is None:
+        return None
+    try:
+        return split_of(version, key)
+    except forms.ValidationError:
+        return _default_split(version)
 
 
 def mix_rows(
-    pairs: Sequence[Pair], chosen: Sequence[Choice], plan: Plan | None, versions: Mapping[str, DatasetVersion]
+    pairs: Sequence[Pair],
+    chosen: Sequence[Choice],
+    plan: Plan | None,
+    versions: Mapping[str, DatasetVersion],
+    team: Team,
 ) -> Iterator[MixRow]:
-    """The form's rows with what their datasets come to in a plan, and the splits of each."""
+    """The form's rows with what their datasets come to in a plan, the splits of each and what its team's policy says
+    of it."""
     planned = {}
     if plan is not None and len(plan.sources) == len(chosen) + 1:
         planned = dict(zip((one.row for one in chosen), plan.sources[1:], strict=True))
     for index, (key, weight, split) in enumerate(pairs):
         version = versions.get(key)
-        yield MixRow(index, key, weight, planned.get(index), splits_of(version), split_of(version, split))
+        blocks = blocking(version, team) if version is not None else []
+        yield MixRow(
+            index, key, weight, planned.get(index), splits_of(version), _shown_split(version, split), version, blocks
+        )
 
 
 def as_text(
@@ -158,3 +199,4 @@ def set_pairs(data: QueryDict, pairs: Sequence[Pair]) -> None:
     data.setlist(VERSION, [one.key for one in pairs])
     data.setlist(WEIGHT, [one.weight for one in pairs])
     data.setlist(SPLIT, [one.split for one in pairs])
+    data.setlist(SHOWN, [one.key for one in pairs])

@@ -211,7 +211,8 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
     sections = form.sections(resolved)
     every = [*sections, own] if own else sections
     problems = _problems(form, show_errors=show_errors)
-    version = form.dataset_versions.rows.get(form.text_of("dataset_version"))
+    versions = form.dataset_versions.rows
+    version = versions.get(form.text_of("dataset_version"))
     dataset_errors: Any = form.errors.get("dataset_version", []) if form.is_bound and (version or show_errors) else []
     context = {
         "form": form,
@@ -230,7 +231,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
         "chosen_dataset": form.text_of("dataset_version"),
         "dataset_shown": version,
         "mix_rows": list(
-            mix_rows(form.mix_pairs(), form.cleaned_data["mix"] if plan else (), plan, form.dataset_versions.rows)
+            mix_rows(form.mix_pairs(), form.cleaned_data["mix"] if plan else (), plan, versions, request.team)
         ),
         "mix_problems": form.errors.get("mix", []) if form.is_bound else [],
         "max_mixed": MAX_MIXED,

@@ -7,6 +7,7 @@ import hashlib
 from django.db.models import Model
 
 from studio.accounts.models import AuditEvent, Team
+from studio.markdown import without_front_matter
 from workers.errors import ExplainedError
 
 MAX_CHARACTERS = 100_000
@@ -23,6 +24,11 @@ class CardTooLongError(ExplainedError):
     """A card beyond what is stored."""
 
     code = "card_too_long"
+
+
+def cleaned(body: str) -> str:
+    """A text as it is stored: without front matter, which is ours, and without NUL, which the database cannot hold."""
+    return without_front_matter(body.replace("\r\n", "\n").replace("\0", "")).strip()
 
 
 def card_version(body: str | None) -> str:

@@ -14,8 +14,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2"]
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gpt2"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2")
+CAPPED: Family = "gemma2"
+"""One that caps its attention scores, which some methods refuse."""
+TIED = {"gemma", "gemma2", "qwen2"}
 
 PAD, START, END, UNKNOWN = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 PATTERN = (
@@ -122,15 +125,19 @@ def _config(family: Family, vocabulary: int) -> dict[str, Any]:
         "head_dim": HEAD,
         "max_position_embeddings": CONTEXT_LENGTH,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": family in {"gemma", "qwen2"},
+        "tie_word_embeddings": family in TIED,
     }
     if family == "mistral":
         config["sliding_window"] = None
     if family == "phi3":
         config |= {"original_max_position_embeddings": CONTEXT_LENGTH, "sliding_window": None}
         del config["head_dim"]
-    if family == "gemma":
+    if family in {"gemma", "gemma2"}:
         config["hidden_activation"] = "gelu_pytorch_tanh"
+    if family == "gemma2":
+        # Caps that are felt, although the weights are small.
+        config |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 1}
+        config |= {"sliding_window": 256}
     return config
 
 
@@ -165,7 +172,7 @@ def _weights(family: Family, vocabulary: int) -> dict[str, np.ndarray]:
         found["transformer.ln_f.weight"], found["transformer.ln_f.bias"] = ones(HIDDEN), zeros(HIDDEN)
         return found
 
-    norm = zeros if family == "gemma" else ones  # Gemma scales by 1 + weight.
+    norm = zeros if family in {"gemma", "gemma2"} else ones  # Gemma scales by 1 + weight.
     found["model.embed_tokens.weight"] = normal(vocabulary, HIDDEN)
     for layer in range(LAYERS):
         block = f"model.layers.{layer}"
@@ -194,15 +201,18 @@ def _weights(family: Family, vocabulary: int) -> dict[str, np.ndarray]:
             found[f"{block}.self_attn.k_norm.weight"] = ones(HEAD)
         found[f"{block}.input_layernorm.weight"] = norm(HIDDEN)
         found[f"{block}.post_attention_layernorm.weight"] = norm(HIDDEN)
+        if family == "gemma2":
+            for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+                found[f"{block}.{name}.weight"] = norm(HIDDEN)
     found["model.norm.weight"] = norm(HIDDEN)
-    if family not in {"gemma", "qwen2"}:
+    if family not in TIED:
         found["lm_head.weight"] = normal(vocabulary, HIDDEN)
     return found
 
 
 def make_tiny_base(folder: Path, family: str = "llama") -> Path:
     """A base model folder of the given family: 2 layers, hidden 64, ChatML-like turns; always the same bytes."""
-    assert family in FAMILIES, f"{family} is none of {FAMILIES}"
+    assert family in (*FAMILIES, CAPPED), f"{family} is none of {FAMILIES}"
     folder.mkdir(parents=True, exist_ok=True)
     text = tokenizer_json()
     vocabulary = Tokenizer.from_str(text).get_vocab_size()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from workers.base_folders import read_base_folder
 from workers.device_errors import is_gpu_failure, is_out_of_memory
@@ -19,6 +19,7 @@ from workers.errors import BaseModelError, first_line
 from workers.memory import cpu_has_fast_bfloat16
 from workers.quantised import QuantisedCache
 from workers.recipe import Precision
+from workers.shapes import SOFT_CAPPED_FAMILIES
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError)
 
@@ -145,7 +146,7 @@ def _from_folder(
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        attn_implementation="sdpa",
+        attn_implementation=_attention_of(folder),
         output_loading_info=True,
     )
     model, info = loaded
@@ -156,6 +157,14 @@ def _from_folder(
             next_step="Copy the folder again; config.json and the weights do not belong together.",
         )
     return model
+
+
+def _attention_of(folder: Path) -> str:
+    """torch's fused attention, or transformers' own where scores are capped before the softmax, as Gemma 2 has it."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    # Of these families transformers offers the fused one for none, capped or not.
+    return "eager" if is_capped or config.model_type in SOFT_CAPPED_FAMILIES else "sdpa"
 
 
 def _pretend_from(model: Any, folder: Path) -> None:

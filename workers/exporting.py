@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import resource
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import orjson
 
 from workers.errors import ExplainedError
 from workers.examples import AnyExample, Example, Message, PreferenceExample, Problem, TextExample
-from workers.inspection import MEMORY_BYTES
+from workers.limited import add_file, limited
 from workers.reading import read_rows
 
 Kind = Literal["jsonl", "parquet"]
@@ -221,16 +220,13 @@ def _write_parquet(rows: Iterator[dict[str, Any]], out: IO[bytes], keys: _Keys) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one file's archive to standard output; exit status 0, or 1 with a sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m workers.exporting", description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", required=True, help="name of the format plug-in")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    add_file(parser)
     parser.add_argument("--as", dest="kind", choices=["jsonl", "parquet"], default="jsonl")
     parser.add_argument("--card", type=Path, required=True, help="README.md of the folder")
-    options = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    options = limited(parser, arguments)
     try:
         write_archive(
-            options.file, sys.stdout.buffer, options.format, orjson.loads(options.columns), kind=options.kind,
+            options.file, sys.stdout.buffer, options.format, options.columns, kind=options.kind,
             card=options.card.read_bytes(),
         )  # fmt: skip
     except ExplainedError as error:

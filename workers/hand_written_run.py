@@ -86,7 +86,7 @@ def run_of(
     is_lean = training.gradient_checkpointing is True
     usual = asked * dataset.mean_after_cut(length)
     is_small = launches_take_longer(blocks.num_weights / blocks.shape.num_layers, usual)
-    is_recorded = on_gpu and not is_lean and not training.neftune_alpha and not has_virtual_tokens and is_small
+    is_recorded = on_gpu and not training.neftune_alpha and not has_virtual_tokens and is_small
     found = held(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
         is_lean=is_lean, is_recorded=is_recorded,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import base64
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -22,9 +21,8 @@ from typing import Any
 import orjson
 
 from workers.errors import DatasetError, ExplainedError
-from workers.inspection import emit
+from workers.limited import PROGRESS_SECONDS, emit, limit_memory
 
-PROGRESS_SECONDS = 0.5
 # Generous, for Arrow maps far more than it uses; a file that unfolds without end still ends here.
 MEMORY_BYTES = 16 * 1024**3
 # What a dataset's rows are kept in, and the card that says which files are which split.
@@ -185,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-bytes", type=int, required=True)
     parser.add_argument("--endpoint", default=None)
     options = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_memory(MEMORY_BYTES)
     try:
         emit("done", **export_rows(**vars(options)))
     except ExplainedError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import resource
 import sys
 import time
 from bisect import bisect_left
@@ -19,10 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from workers.carriers import jsonl_row, sniff
-from workers.errors import DatasetError, ExplainedError
+from workers.errors import DatasetError
 from workers.examples import (
     AnyExample,
     Example,
@@ -33,12 +30,11 @@ from workers.examples import (
     UnpairedExample,
 )
 from workers.formats import get_format
+from workers.limited import PROGRESS_SECONDS, add_file, emit, limited, refusals_emitted
 from workers.quality import fingerprint
 from workers.reading import SURE, column_names, read_head, read_row, read_rows, recognise_rows
 
-MEMORY_BYTES = 2 * 1024**3
 MAX_PROBLEMS = 10_000
-PROGRESS_SECONDS = 0.5
 MAX_TURNS = 20
 MAX_COMPARED_ROWS = 1_000_000
 """Different rows that are remembered, in about 100 MB, to find those that come again."""
@@ -80,28 +76,6 @@ class Histogram:
             "longest": self.longest,
             "histogram": [list(one) for one in shown],
         }
-
-
-def emit(kind: str, **values: Any) -> None:
-    """Write one event; lone surrogates cannot be written and NUL cannot be stored, so both become visible."""
-    try:
-        line = orjson.dumps({"kind": kind, **values})
-    except (TypeError, orjson.JSONEncodeError):
-        line = orjson.dumps({"kind": kind, **_storable(values)})
-    if b"\\u0000" in line:
-        line = orjson.dumps(_storable({"kind": kind, **values}))
-    sys.stdout.buffer.write(line + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _storable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_storable(key): _storable(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_storable(child) for child in value]
-    return value
 
 
 def inspect_rows(path: Path, format_name: str, columns: dict[str, str]) -> None:
@@ -346,22 +320,15 @@ def main(arguments: list[str] | None = None) -> int:
     """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
     parser = argparse.ArgumentParser(prog="python -m workers.inspection")
     parser.add_argument("what", choices=["rows", "tokens"])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", default="", help="name of the format plug-in; recognised when empty")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    add_file(parser, needs_format=False)
     parser.add_argument("--base-model-folder", type=Path)
     parser.add_argument("--seconds", type=float, default=600.0, help="time for counting tokens")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    columns = orjson.loads(chosen.columns)
-    try:
+    chosen = limited(parser, arguments)
+    with refusals_emitted():
         if chosen.what == "rows":
-            inspect_rows(chosen.file, chosen.format, columns)
+            inspect_rows(chosen.file, chosen.format, chosen.columns)
         else:
-            count_tokens(chosen.file, chosen.format, columns, chosen.base_model_folder, chosen.seconds)
-    except ExplainedError as error:
-        emit("refused", code=error.code, message=error.message, next_step=error.next_step, line=error.line)
+            count_tokens(chosen.file, chosen.format, chosen.columns, chosen.base_model_folder, chosen.seconds)
     return 0
 
 

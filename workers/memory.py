@@ -311,6 +311,12 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
             device_kind=device.kind,
             weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
         )
+        activations += score_bytes(
+            shape,
+            rows=1 if training.packing is True else micro_batch,
+            length=dataset.longest_after_cut(training.max_length) * (micro_batch if training.packing is True else 1),
+            checkpointing=checkpointing,
+        )
     if training_bytes < compute_bytes:
         # The backward pass multiplies by the same 16-bit copies of the weights as the forward pass; the output
         # layer's has a gradient beside it.
@@ -422,6 +428,18 @@ def activations_bytes(
     return round((blocks + logits) * (1 + FRAGMENTATION))
 
 
+def score_bytes(shape: ModelShape, *, rows: int, length: int, checkpointing: bool) -> int:
+    """What attention keeps for each head and pair of tokens where it is not fused: 8 bytes a layer.
+
+    These are tanh's output and the softmax's in float32, which in 16 bits is kept in both types. While one layer is
+    computed the scores before and behind them are there too, and as many gradients on the way back.
+    """
+    if not shape.caps_attention:
+        return 0
+    of_layer = rows * shape.num_heads * length**2 * 8
+    return round(of_layer * ((1 if checkpointing else shape.num_layers) + 2) * (1 + FRAGMENTATION))
+
+
 def weight_inputs_bytes(shape: ModelShape, training_bytes: int) -> int:
     """Bytes per token and layer that are kept because the layers' own weights are trained.
 
@@ -462,7 +480,10 @@ def _seconds(
     rows = min(num_steps * training.batch_size, max(1, dataset.num_rows) * training.epochs)
     padded = mean if training.packing is True else (mean + dataset.longest_after_cut(training.max_length)) / 2
     rate = flops_per_second(device, precision)
-    attention = 2 * mean * shape.num_heads * shape.head_size * shape.num_layers  # multiply-adds, causal half
+    # Multiply-adds, of the causal half; where attention is not fused, of all pairs of a packed or padded batch.
+    packed = micro_batch * mean if training.packing is True else dataset.longest_after_cut(training.max_length)
+    seen = 2 * packed if shape.caps_attention else mean
+    attention = 2 * seen * shape.num_heads * shape.head_size * shape.num_layers
     # A frozen layer has a forward product and one for the gradient of its input, none for its weights.
     passes = 3 if training.gradient_checkpointing is True else 2
     # An adapter has all three beside it; a weight of the base that is trained has one more.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -13,6 +12,7 @@ from typing import Any
 from workers.compression import refuse_expansion
 from workers.errors import DatasetError
 from workers.examples import Problem
+from workers.limited import use_system_allocator
 from workers.strict_json import MAX_ROW_BYTES, excerpt_of
 
 MAX_ROWS = 1_000_000_000
@@ -31,8 +31,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
         DatasetError: damaged_file, unsupported_column_type (binary data and types that need code of others),
             expands_too_much (by the footer, or by what comes out), no_rows, too_many_columns.
     """
-    # Its own allocators reserve far more address space than they use, which an inspection's limit counts.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    use_system_allocator()
     import pyarrow as pa
     import pyarrow.parquet as pq
 

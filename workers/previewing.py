@@ -9,9 +9,6 @@ too long ends the process, by the system's own alarm; so does having nothing to 
 from __future__ import annotations
 
 import argparse
-import resource
-import select
-import signal
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -19,15 +16,14 @@ from typing import Any
 
 import orjson
 
-from workers.errors import BaseModelError, ExplainedError
+from workers.errors import BaseModelError, DatasetError
 from workers.examples import AnyExample, Example, Message
 from workers.formats import get_format
 from workers.learned import learned
+from workers.limited import add_memory_limit, answer_lines, limited
 from workers.reading import read_rows
 from workers.rendering import LossOn, Renderer
 
-MEMORY_BYTES = 2 * 1024**3
-IDLE_SECONDS = 300.0
 NEAR_ROWS = 500
 """Lines before and behind the wanted one among which the neighbouring usable rows are looked for first."""
 
@@ -117,33 +113,23 @@ def _look_from(
     return before, wanted, None
 
 
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return answer(request)
+    except RecursionError as error:
+        raise DatasetError(
+            "The base model's chat template calls itself without end.",
+            next_step="Choose a base model whose template renders.",
+        ) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Answers until standard input ends, or nothing is asked for a while."""
     parser = argparse.ArgumentParser(prog="python -m workers.previewing")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for one request")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    # The alarm's own way, the end of the process, also stops what never returns to Python.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    while select.select([sys.stdin.buffer], [], [], IDLE_SECONDS)[0]:
-        line = sys.stdin.buffer.readline()
-        if not line:
-            break
-        signal.setitimer(signal.ITIMER_REAL, chosen.seconds)
-        try:
-            found = {"kind": "done", **answer(orjson.loads(line))}
-        except ExplainedError as error:
-            found = {"kind": "refused", "message": error.message, "next_step": error.next_step}
-        except RecursionError:
-            found = {
-                "kind": "refused",
-                "message": "The base model's chat template calls itself without end.",
-                "next_step": "Choose a base model whose template renders.",
-            }
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(orjson.dumps(found) + b"\n")
-        sys.stdout.buffer.flush()
+    add_memory_limit(parser)
+    chosen = limited(parser, arguments)
+    answer_lines(_answer, seconds=chosen.seconds)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from workers.errors import DatasetError
 from workers.examples import EXAMPLE_TYPE_LABELS, AnyExample, Example, Problem, Recognition
 from workers.formats import Format, formats, get_format
 from workers.quality import remarks
+from workers.row_paths import leaves_of
 
 HEAD_ROWS = 200
 SURE = 0.5
@@ -48,21 +49,9 @@ def column_names(head: list[dict[str, Any]]) -> list[str]:
     """
     found: dict[str, None] = {}
     for row in head:
-        for name in _paths(row):
+        for name, _value in leaves_of(row):
             found.setdefault(name)
     return list(found)
-
-
-def _paths(value: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    for key, child in value.items():
-        path = f"{before}{key}"
-        if isinstance(child, list) and child:
-            path, child = f"{path}[0]", child[0]
-        if isinstance(child, dict):
-            if path.count(".") < 2:
-                yield from _paths(child, f"{path}.")
-        elif not isinstance(child, list):
-            yield path
 
 
 def read_examples(path: Path, format_name: str, columns: dict[str, str]) -> Iterator[Example | Problem]:

@@ -13,7 +13,6 @@ import ast
 import difflib
 import json
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,8 @@ from workers.errors import ExplainedError
 from workers.examples import Problem
 from workers.formats import Format, get_format
 from workers.formats._rules import CALL_ROLES, ROLE_ALIASES, from_text
-from workers.inspection import MAX_COMPARED_ROWS, MEMORY_BYTES, PROGRESS_SECONDS, emit
+from workers.inspection import MAX_COMPARED_ROWS
+from workers.limited import PROGRESS_SECONDS, add_file, emit, limited, refusals_emitted
 from workers.quality import CONTROLS, fingerprint
 from workers.reading import read_row
 from workers.strict_json import MAX_ROW_BYTES, excerpt_of
@@ -250,6 +250,12 @@ def _shown(row: dict[str, Any]) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
 
+class NotWrittenError(ExplainedError):
+    """The corrected file found no room, or its disk failed."""
+
+    code = "not_written"
+
+
 def repair_file(path: Path, out: Path, format_name: str, columns: dict[str, str]) -> None:
     """Write the corrected copy of a file. Raises DatasetError when the file cannot be read, OSError for a full disk."""
     plugin = get_format(format_name)
@@ -281,20 +287,17 @@ def _repair_lines(path: Path, repairer: Repairer) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
     parser = argparse.ArgumentParser(prog="python -m workers.repairing")
-    parser.add_argument("file", type=Path)
+    add_file(parser)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--format", required=True)
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    try:
-        repair_file(chosen.file, chosen.out, chosen.format, orjson.loads(chosen.columns))
-    except ExplainedError as error:
-        emit("refused", code=error.code, message=error.message, next_step=error.next_step, line=error.line)
-    except OSError as error:
-        emit("refused", code="not_written", message=f"The corrected file could not be written: {error.strerror}.",
-             next_step="Free disk space, and try again.", line=None)  # fmt: skip
+    chosen = limited(parser, arguments)
+    with refusals_emitted():
+        try:
+            repair_file(chosen.file, chosen.out, chosen.format, chosen.columns)
+        except OSError as error:
+            raise NotWrittenError(
+                f"The corrected file could not be written: {error.strerror}.",
+                next_step="Free disk space, and try again.",
+            ) from error
     return 0
 
 

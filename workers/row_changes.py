@@ -8,7 +8,6 @@ those at the same place are edited, and the others added or removed. Memory use 
 from __future__ import annotations
 
 import hashlib
-import resource
 import sys
 from array import array
 from dataclasses import asdict, dataclass, field
@@ -21,9 +20,9 @@ import orjson
 
 from workers.carriers import Row, open_rows
 from workers.errors import ExplainedError
+from workers.limited import limit_memory
 
 KEYS = ("id", "_id", "uuid", "key", "row_id")
-MEMORY_BYTES = 2 * 1024**3
 MAX_SAMPLES = 20
 
 Numbers = npt.NDArray[np.uint64]
@@ -134,7 +133,7 @@ def _digest(value: Any) -> int:
 
 def main(arguments: list[str]) -> int:
     """Write the changes as one JSON object, or {"error", "next_step"}."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_memory()
     old, new = map(Path, arguments)
     try:
         found: dict[str, Any] = asdict(compare(old, new))

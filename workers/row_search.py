@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import resource
-import select
-import signal
 import sys
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,16 +32,15 @@ from workers.examples import AnyExample
 from workers.folding import fold
 from workers.formats import get_format
 from workers.grams import NUM_BYTES, Bits, may_hold
+from workers.limited import add_memory_limit, answer_lines, limited
 from workers.row_table import BREAK, ROLES
 
-# Its own allocators reserve far more address space than they use, which the limit counts.
+# As limited.use_system_allocator does, before the import.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-MEMORY_BYTES = 2 * 1024**3
-IDLE_SECONDS = 300.0
 MAX_REMEMBERED = 16
 """Questions whose fitting rows are remembered, at a bit a row."""
 MAX_KEPT = 4_000_000
@@ -451,52 +447,33 @@ class _Cut:
         return value
 
 
-def _replies(lines: Iterable[bytes], seconds: float) -> Iterable[bytes]:
-    for line in lines:
-        # The alarm's own way, the end of the process, is for what does not look at the clock.
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
-        try:
-            found = {"kind": "done", **answer(orjson.loads(line), time.monotonic() + seconds)}
-        except ExplainedError as error:
-            found = {"kind": "refused", "message": error.message, "next_step": error.next_step}
-        except (MemoryError, OSError, pa.ArrowException) as error:
-            found = {"kind": "refused", **_failure(error)}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        yield orjson.dumps(found) + b"\n"
+def _answer(request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    try:
+        return answer(request, time.monotonic() + seconds)
+    except (MemoryError, OSError, pa.ArrowException) as error:
+        raise _explained(error) from error
 
 
-def _failure(error: Exception) -> dict[str, str]:
+def _explained(error: Exception) -> ExplainedError:
     # Others say it in words only: those who unpack, and those who start a thread, whose stack is memory.
     if isinstance(error, MemoryError) or any(word in str(error) for word in ("memory", "thread")):
-        return {
-            "message": "Looking through these rows takes more memory than a search may use.",
-            "next_step": "Narrow the filters.",
-        }
-    return {
-        "message": "The rows that were prepared for looking through are damaged.",
-        "next_step": "The file itself can be downloaded. Ask whoever runs the studio to look at its disk.",
-    }
-
-
-def _requests() -> Iterable[bytes]:
-    while select.select([sys.stdin.buffer], [], [], IDLE_SECONDS)[0]:
-        line = sys.stdin.buffer.readline()
-        if not line:
-            return
-        yield line
+        return ExplainedError(
+            "Looking through these rows takes more memory than a search may use.", next_step="Narrow the filters."
+        )
+    return ExplainedError(
+        "The rows that were prepared for looking through are damaged.",
+        next_step="The file itself can be downloaded. Ask whoever runs the studio to look at its disk.",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answers until standard input ends, or nothing is asked for a while."""
     parser = argparse.ArgumentParser(prog="python -m workers.row_search")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for one request")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for reply in _replies(_requests(), chosen.seconds):
-        sys.stdout.buffer.write(reply)
-        sys.stdout.buffer.flush()
+    add_memory_limit(parser)
+    chosen = limited(parser, arguments)
+    # The alarm is for what does not look at the clock.
+    answer_lines(partial(_answer, seconds=chosen.seconds), seconds=2 * chosen.seconds)
     return 0
 
 

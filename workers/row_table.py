@@ -16,8 +16,6 @@ import argparse
 import contextlib
 import errno
 import json
-import os
-import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +26,14 @@ import orjson
 
 from workers.carriers import Row, jsonl_row, numbered_lines, open_rows, sniff
 from workers.compression import open_unpacked
-from workers.errors import DatasetError, ExplainedError
+from workers.errors import ExplainedError
 from workers.examples import AnyExample, Problem, TextExample
 from workers.folding import fold
 from workers.formats import get_format
-from workers.inspection import FAST_FORMATS, FAST_FROM_BYTES, MEMORY_BYTES, Tally, emit, no_rows
+from workers.inspection import FAST_FORMATS, FAST_FROM_BYTES, Tally, no_rows
+from workers.limited import add_file, emit, limited, refusals_emitted, use_system_allocator
 from workers.reading import column_names, read_head, read_row
+from workers.row_paths import MISSING, value_at
 
 if TYPE_CHECKING:
     from workers.fast_rows import KeepRow
@@ -53,6 +53,12 @@ BREAK = "\n"
 """Ends every text, and no question holds it: so nothing is found across the border of two rows."""
 
 
+class DiskFullError(ExplainedError):
+    """The rows found no room."""
+
+    code = "disk_full"
+
+
 def filter_columns(head: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of these rows, as dotted paths, whose values are all short: those that one may filter by."""
     names = [name for name in column_names([dict(row) for row in head]) if "[" not in name]
@@ -63,19 +69,9 @@ def _is_short(value: Any) -> bool:
     return not isinstance(value, (dict, list)) and (not isinstance(value, str) or len(value) <= MAX_VALUE)
 
 
-def value_at(row: Mapping[str, Any], name: str) -> Any:
-    """What stands at a dotted path; None where there is nothing."""
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def value_text(value: Any) -> str | None:
     """A column's value as it is filtered by: text as it is, numbers and truth as JSON writes them; None for nothing."""
-    if value is None or isinstance(value, (dict, list)):
+    if value is MISSING or value is None or isinstance(value, (dict, list)):
         return None
     if isinstance(value, str):
         return value[:MAX_VALUE]
@@ -117,8 +113,7 @@ class _Table:
     """Writes rows, a group at a time. Close it to have them all."""
 
     def __init__(self, out: Path, names: Sequence[str]) -> None:
-        # Its own allocators reserve far more address space than they use, which the limit counts.
-        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+        use_system_allocator()
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -305,22 +300,16 @@ def _storable(text: str | None) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
     parser = argparse.ArgumentParser(prog="python -m workers.row_table")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", required=True, help="name of the format plug-in")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    add_file(parser)
     parser.add_argument("--out", type=Path, required=True, help="the Parquet file to write")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    try:
-        write_rows(chosen.file, chosen.format, orjson.loads(chosen.columns), chosen.out)
-    except ExplainedError as error:
-        emit("refused", code=error.code, message=error.message, next_step=error.next_step, line=error.line)
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise
-        full = DatasetError("The studio's disk is full.", next_step="Free some space and try again.")
-        emit("refused", code="disk_full", message=full.message, next_step=full.next_step, line=None)
+    chosen = limited(parser, arguments)
+    with refusals_emitted():
+        try:
+            write_rows(chosen.file, chosen.format, chosen.columns, chosen.out)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                raise
+            raise DiskFullError("The studio's disk is full.", next_step="Free some space and try again.") from error
     return 0
 
 

@@ -7,7 +7,6 @@ standard output and ends with "done" or "refused".
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections import Counter
@@ -15,11 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import orjson
-
-from workers.errors import ExplainedError
 from workers.examples import AnyExample
-from workers.inspection import MEMORY_BYTES, PROGRESS_SECONDS, emit
+from workers.limited import PROGRESS_SECONDS, add_file, emit, limited, refusals_emitted
 from workers.reading import read_rows
 from workers.scans import Finding, Note, Rows, get_scan
 from workers.scans._texts import beginning
@@ -94,17 +90,11 @@ def _with_excerpts(findings: list[Finding], rows: Rows) -> Iterator[Finding]:
 def main(arguments: list[str] | None = None) -> int:
     """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
     parser = argparse.ArgumentParser(prog="python -m workers.scanning")
-    parser.add_argument("scan")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", required=True, help="name of the format plug-in")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    try:
-        run_scan(chosen.scan, chosen.file, chosen.format, orjson.loads(chosen.columns))
-    except ExplainedError as error:
-        emit("refused", code=error.code, message=error.message, next_step=error.next_step, line=error.line)
+    parser.add_argument("scan", help="name of the scan plug-in")
+    add_file(parser)
+    chosen = limited(parser, arguments)
+    with refusals_emitted():
+        run_scan(chosen.scan, chosen.file, chosen.format, chosen.columns)
     return 0
 
 

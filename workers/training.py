@@ -596,15 +596,13 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     assert training.micro_batch_size != "auto"
     size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
     usual = size * sum(map(tokens.length, by_length)) // len(by_length)
-    is_lean = training.gradient_checkpointing is True
-    may_record = run.device.type == "cuda" and not is_lean and not training.neftune_alpha
-    records = may_record and is_worth_recording(engine, usual)
+    records = run.device.type == "cuda" and not training.neftune_alpha and is_worth_recording(engine, usual)
     room = _room(run, model)
-    if is_lean:
+    if room is not None and records:
+        room = int(room * RECORDING_SHARE)
+    if training.gradient_checkpointing is True:
         run.budget = engine.keep_least(free_bytes=room)
     elif room is not None:
-        if records:
-            room = int(room * RECORDING_SHARE)
         longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
         run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
     if records:

@@ -40,6 +40,13 @@
     ];
   };
 
+  // Of the plot alone. The legend below it has as many lines as the width asks for, and the box grows with them.
+  const LEGEND_LINE = 30;
+  const sizeIn = (box) => ({
+    width: Math.max(200, box.clientWidth),
+    height: Math.max(160, parseFloat(getComputedStyle(box).minHeight) - LEGEND_LINE),
+  });
+
   const STEP = { label: "Step", value: (_plot, found) => (found === null ? "–" : String(found)) };
 
   class Curves {
@@ -105,8 +112,7 @@
     build(chart) {
       const { box, name } = chart;
       const options = {
-        width: Math.max(200, box.clientWidth),
-        height: Math.max(160, box.clientHeight - 30),
+        ...sizeIn(box),
         scales: { x: { time: false } },
         legend: { live: true },
         cursor: { sync: { key: "job" }, drag: { x: true, y: false } },
@@ -135,8 +141,7 @@
     }
 
     resize() {
-      for (const { box, plot } of this.charts)
-        plot?.setSize({ width: Math.max(200, box.clientWidth), height: Math.max(160, box.clientHeight - 30) });
+      for (const { box, plot } of this.charts) plot?.setSize(sizeIn(box));
     }
   }
 

@@ -56,9 +56,15 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-def error_response(status: int, details: list[ErrorDetail], headers: Mapping[str, str] | None = None) -> HttpResponse:
-    """The response for one or several problems."""
-    body: dict[str, Any] = {"error": details[0].model_dump()}
+def error_response(
+    status: int,
+    details: list[ErrorDetail],
+    headers: Mapping[str, str] | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+) -> HttpResponse:
+    """The response for one or several problems, with what the operation has to say beside them."""
+    body: dict[str, Any] = {"error": details[0].model_dump(), **(beside or {})}
     if len(details) > 1:
         body["errors"] = [detail.model_dump() for detail in details]
     return JsonResponse(body, status=status, headers=headers)

@@ -14,12 +14,13 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from studio.accounts.access import TeamRequest, refuse, team_page
 from studio.accounts.models import Role
-from studio.cards import MAX_CHARACTERS, CardConflictError, card_version, edits_of
+from studio.card_form import card_form
+from studio.cards import edits_of
 from studio.catalogue import blind, listing
 from studio.catalogue.bundles import entries, folder_name, manifest_sha256
 from studio.catalogue.findings import Level, evaluation_of, findings_of, shown_details, thresholds_of
 from studio.catalogue.lineage import adapters_for_page, repeat_of, repeated_by, training_cost
-from studio.catalogue.model_card import EDITED, card_body, edit_card, generated_body, read_card, render_markdown
+from studio.catalogue.model_card import EDITED, card_body, edit_card, generated_body, read_card
 from studio.catalogue.models import Adapter, Sample, SampleChoice
 from studio.catalogue.recipe_table import recipe_sections
 from studio.catalogue.samples import DIFFS, LENGTHS, Filters, sample_page
@@ -157,39 +158,16 @@ def edit(request: TeamRequest, adapter_id: int) -> HttpResponse:
     """The card's text in a form, with a preview and who edited it before."""
     rows = request.team.adapters.select_related("base_model", "team")
     found = get_object_or_404(rows, pk=adapter_id)
-    body = card_body(found)
-    seen = request.POST.get("seen", "") or card_version(body)
-    text, theirs, status = body or "", None, 200
-    problem: ExplainedError | None = None
-    if request.method == "POST":
-        text = request.POST.get("body", "").replace("\0", "")
-        if "generated" in request.POST:
-            text = ""
-        if "preview" not in request.POST:
-            try:
-                is_changed = edit_card(found, text, request.user, seen=seen)
-            except CardConflictError as error:
-                # The next save of this form is of somebody who has seen the other text.
-                problem, theirs, seen, status = error, body, card_version(body), 409
-                text = request.POST.get("body", "").replace("\0", "")
-            except ExplainedError as error:
-                problem, status = error, 422
-            else:
-                messages.success(request, "The card is saved." if is_changed else "The card was not changed.")
-                return redirect(f"{found.get_absolute_url()}#card")
-    return render(
+
+    def stored() -> str | None:
+        found.refresh_from_db(fields=["card"])
+        return card_body(found)
+
+    return card_form(
         request,
         "catalogue/card_edit.html",
-        {
-            "adapter": found,
-            "text": text,
-            "seen": seen,
-            "problem": problem,
-            "theirs": theirs,
-            "preview": render_markdown(text) if request.method == "POST" and problem is None else None,
-            "edits": edits_of(request.team, EDITED, found),
-            "generated": generated_body(found),
-            "max_characters": MAX_CHARACTERS,
-        },
-        status=status,
+        {"adapter": found, "edits": edits_of(request.team, EDITED, found), "generated": generated_body(found)},
+        stored=stored,
+        save=lambda text, seen: edit_card(found, text, request.user, seen=seen),
+        saved_url=lambda: f"{found.get_absolute_url()}#card",
     )

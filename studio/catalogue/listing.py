@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from django.contrib.postgres.expressions import ArraySubquery
 from django.contrib.postgres.search import SearchQuery
@@ -95,6 +96,15 @@ class Filters:
 
     def are_set(self) -> bool:
         return bool(self.text or self.state or self.base or self.method or self.dataset or self.alias or self.tag)
+
+    @property
+    def unfiltered_query(self) -> str:
+        """The query of the same list without filters: its order and its columns."""
+        named = [("every", "on")] if self.is_every_version else []
+        named += [("sort", self.sort)] if self.sort != DEFAULT_SORT else []
+        if self.are_columns_chosen:
+            named += [("cols", "1"), *(("col", name) for name in self.columns)]
+        return urlencode(named)
 
 
 def _number(text: str) -> str:

@@ -6,7 +6,7 @@ from django.db import transaction
 from django.utils.safestring import SafeString
 
 from studio.accounts.models import ApiToken, User, record
-from studio.cards import card_version, refuse_conflict, refuse_too_long
+from studio.cards import card_version, cleaned, refuse_conflict, refuse_too_long
 from studio.catalogue.models import Adapter, Score, Suite, TestSet
 from studio.markdown import render_markdown, without_front_matter
 from studio.storage import open_adapter_file
@@ -97,7 +97,7 @@ def edit_card(adapter: Adapter, body: str, user: User, *, seen: str, token: ApiT
         CardConflictError: the card has another text by now.
         CardTooLongError: more than can be stored.
     """
-    body = without_front_matter(body.replace("\r\n", "\n")).strip()
+    body = cleaned(body)
     refuse_too_long(body)
     generated = generated_body(adapter)
     stored = "" if not body or body + "\n" == generated else body + "\n"

@@ -22,14 +22,17 @@ def lock_blob(sha256: str) -> None:
 
 
 def remove_unused_blob(sha256: str) -> None:
-    """Delete a blob that no version, no split and no rows at rest of any team hold."""
+    """Delete a blob that no version, no split and no rows at rest of any team hold, and the scores of base models on
+    its rows of each team that holds no version of it."""
     with transaction.atomic():
         lock_blob(sha256)
-        holders = (DatasetVersion, DatasetSplit, RowTable)
-        is_held = any(held.objects.filter(sha256=sha256).exists() for held in holders)
-        if not is_held:
+        versions = DatasetVersion.objects.filter(sha256=sha256)
+        # A team's scores tell what the rows say, and are of no use to another one that has the same file.
+        teams = set(versions.values_list("dataset__team", flat=True))
+        remove_base_scores(sha256, but_of=teams)
+        others = (DatasetSplit, RowTable)
+        if not teams and not any(held.objects.filter(sha256=sha256).exists() for held in others):
             remove_blob(sha256)
-            remove_base_scores(sha256)
 
 
 def remove_splits(version: DatasetVersion) -> None:

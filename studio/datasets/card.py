@@ -6,16 +6,11 @@ from django.db import transaction
 from django.utils.safestring import SafeString
 
 from studio.accounts.models import ApiToken, User, record
-from studio.cards import card_version, refuse_conflict, refuse_too_long
+from studio.cards import card_version, cleaned, refuse_conflict, refuse_too_long
 from studio.datasets.models import Dataset
-from studio.markdown import render_markdown, without_front_matter
+from studio.markdown import render_markdown
 
 EDITED = "dataset.card_edited"
-
-
-def cleaned(body: str) -> str:
-    """A text as it is stored: without front matter, and without NUL, which no text of the database may hold."""
-    return without_front_matter(body.replace("\r\n", "\n").replace("\0", "")).strip()
 
 
 def read_card(dataset: Dataset) -> SafeString | None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from django.contrib import messages
 from django.http import HttpResponse
-from django.shortcuts import get_object_or_404, redirect, render
+from django.shortcuts import get_object_or_404
+from django.urls import reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_http_methods
 
 from studio.accounts.access import TeamRequest, team_page
 from studio.accounts.models import Role
-from studio.cards import MAX_CHARACTERS, CardConflictError, card_version, edits_of
+from studio.card_form import card_form
+from studio.cards import edits_of
 from studio.datasets import exporting
-from studio.datasets.card import EDITED, cleaned, edit_card, read_card
+from studio.datasets.card import EDITED, edit_card, read_card
 from studio.datasets.models import Dataset
 from studio.datasets.views import render_tab, version_or_404
-from studio.markdown import render_markdown
-from workers.errors import ExplainedError
 
 
 @team_page()
@@ -34,29 +33,16 @@ def card(request: TeamRequest, dataset_id: int, number: int) -> HttpResponse:
 def edit(request: TeamRequest, dataset_id: int) -> HttpResponse:
     """The card's text in a form, with a preview and who edited it before."""
     dataset: Dataset = get_object_or_404(request.team.datasets.select_related("team"), pk=dataset_id)
-    text, seen = dataset.description, request.POST.get("seen", "") or card_version(dataset.description)
-    problem: ExplainedError | None = None
-    theirs, preview, status = None, None, 200
-    if request.method == "POST":
-        text = request.POST.get("body", "")
-        if "preview" in request.POST:
-            preview = render_markdown(cleaned(text))
-        else:
-            try:
-                is_changed = edit_card(dataset, text, request.user, seen=seen)
-            except CardConflictError as error:
-                # The next save of this form is of somebody who has seen the other text.
-                dataset.refresh_from_db(fields=["description"])
-                problem, theirs, status = error, dataset.description, 409
-                seen = card_version(dataset.description)
-            except ExplainedError as error:
-                problem, status = error, 422
-            else:
-                messages.success(request, "The card is saved." if is_changed else "The card was not changed.")
-                newest = dataset.versions.order_by("-number").first()
-                return redirect("datasets:card", dataset.pk, newest.number) if newest else redirect(dataset)
-    context = {
-        "dataset": dataset, "text": text, "seen": seen, "problem": problem, "theirs": theirs, "preview": preview,
-        "edits": edits_of(request.team, EDITED, dataset), "max_characters": MAX_CHARACTERS,
-    }  # fmt: skip
-    return render(request, "datasets/card_edit.html", context, status=status)
+
+    def stored() -> str:
+        dataset.refresh_from_db(fields=["description"])
+        return dataset.description
+
+    def saved_url() -> str:
+        newest = dataset.versions.order_by("-number").first()
+        return reverse("datasets:card", args=[dataset.pk, newest.number]) if newest else dataset.get_absolute_url()
+
+    return card_form(
+        request, "datasets/card_edit.html", {"dataset": dataset, "edits": edits_of(request.team, EDITED, dataset)},
+        stored=stored, save=lambda text, seen: edit_card(dataset, text, request.user, seen=seen), saved_url=saved_url,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A version's rows, looked through by a child process that is kept for the next question."""
+"""A version's rows, looked through by child processes that are kept for the next questions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from studio.datasets.child_pool import ChildPool
 from studio.datasets.kept_child import KeptChild, Sentences
 from studio.datasets.models import RowTable
 from studio.keyset import pack, unpack
@@ -17,6 +18,8 @@ SECONDS = 5.0
 MAX_LINE = 2**62
 """Beyond it there is no line, and no number that the child could be told."""
 MEMORY_BYTES = 2 * 1024**3
+MAX_CHILDREN = 4
+"""Teams whose rows are looked through beside each other. Each child may take MEMORY_BYTES, and ends when idle."""
 _NARROW = "Search for a longer piece of text, or narrow the filters."
 
 
@@ -57,19 +60,24 @@ class FoundRow:
     next: int | None
 
 
-class SearchChild(KeptChild):
-    """One process that looks through rows, for one question at a time."""
-
-    def __init__(self, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
-        sentences = Sentences(
-            busy=("Others are looking through rows just now.", "Try again in a moment."),
-            late=(f"Looking through these rows takes longer than {seconds:g} seconds.", _NARROW),
-            failed=("These rows could not be looked through: that takes more memory than a search may use.", _NARROW),
-        )
-        super().__init__(
+def search_children(
+    most: int = MAX_CHILDREN, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES
+) -> ChildPool:
+    """Processes that look through rows, at most so many of them, each for one question at a time."""
+    busy = ("Others are looking through rows just now.", "Try again in a moment.")
+    sentences = Sentences(
+        busy=busy,
+        late=(f"Looking through these rows takes longer than {seconds:g} seconds.", _NARROW),
+        failed=("These rows could not be looked through: that takes more memory than a search may use.", _NARROW),
+    )
+    children = [
+        KeptChild(
             "row_search", sentences, seconds=seconds, memory_bytes=memory_bytes, error=RowSearchError,
             busy=RowSearchBusyError,
-        )  # fmt: skip
+        )
+        for _ in range(most)
+    ]  # fmt: skip
+    return ChildPool(children, seconds=seconds, busy=lambda: RowSearchBusyError(busy[0], next_step=busy[1]))
 
 
 def find_rows(
@@ -84,7 +92,7 @@ def find_rows(
     request = {**_request(table, filters, order), "limit": limit}
     if before or after:
         request["before" if before else "after"] = _read_cursor(before or after)
-    found = _child.ask(request)
+    found = _ask(request)
     rows = found["rows"]
     return RowPage(
         rows,
@@ -100,14 +108,18 @@ def find_row(table: RowTable, line: int, filters: dict[str, Any], *, order: str)
     """The row at a line, whether it fits or not, and those beside it that do. Raises like `find_rows`."""
     if line > MAX_LINE:
         return FoundRow(None, None, None)
-    found = _child.ask({**_request(table, filters, order), "line": line})
+    found = _ask({**_request(table, filters, order), "line": line})
     return FoundRow(found["row"], found["previous"], found["next"])
 
 
 def usable_row(table: RowTable, line: int) -> FoundRow:
     """The first usable row at a line or behind it, and the usable rows beside it. Raises like `find_rows`."""
-    found = _child.ask({**_request(table, {"state": "usable"}, "line"), "line": line, "or_next": True})
+    found = _ask({**_request(table, {"state": "usable"}, "line"), "line": line, "or_next": True})
     return FoundRow(found["row"], found["previous"], found["next"])
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    return _children.ask(request["asked_by"], request)
 
 
 def _request(table: RowTable, filters: dict[str, Any], order: str) -> dict[str, Any]:
@@ -133,5 +145,5 @@ def _read_cursor(cursor: str) -> Sequence[int]:
     raise RowSearchError("This page of rows has no such beginning.", next_step="Go back to the first page.")
 
 
-_child = SearchChild()
-atexit.register(_child.close)
+_children = search_children()
+atexit.register(_children.close)

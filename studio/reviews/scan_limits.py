@@ -5,7 +5,7 @@ Only the team's newest policy counts, and only when a job is queued: a job that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,10 @@ class Standing:
         return self.is_blocking and self.state in {"missing", ScanState.FAILED}
 
 
-def with_scan_facts(versions: QuerySet[DatasetVersion], team: Team, *, only: int | None) -> QuerySet[DatasetVersion]:
-    """Versions that `blocking` needs no query for: of a long list, the one with the key `only`."""
+def with_scan_facts(
+    versions: QuerySet[DatasetVersion], team: Team, *, only: Collection[int]
+) -> QuerySet[DatasetVersion]:
+    """Versions that `blocking` needs no query for: of a long list, those whose keys are in `only`."""
     policies = Policy.objects.filter(team=team).order_by("-version")
     scans_found = DatasetScan.objects.filter(version=OuterRef("pk")).values(
         json=JSONObject(name="name", state="state", num_rows="num_rows", pk="pk", waiver="waiver__pk",
@@ -78,8 +80,8 @@ def with_scan_facts(versions: QuerySet[DatasetVersion], team: Team, *, only: int
     )  # fmt: skip
     return versions.annotate(
         scan_policy=Subquery(policies.values(json=JSONObject(version="version", settings="settings"))[:1]),
-        # Asked of that row alone: the others of the list need no look at their scans.
-        scans_found=Case(When(pk=only, then=ArraySubquery(scans_found)), default=None),
+        # Asked of those rows alone: the others of the list need no look at their scans.
+        scans_found=Case(When(pk__in=only, then=ArraySubquery(scans_found)), default=None),
     )
 
 
@@ -90,7 +92,7 @@ def standings(version: DatasetVersion, team: Team) -> list[Standing]:
     """
     is_loaded = getattr(version, "scans_found", None) is not None
     facts = version if is_loaded else with_scan_facts(
-        DatasetVersion.objects.filter(pk=version.pk), team, only=version.pk
+        DatasetVersion.objects.filter(pk=version.pk), team, only=[version.pk]
     ).first()  # fmt: skip
     if facts is None:
         return []  # deleted at this moment, which whoever asks will find

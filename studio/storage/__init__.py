@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,9 +251,17 @@ def base_scores_folder(sha256: str, team_id: int) -> Path:
     return settings.DATA_DIR / "base_scores" / sha256 / str(team_id)
 
 
-def remove_base_scores(sha256: str) -> None:
-    """Forget what base models were measured at on a dataset's rows: their questions and answers stand in it."""
-    shutil.rmtree(settings.DATA_DIR / "base_scores" / sha256, ignore_errors=True)
+def remove_base_scores(sha256: str, *, but_of: Collection[int] = ()) -> None:
+    """Forget what base models were measured at on a dataset's rows, whose questions and answers stand in it, for all
+    teams but those of the given keys."""
+    assert len(sha256) == 64, "a dataset is named by its digest"
+    folder = settings.DATA_DIR / "base_scores" / sha256
+    if not but_of:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    kept = {str(team) for team in but_of}
+    for of_team in [one for one in folder.iterdir() if one.name not in kept] if folder.is_dir() else []:
+        shutil.rmtree(of_team, ignore_errors=True)
 
 
 def adapter_folder(key: str) -> Path:

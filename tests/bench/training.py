@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of real training steps on random weights of a size: one JSON line per run.
 
     python -m tests.bench.training ours --shape 8b --method lora --rows DIR
+    python -m tests.bench.training suite --rows DIR
     python -m tests.bench.training merge DIR
 
 A step is the product's own, from the loop that jobs run: collation, copies to the device, forward and backward pass,
@@ -13,21 +14,35 @@ A row that a folder has already is not measured again, so a run that broke off g
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.bench.training_table import table
-from tests.bench.workload import ALL_SHAPES, BATCH, LEARNING_RATE, MAX_LENGTH, STEPS, WARM, row_lengths, row_tokens
+from tests.bench.workload import (
+    ALL_SHAPES,
+    ALPHA,
+    BATCH,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    RANK,
+    STEPS,
+    WARM,
+    row_lengths,
+    row_tokens,
+)
 from tests.tiny import tokenizer_json
 from workers import devices, training
 from workers.base_folders import BaseFolder
@@ -35,7 +50,7 @@ from workers.base_models import prepare_process
 from workers.base_scores import BaseScores
 from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
-from workers.events import Event, Report, ShouldStop, StepEvent
+from workers.events import Event, MessageEvent, Report, ShouldStop, StepEvent
 from workers.examples import Example, Message
 from workers.memory import DatasetFacts
 from workers.methods import get_method
@@ -62,12 +77,26 @@ def main() -> None:
     ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
     ours.add_argument("--plain", action="store_true", help="the model's own blocks")
     ours.add_argument("--rows", type=Path, help="folder of the JSON lines; by default they are printed alone")
+    suite = kinds.add_parser("suite", help="all of our rows that a GPU is measured by, in one process")
+    suite.add_argument("--rows", type=Path, required=True)
+    suite.add_argument("--only", default="", help="those whose options hold this")
     merge = kinds.add_parser("merge", help="the table of a folder's lines")
     merge.add_argument("folder", type=Path)
     options = parser.parse_args()
     if options.kind == "merge":
         print(table(options.folder))
-        return
+    elif options.kind == "suite":
+        for row in SUITE:
+            if options.only in row:
+                measure_once(parser.parse_args(["ours", *row.split(), "--rows", str(options.rows)]))
+                gc.collect()
+                torch.cuda.empty_cache()
+    else:
+        measure_once(options)
+
+
+def measure_once(options: argparse.Namespace) -> None:
+    """Prints a run's line and keeps it, unless it is there already."""
     name = "-".join(
         str(one)
         for one in (
@@ -87,6 +116,21 @@ def main() -> None:
         path.write_text(line + "\n", "utf-8")
 
 
+SUITE = (
+    "--shape 8b --method qlora --precision nf4 --lean --batch 1 --length 2048",
+    "--shape 8b --method lora --steps 40 --warm 10",
+    "--shape 8b --method lora --lean --micro 4",
+    "--shape 8b --method lora --dropout 0.05",
+    "--shape 8b --method qlora --precision nf4",
+    "--shape 8b --method prefix_tuning",
+    "--shape 8b --method prompt_tuning",
+    "--shape 8b --method bottleneck",
+    "--shape 1b --method lora --steps 240 --warm 120",
+    "--shape 135m --method lora --steps 480 --warm 200",
+)
+"""What the goals of training on a GPU are held against; the leanest first, whose peak of memory is looked at most."""
+
+
 @dataclass
 class Ready:
     """A renderer of rows that are tokens already."""
@@ -104,6 +148,41 @@ class Ready:
         return Rendered(ids, [False] * masked + [True] * (length - masked), "", 0, [])
 
 
+class Waits:
+    """How long a GPU has nothing to do while the host makes batches: marks on the GPU's own clock, before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the batches of steps are watched."""
+        if self._device.type != "cuda":
+            yield
+            return
+        make = training._step_batches
+
+        def watched(*args: Any) -> Iterator[Any]:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            found = list(make(*args))
+            after.record()
+            self._marks.append((before, after))
+            return iter(found)
+
+        with mock.patch.object(training, "_step_batches", watched):
+            yield
+
+    def share(self) -> float | None:
+        """Share of the time between the first step and the last; None where nothing was watched."""
+        if len(self._marks) < 2:
+            return None
+        torch.cuda.synchronize(self._device)
+        waited = sum(before.elapsed_time(after) for before, after in self._marks[1:])
+        return round(waited / self._marks[0][1].elapsed_time(self._marks[-1][1]), 5)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Trains and gives what came out: rates over the steps behind the warm ones."""
     device = devices.choose_device()
@@ -113,7 +192,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         {
             "name": "bench", "base_model": {"name": options.shape},
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
-            "settings": {"dropout": options.dropout} if "lora" in options.method else {},
+            "settings": (
+                {"rank": RANK, "alpha": ALPHA, "dropout": options.dropout} if "lora" in options.method else {}
+            ),
             "training": {
                 "learning_rate": LEARNING_RATE, "max_steps": options.steps, "batch_size": options.batch,
                 "micro_batch_size": options.micro or options.batch, "max_length": MAX_LENGTH, "packing": True,
@@ -129,18 +210,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             pipe.write(event.model_dump_json() + "\n")
             if isinstance(event, StepEvent):
                 seen.append((time.monotonic(), event))
+            elif isinstance(event, MessageEvent):
+                print(event.text, file=sys.stderr)
 
         folder = Path(temporary)
         prepare_process()
         model = random_model(sizes, options.precision, device)
         run = make_run(recipe, lengths, sizes, folder, device, report, lambda: None)
         model.name_or_path = model.config._name_or_path = str(folder)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         method = get_method(options.method)
         devices.seed_everything(17)
         model = method.attach(model, method.read_settings(recipe.settings)).train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with nullcontext() if options.plain else training.computed_by_hand(run, model):
+        waits = Waits(device)
+        with nullcontext() if options.plain else training.computed_by_hand(run, model), waits.watched():
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
             num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
@@ -155,6 +240,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
         "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
         "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
+        "waits_for_data": waits.share(), "base_gib": round(before / 2**30, 2),
         "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][1].loss, 4),
         "last_loss": round(seen[-1][1].loss, 4), "device": devices.device_name(device), "versions": training.versions(),
     }  # fmt: skip

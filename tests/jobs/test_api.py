@@ -10,8 +10,10 @@ from jobs.models import Job, JobState, MetricPoint, Worker
 from studio.accounts.models import ApiToken, AuditEvent, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
+from studio.reviews.policies import PolicySettings, ScanLimit, change_policy, current_policy
 from tests.factories import make_dataset_version
 from tests.jobs.conftest import MakeJob
+from tests.tiny import colour_rows
 from tests.workers.test_resolving import SEVEN_B
 from workers.methods import methods
 
@@ -94,6 +96,44 @@ def test_full_fine_tuning_that_cannot_fit_is_refused_with_what_fits(
     assert "the card has 24.0 GiB. Choose LoRA, which needs about" in answer.json()["error"]["message"]
     assert Job.objects.count() == 1
     assert post(bob_api, "jobs/", job_body(base_model, version, method="lora")).status_code == 201
+
+
+def test_the_estimate_of_what_must_fit_and_does_not_says_what_would(
+    bob_api: Client, bob_client: Client, base_model: BaseModel, version: DatasetVersion, team: Team, alice: User
+) -> None:
+    Worker.objects.create(
+        host="box", slot=0, process_id=1, device="NVIDIA L4", device_kind="cuda", memory_bytes=24 * 2**30,
+        version="1", last_seen=timezone.now(),
+    )  # fmt: skip
+    base_model.shape = SEVEN_B.model_dump(mode="json")
+    base_model.save()
+    policy = PolicySettings.from_dict(current_policy(team).settings)
+    change_policy(team, PolicySettings(policy.approvals, policy.gates, {"secrets": ScanLimit(0)}), by=alice)
+    further = make_dataset_version(team, alice, name="Colours", rows=colour_rows(30))
+    body = job_body(base_model, version, mix=[{"dataset_version": further.pk}])
+    refused = post(bob_api, "jobs/estimate/", body | {"method": "full"})
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "method")
+    words = [one["words"] for one in refused.json()["suggestions"]]
+    assert any("LoRA" in one for one in words), words
+    for one in refused.json()["suggestions"]:
+        fitting = one["recipe"]
+        asked = {name: fitting[name] for name in ("method", "settings", "precision", "training", "split", "evaluation")}
+        answer = post(bob_api, "jobs/estimate/", body | asked)
+        assert (answer.status_code, answer.json()["verdict"]) == (200, "fits"), answer.text
+        assert answer.json()["total_bytes"] == one["num_bytes"]
+        assert answer.json()["blocked"] == refused.json()["blocked"]
+    assert [(one["dataset_version_id"], one["scan"]) for one in refused.json()["blocked"]] == [
+        (version.pk, "secrets"), (further.pk, "secrets")
+    ]  # fmt: skip
+    assert "was never run on these rows" in refused.json()["blocked"][0]["sentence"]
+    form = {"base_model": base_model.pk, "dataset_version": version.pk, "method": "full", "name": "x"}
+    panel = bob_client.post("/jobs/estimate/", form | {"mix_version": [further.pk], "mix_weight": ["1"]}).text
+    for word in words:
+        assert f'aria-label="Use {word}"' in panel
+    for blocked in ('id="dataset-blocks"', 'id="mix-blocks-0"'):
+        assert "was never run on these rows" in panel.split(blocked)[1].split("</div>")[0]
+    bad = post(bob_api, "jobs/estimate/", body | {"precision": "nf4"})
+    assert (bad.status_code, bad.json().get("suggestions")) == (422, None)
 
 
 def test_a_dataset_that_is_too_small_is_refused(bob_api: Client, base_model: BaseModel, team: Team, bob: User) -> None:

@@ -48,3 +48,16 @@ def test_long_rows_are_cut_or_left_out_as_the_recipe_says_and_the_plan_counts_th
     with pytest.raises(RecipeError, match="Every row is longer than 16 tokens") as caught:
         make_plan(recipe(max_length=16, long_rows="leave_out"), shape, rows, DEVICE, is_counted=True)
     assert (caught.value.field, "300" in caught.value.next_step) == ("training.max_length", True)
+
+
+def test_the_share_of_long_rows_is_of_all_usable_rows_those_too_that_a_split_leaves_out(tmp_path: Path) -> None:
+    rows = DatasetFacts(num_rows=100, total_tokens=5000, longest=300, lengths={32: 60, 320: 40})
+    split = {"name": "s", "sha256": "a" * 64, "num_train": 20, "num_validation": 2, "num_test": 3}
+    asked = {
+        "name": "x", "base_model": {"name": "tiny"}, "method": "lora", "training": {"max_length": 64},
+        "dataset": {"name": "d", "format": "alpaca", "split": split},
+    }  # fmt: skip
+    plan = make_plan(
+        Recipe.from_dict(asked), read_base_folder(make_tiny_base(tmp_path)).shape, rows, DEVICE, is_counted=True
+    )
+    assert (plan.num_train_rows, plan.num_usable_rows, plan.num_cut_rows, plan.cut_share) == (20, 100, 40, 0.4)

@@ -6,10 +6,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from django.db.models import F
 from django.test import Client
 from django.utils import timezone
 
-from jobs import lifecycle
+from jobs import lifecycle, usage
 from jobs.models import Job, JobAttempt, TeamQuota, UsageHour
 from jobs.prices import Period, calendar_periods, costs_of_jobs, costs_of_team, price_of
 from studio.accounts.models import ApiToken, AuditEvent, Role, Team, User
@@ -27,12 +28,16 @@ def set_price(team: Team, price: str | None, **values: object) -> TeamQuota:
 
 
 def run_for(job: Job, hours: float, outcome: str = "failed") -> Job:
-    """The job's running attempt as one that began so long ago and has ended now."""
-    JobAttempt.objects.filter(job=job, number=job.attempt).update(started_at=timezone.now() - timedelta(hours=hours))
+    """The job's running attempt as one that has ended now, and had begun exactly so long before."""
+    attempt = JobAttempt.objects.filter(job=job, number=job.attempt)
+    # One that has yet to begin is charged for nothing when it ends: how long that takes here is nobody's.
+    attempt.update(started_at=timezone.now() + timedelta(days=1))
     if outcome == "failed":
         lifecycle.retry_later(job.pk, job.attempt, code="crashed", message="It crashed.", counted=True)
     else:
         lifecycle.hand_back(job.pk, job.attempt, reason="Handed back.")
+    attempt.update(started_at=F("ended_at") - timedelta(hours=hours))
+    usage.charge(job.pk, job.attempt)
     Job.objects.filter(pk=job.pk).update(not_before=timezone.now())
     job.refresh_from_db()
     return job
@@ -53,9 +58,9 @@ def test_a_job_costs_what_all_its_attempts_held_devices_for_at_the_price_of_thei
     job = run_for(claim_again(job), 1, "stopped")
     set_price(team, "99.00")
     cost = costs_of_jobs([job])[job.pk]
-    assert cost.gpu_hours == pytest.approx(4, abs=0.01)
+    assert cost.gpu_hours == pytest.approx(4)
     [(currency, amount)] = cost.amounts
-    assert (currency, float(amount)) == ("EUR", pytest.approx(3 * 2 + 10, abs=0.02))
+    assert (currency, float(amount)) == ("EUR", pytest.approx(3 * 2 + 10))
     page = bob_client.get(job.get_absolute_url()).text
     assert f"<strong>{cost.words}</strong> for 4.00 GPU-hours so far: all 2 attempts" in page
 
@@ -66,7 +71,7 @@ def test_a_job_on_two_gpus_costs_twice_as_much(team: Team, bob: User) -> None:
     Job.objects.filter(pk=job.pk).update(needs={"gpus": 2, "memory_bytes": 0})
     job = run_for(job, 1)
     [(_currency, amount)] = costs_of_jobs([job])[job.pk].amounts
-    assert float(amount) == pytest.approx(4, abs=0.01)
+    assert float(amount) == pytest.approx(4)
 
 
 def test_without_a_price_no_cost_is_shown_and_no_zero(team: Team, bob: User, bob_client: Client) -> None:
@@ -84,14 +89,14 @@ def test_hours_before_there_was_a_price_are_said_and_in_no_sum(team: Team, bob: 
     set_price(team, "3.00")
     job = run_for(claim_again(job), 1)
     cost = costs_of_jobs([job])[job.pk]
-    assert (cost.is_partial, cost.unpriced_hours) == (True, pytest.approx(2, abs=0.01))
+    assert (cost.is_partial, cost.unpriced_hours) == (True, pytest.approx(2))
     page = bob_client.get(job.get_absolute_url()).text
     assert f"3.00{EUR}" in page
     assert "2.00 GPU-hours of them ran before your team had set a price" in page
     assert "2.00 GPU-hours had no price yet" in bob_client.get("/jobs/limits/").text
     _token, secret = ApiToken.issue(team=team, user=bob, name="costs", scopes=["read"])
     shown = Client().get("/api/v1/limits/", headers={"Authorization": f"Bearer {secret}"}).json()
-    assert (shown["gpu_hours"], shown["unpriced_gpu_hours"]) == (pytest.approx(3, abs=0.01), pytest.approx(2, abs=0.01))
+    assert (shown["gpu_hours"], shown["unpriced_gpu_hours"]) == (pytest.approx(3), pytest.approx(2))
 
 
 def test_a_changed_currency_leaves_what_was_paid_as_it_was(team: Team, bob: User) -> None:
@@ -135,15 +140,19 @@ def test_the_weeks_and_months_of_the_calendar_are_summed(team: Team, bob: User) 
     assert [cost.words for cost in costs] == [f"2.00{EUR}", f"6.00{EUR}", f"1.00{EUR}"]
 
 
-def test_a_run_that_goes_on_counts_in_this_week_only_with_its_hours_of_this_week(team: Team, bob: User) -> None:
+def test_a_run_that_goes_on_counts_in_this_week_only_with_its_hours_of_this_week(
+    team: Team, bob: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_price(team, "1.00")
     job = make_running_job(team, bob)
-    JobAttempt.objects.filter(job=job).update(started_at=timezone.now() - timedelta(hours=10))
+    now = timezone.now()
+    monkeypatch.setattr(timezone, "now", lambda: now)
+    JobAttempt.objects.filter(job=job).update(started_at=now - timedelta(hours=10))
     last_hour, all_of_it = costs_of_team(
-        team, [Period("", timezone.now() - timedelta(hours=1)), Period("", timezone.now() - timedelta(days=1))]
+        team, [Period("", now - timedelta(hours=1)), Period("", now - timedelta(days=1))]
     )
-    assert last_hour.gpu_hours == pytest.approx(1, abs=0.01)
-    assert all_of_it.gpu_hours == pytest.approx(10, abs=0.01)
+    assert last_hour.gpu_hours == pytest.approx(1)
+    assert all_of_it.gpu_hours == pytest.approx(10)
     assert all_of_it.words == f"10.00{EUR}"
 
 
@@ -172,8 +181,8 @@ def test_the_job_in_the_api_says_its_gpu_hours_and_costs(client: Client, team: T
     _token, secret = ApiToken.issue(team=team, user=bob, name="costs", scopes=["read"])
     url = f"/api/v1/jobs/{job.pk}/"
     shown = client.get(url, headers={"Authorization": f"Bearer {secret}"}).json()
-    assert shown["gpu_hours"] == pytest.approx(1, abs=0.01)
-    assert shown["costs"] == [{"currency": "EUR", "amount": pytest.approx(2, abs=0.02)}]
+    assert shown["gpu_hours"] == pytest.approx(1)
+    assert shown["costs"] == [{"currency": "EUR", "amount": pytest.approx(2)}]
     assert signed_in(charlie).get(job.get_absolute_url()).status_code == 404
 
 

@@ -26,7 +26,7 @@ from tests.faults.trainers import run_attempt
 from tests.jobs.test_forms import posted
 from tests.tiny import colour_rows
 from workers.errors import RecipeError
-from workers.recipe import Recipe
+from workers.recipe import Recipe, SplitRef
 from workers.splits.asked import SplitRequest
 from workers.splits.frozen import FrozenSplit
 
@@ -249,6 +249,33 @@ def test_a_further_dataset_may_have_a_split_of_its_own(
         delete_split(split, user=alice)
 
 
+def test_a_split_that_a_further_dataset_has_not_is_refused_with_its_number(
+    base_model: BaseModel, version: DatasetVersion, team: Team, alice: User, alice_client: Client, split_of: MakeSplit
+) -> None:
+    other = make_dataset_version(team, alice, name="Other", rows=colour_rows(40))
+    mine, theirs = split_of(version), split_of(other, "Theirs")
+    make_default(theirs, other, user=alice)
+    for key in (str(mine.pk), "999999999", "nothing"):
+        data = posted(base_model, version, start="1")
+        data.setlist("mix_version", ["", str(other.pk)])
+        data.setlist("mix_weight", ["1", "0.5"])
+        data.setlist("mix_split", ["", key])
+        answer = alice_client.post(reverse("jobs:new"), data.urlencode(), "application/x-www-form-urlencoded")
+        assert answer.status_code == 422
+        assert "Dataset 3: Other v1 has no such split. Choose one from the list." in answer.text
+        assert 'href="#id_mix"' in answer.text
+        assert not Job.objects.exists()
+    # Another dataset was chosen in the row than the one whose splits it showed: it brings its default one along.
+    data.setlist("mix_split", ["", str(mine.pk)])
+    data.setlist("mix_shown", ["", str(version.pk)])
+    form = JobForm(data, team=team)
+    assert form.is_valid(), form.errors
+    assert form.to_recipe().mix[0].split == SplitRef.model_validate(theirs.reference())
+    page = alice_client.post(reverse("jobs:estimate"), data.urlencode(), "application/x-www-form-urlencoded").text
+    assert re.findall(r'name="mix_shown" value="([^"]*)"', page) == ["", str(other.pk)]
+    assert f'<option value="{theirs.pk}" selected>' in page
+
+
 def test_the_form_offers_a_further_datasets_splits_and_begins_with_its_default_one(
     base_model: BaseModel, version: DatasetVersion, team: Team, alice: User, bob_client: Client, split_of: MakeSplit
 ) -> None:
@@ -271,7 +298,6 @@ def test_the_form_offers_a_further_datasets_splits_and_begins_with_its_default_o
     make_default(split, other, user=alice)
     assert recipe_with("").mix[0].split == named
     assert recipe_with("share").mix[0].split is None
-    assert recipe_with(str(split_of(version).pk)).mix[0].split == named, "another dataset's split is none of its own"
 
     values = {
         "base_model": base_model.pk, "dataset_version": version.pk, "method": "lora", "goal": "balanced", "name": "m",

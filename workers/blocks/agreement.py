@@ -123,8 +123,8 @@ def _of_layer(engine: Engine, batch: Batch, layer: Any, hidden_BTH: Tensor, kwar
     plain = run()
     with engine.rows(batch):
         own = run()
-    # Each sum was rounded with the stream in it.
-    rounded = [0.1 * float(one.float().norm()) for one in (hidden_BTH, gradient_BTH)]
+    # Each sum was rounded with the stream in it, once or, around an adapter, several times.
+    rounded = [0.3 * float(one.float().norm()) for one in (hidden_BTH, gradient_BTH)]
     streams = [_relative([own[at]], [plain[at]], beside=rounded[at]) for at in range(2)]
     return max(*streams, _relative(own[2:], plain[2:]) if parameters else 0.0)
 

@@ -6,8 +6,7 @@ A column may lie inside a row's lists and objects: `instances[0].output`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -16,6 +15,7 @@ from workers.examples import AnyExample, Example, Message, Problem
 from workers.formats import Format
 from workers.formats._beside import media_beside
 from workers.formats._rules import check_text, missing_fields
+from workers.row_paths import MISSING, leaves_of, value_at
 from workers.strict_json import excerpt_of
 
 _PAIRS = (
@@ -77,8 +77,9 @@ class Mapped(Format):
         guess by words, 0.2 by position."""
         filled: dict[str, int] = {}
         for row in head:
-            for path, value in _texts(row):
-                filled[path] = filled.get(path, 0) + bool(value.strip())
+            for path, value in leaves_of(row):
+                if isinstance(value, str):
+                    filled[path] = filled.get(path, 0) + bool(value.strip())
         counts = {path: num for path, num in filled.items() if num}
         top = {_plain(path): path for path in reversed(counts) if not _is_inside(path)}
         leaves = {_plain(path.rpartition(".")[2]): path for path in reversed(counts) if _is_inside(path)}
@@ -124,23 +125,8 @@ class Mapped(Format):
         return Example(line, (*before, Message("user", prompt), Message("assistant", texts["completion"]))), []
 
 
-MISSING: Any = object()
-
-
 def _is_inside(path: str) -> bool:
     return "." in path or "[" in path
-
-
-def _texts(value: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """(path, text) of every text of a row; of a list, the first value is entered."""
-    for key, child in value.items():
-        path = f"{before}{key}"
-        if isinstance(child, list) and child:
-            path, child = f"{path}[0]", child[0]
-        if isinstance(child, dict) and path.count(".") < 2:
-            yield from _texts(child, f"{path}.")
-        elif isinstance(child, str):
-            yield path, child
 
 
 def _plain(name: str) -> str:
@@ -163,27 +149,6 @@ def _as_text(value: Any) -> Any:
     """Numbers as JSON writes them; everything else as it is."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return orjson.dumps(value).decode()
-    return value
-
-
-@lru_cache(maxsize=256)
-def _steps(path: str) -> tuple[str | int, ...]:
-    return tuple(int(index) if index else key for key, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", path))
-
-
-def value_at(row: dict[str, Any], path: str) -> Any:
-    """The value at a column name or a path, MISSING when there is none."""
-    if path in row:
-        return row[path]
-    if "." not in path and "[" not in path:
-        return MISSING
-    value: Any = row
-    for step in _steps(path):
-        is_key = isinstance(value, dict) and step in value
-        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
-        if not is_key and not is_index:
-            return MISSING
-        value = value[step]
     return value
 
 

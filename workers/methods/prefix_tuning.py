@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-SOFT_CAPPED_FAMILIES = ("gemma2",)
-
 
 class PrefixTuningSettings(MethodSettings):
     """Settings of prefix tuning."""
@@ -117,7 +115,7 @@ class PrefixTuning(VirtualTokenMethod):
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Also families whose attention cannot take prefixes."""
         found = super().refusals(recipe, shape)
-        if shape.family in SOFT_CAPPED_FAMILIES:
+        if shape.caps_attention:
             found["method"] = (
                 f"{shape.family} caps its attention scores, which prefixes do not support. Choose LoRA for this base."
             )

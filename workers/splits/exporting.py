@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from workers.errors import ExplainedError
 from workers.examples import AnyExample, ExampleType
 from workers.exporting import row_value
 from workers.formats import get_format
-from workers.inspection import MEMORY_BYTES
+from workers.limited import add_file, limited
 from workers.reading import read_rows
 from workers.splits.asked import PARTS
 from workers.splits.frozen import FrozenSplit
@@ -73,17 +72,14 @@ def _cell(value: object) -> object:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 with a sentence on standard error."""
     parser = argparse.ArgumentParser(prog="python -m workers.splits.exporting", description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", required=True, help="name of the format plug-in")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    add_file(parser)
     parser.add_argument("--split", type=Path, required=True, help="file of the split")
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--as", dest="kind", choices=["jsonl", "csv"], default="jsonl")
-    options = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    options = limited(parser, arguments)
     try:
         lines = FrozenSplit.read(options.split).part(options.part)
-        rows = rows_of(options.file, options.format, orjson.loads(options.columns), lines)
+        rows = rows_of(options.file, options.format, options.columns, lines)
         write_part(rows, sys.stdout.buffer, options.kind, get_format(options.format).example_type)
     except ExplainedError as error:
         sys.stderr.write(f"{error}\n")

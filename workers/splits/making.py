@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -20,8 +19,7 @@ import numpy as np
 import orjson
 
 from workers.digests import file_sha256
-from workers.errors import ExplainedError
-from workers.inspection import MEMORY_BYTES, PROGRESS_SECONDS, emit
+from workers.limited import PROGRESS_SECONDS, add_file, emit, limited, refusals_emitted
 from workers.scans.near_duplicates import NEAR
 from workers.splits.asked import PARTS, Part, SplitRequest
 from workers.splits.columns import check_sizes, is_borrowed, parts_of_values, without_leaks
@@ -226,26 +224,19 @@ class _Progress:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 after "done" or "refused"; anything else is a fault of ours, or a limit that struck."""
     parser = argparse.ArgumentParser(prog="python -m workers.splits.making", description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", required=True, help="name of the format plug-in")
-    parser.add_argument("--columns", default="{}", help="the format's fields mapped to columns, as JSON")
+    add_file(parser)
     parser.add_argument("--asked", default="{}", help="what is asked for (workers/splits/asked.py), as JSON")
     parser.add_argument("--dataset-sha256", default="", help="of the file, where it is known")
     parser.add_argument("--out", type=Path, required=True, help="takes the split")
-    parser.add_argument("--memory-bytes", type=int, default=MEMORY_BYTES)
-    chosen = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (chosen.memory_bytes, chosen.memory_bytes))
-    try:
+    chosen = limited(parser, arguments)
+    with refusals_emitted():
         asked = SplitRequest.from_dict(orjson.loads(chosen.asked))
         made = make_split(
-            chosen.file, chosen.format, orjson.loads(chosen.columns), asked,
-            dataset_sha256=chosen.dataset_sha256, progress=_Progress(),
+            chosen.file, chosen.format, chosen.columns, asked, dataset_sha256=chosen.dataset_sha256,
+            progress=_Progress(),
         )  # fmt: skip
         made.split.write(chosen.out)
-    except ExplainedError as error:
-        emit("refused", code=error.code, message=error.message, next_step=error.next_step, field=error.field)
-        return 0
-    emit("done", num_rows={part: len(made.split.part(part)) for part in PARTS}, report=made.report)
+        emit("done", num_rows={part: len(made.split.part(part)) for part in PARTS}, report=made.report)
     return 0
 
 

@@ -18,9 +18,9 @@ from workers.carriers import Row, jsonl_row, open_rows, sniff
 from workers.errors import DatasetError
 from workers.examples import AnyExample
 from workers.formats import get_format
-from workers.formats.mapped import MISSING, value_at
 from workers.inspection import FAST_FORMATS, FAST_FROM_BYTES
 from workers.reading import read_row
+from workers.row_paths import MISSING, value_at
 from workers.scans._texts import digest_of, digest_of_text, digest_of_turns
 from workers.scans.near_duplicates import CHUNK_ROWS, Sketches
 from workers.splits.asked import SplitRequest

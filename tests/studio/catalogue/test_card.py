@@ -64,6 +64,13 @@ def test_what_people_write_is_never_run(adapter: Adapter, bob_client: Client) ->
         assert 'href="javascript' not in text
 
 
+def test_a_preview_is_of_the_text_as_it_would_be_stored(adapter: Adapter, bob_client: Client) -> None:
+    preview = save(bob_client, adapter, "---\nlicense: mit\n---\n# Draft\0", preview="1").content.decode()
+    shown = preview.split('id="card-preview"')[1].split("</section>")[0]
+    assert "<h1>Draft</h1>" in shown
+    assert "license" not in shown
+
+
 def test_a_preview_saves_nothing(adapter: Adapter, bob_client: Client) -> None:
     answer = save(bob_client, adapter, "# *Draft*", preview="1")
     assert "<em>Draft</em>" in answer.content.decode()

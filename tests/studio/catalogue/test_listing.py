@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -293,6 +294,19 @@ def test_list_and_comparison_keep_to_eight_queries(make: Any, team: Team, alice:
 def headers(page: str) -> list[str]:
     head = page.split("<thead>")[1].split("</thead>")[0]
     return [" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in re.findall(r"<th .*?</th>", head, re.DOTALL)]
+
+
+@pytest.mark.parametrize("search", ["support", "nothing"])
+def test_without_the_filters_the_columns_and_the_order_stay(make: Any, alice_client: Client, search: str) -> None:
+    make("support", tags=["de"])
+    kept = "every=on&sort=name&cols=1&col=method&col=size"
+    page = alice_client.get(f"/models/?{kept}&q={search}&tag=de").text
+    links = [unescape(one) for one in re.findall(r'href="([^"]*)"', page)]
+    assert links.count(f"/models/?{kept}") == (1 if search == "support" else 2), "Clear, and Show all"
+    assert (f"?tag=de&{kept}" in links) == (search == "support")
+    assert headers(alice_client.get(f"/models/?{kept}").text)[5:] == ["Method", "Size"]
+    plain = alice_client.get(f"/models/?q={search}").text
+    assert 'href="/models/?"' in plain
 
 
 def test_the_columns_that_are_chosen_are_shown_and_stay_in_the_url_and_in_saved_views(

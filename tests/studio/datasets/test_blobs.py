@@ -67,6 +67,27 @@ def test_a_team_that_deletes_its_file_leaves_it_to_one_that_is_storing_the_same(
     assert not theirs.path().exists()
 
 
+def test_the_scores_of_base_models_go_with_the_last_version_of_their_team(
+    team: Team, alice: User, other_team: Team, charlie: User, data_dir: Path
+) -> None:
+    ours = receive_upload(team=team, user=alice, file_name="rows.jsonl", chunks=[ROWS])
+    again = receive_upload(team=team, user=alice, file_name="again.jsonl", chunks=[jsonl(good_rows(20))], name="Again")
+    DatasetVersion.objects.filter(pk=again.pk).update(sha256=ours.sha256)
+    theirs = receive_upload(team=other_team, user=charlie, file_name="rows.jsonl", chunks=[ROWS])
+    kept = [storage.base_scores_folder(ours.sha256, one.pk) / "one.json" for one in (team, other_team)]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    delete_dataset(ours.dataset, user=alice)
+    assert [path.exists() for path in kept] == [True, True], "another dataset of the team has the same rows"
+    delete_dataset(again.dataset, user=alice)
+    assert [path.exists() for path in kept] == [False, True]
+    assert theirs.path().read_bytes() == ROWS
+    delete_dataset(theirs.dataset, user=charlie)
+    assert not theirs.path().exists()
+    assert not kept[1].exists()
+
+
 def test_the_same_file_sent_twice_at_once_is_one_version(
     team: Team, alice: User, bob: User, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

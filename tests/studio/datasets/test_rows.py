@@ -19,7 +19,7 @@ from studio.accounts.models import ApiToken, AuditEvent, Membership, Role, Team,
 from studio.datasets import inspecting, row_searching, row_tables, tasks
 from studio.datasets.models import DatasetVersion, RowTable
 from studio.datasets.removing import delete_dataset
-from studio.datasets.row_searching import SearchChild
+from studio.datasets.row_searching import search_children
 from studio.datasets.row_tables import prepare, prepare_waiting
 from studio.datasets.views import remap
 from studio.storage import blob_path
@@ -362,14 +362,14 @@ def test_a_worker_that_was_presumed_dead_stores_nothing(upload: Upload, monkeypa
 def test_a_search_that_is_too_slow_or_too_large_gets_a_sentence(
     prepared: DatasetVersion, bob_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for child, sentences in (
+    for children, sentences in (
         # By itself, or ended by the one who waits for it.
-        (SearchChild(seconds=0.0001), ("The time for looking was over", "takes longer than")),
-        (SearchChild(memory_bytes=60 * 1024**2), ("more memory than a search may use",)),
+        (search_children(1, seconds=0.0001), ("The time for looking was over", "takes longer than")),
+        (search_children(1, memory_bytes=60 * 1024**2), ("more memory than a search may use",)),
     ):
-        monkeypatch.setattr(row_searching, "_child", child)
+        monkeypatch.setattr(row_searching, "_children", children)
         page = read(bob_client, prepared, "?q=what")
-        child.close()
+        children.close()
         assert any(sentence in page for sentence in sentences)
 
 

@@ -22,6 +22,7 @@ from studio.reviews.scan_limits import BlockedByScanError, blocking, standings
 from tests.conftest import make_member, signed_in
 from tests.factories import make_base_model, make_dataset_version, make_recipe
 from tests.jobs.making import make_worker
+from tests.tiny import colour_rows
 from workers.errors import RecipeError
 from workers.scans import scans
 
@@ -381,6 +382,36 @@ def test_the_new_job_page_says_it_before_anything_is_queued(
     assert answer.status_code == 422
     assert "found something in 3 of 40 rows" in answer.content.decode()
     assert not Job.objects.exists()
+
+
+def test_the_new_job_page_says_it_of_a_further_dataset_too(
+    team: Team, alice: User, bob_client: Client, version: DatasetVersion, base: BaseModel,
+    django_assert_max_num_queries: Any,
+) -> None:  # fmt: skip
+    main = make_dataset_version(team, alice, name="Clean", rows=colour_rows(30))
+    DatasetScan.objects.create(version=main, name="secrets", state=ScanState.DONE, num_rows=0)
+    limit(team, alice, secrets=ScanLimit(0))
+    version.scans.update(num_rows=3)
+    make_worker()
+    asked = {"base_model": base.pk, "dataset_version": main.pk, "method": "lora", "name": "x", "goal": "balanced"}
+    asked |= {"mix_version": ["", str(version.pk)], "mix_weight": ["1", "1"], "mix_split": ["", "share"]}
+    link = f'href="{version.get_absolute_url()}scans/#scan-secrets"'
+    for url, more in (("/jobs/estimate/", {}), ("/jobs/new/", {"update": "1"}), ("/jobs/estimate/", {"mix_add": "1"})):
+        with django_assert_max_num_queries(8):
+            shown = bob_client.post(url, asked | more).content.decode()
+        row = shown.split('id="mix-blocks-1"')[1].split("</div>")[0]
+        assert "found something in 3 of 40 rows" in row
+        assert link in row
+        assert 'id="mix-blocks-0" class="col-span-full text-sm empty:hidden"></div>' in shown
+        assert shown.count(link) == 1, "and the main dataset is clean"
+    scan_limits.waive(version, team, "secrets", reason="Test keys.", by=alice)
+    assert link not in bob_client.post("/jobs/estimate/", asked).content.decode()
+    assert bob_client.post("/jobs/new/", asked | {"start": "1"}).status_code == 302
+    job = Job.objects.get()
+    scan_limits.take_back(version, team, "secrets", by=alice)
+    with django_assert_max_num_queries(8):
+        again = bob_client.get(f"/jobs/new/?from={job.pk}").content.decode()
+    assert link in again.split('id="mix-blocks-0"')[1].split("</div>")[0]
 
 
 def test_the_fragment_and_the_scans_page_cost_at_most_eight_queries(

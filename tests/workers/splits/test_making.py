@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.workers.scans.planting import clean_rows, sentence, write
-from workers import inspection
+from workers import limited
 from workers.errors import DatasetError
 from workers.overlap import find_overlap
 from workers.reading import read_examples
@@ -275,4 +275,4 @@ def test_a_process_of_its_own_writes_the_split_or_says_why_not(tmp_path: Path) -
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, workers.splits.making; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert inspection.MEMORY_BYTES == 2 * 1024**3
+    assert limited.MEMORY_BYTES == 2 * 1024**3
