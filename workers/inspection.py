@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workers.carriers import jsonl_row, sniff
 from workers.errors import DatasetError
@@ -31,8 +31,14 @@ from workers.examples import (
 )
 from workers.formats import get_format
 from workers.limited import PROGRESS_SECONDS, add_file, emit, limited, refusals_emitted
-from workers.quality import fingerprint
+from workers.quality import PrintOf, fingerprint, print_of_texts
 from workers.reading import SURE, column_names, read_head, read_row, read_rows, recognise_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from workers.plain_rows import PlainRows
 
 MAX_PROBLEMS = 10_000
 MAX_TURNS = 20
@@ -58,6 +64,17 @@ class Histogram:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self.num = self.total = self.longest = 0
+
+    def add_all(self, values: NDArray[np.int64]) -> None:
+        if not len(values):
+            return
+        import numpy as np
+
+        for place, num in enumerate(np.bincount(np.searchsorted(self._bounds, values)).tolist()):
+            self._counts[place] += num
+        self.num += len(values)
+        self.total += int(values.sum())
+        self.longest = max(self.longest, int(values.max()))
 
     def add(self, value: int, num: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += num
@@ -104,33 +121,46 @@ def inspect_rows(path: Path, format_name: str, columns: dict[str, str]) -> None:
 
 
 def _read_all(path: Path, format_name: str, columns: dict[str, str]) -> None:
-    tally = Tally()
     is_large = path.stat().st_size >= FAST_FROM_BYTES
     if is_large and format_name in FAST_FORMATS and sniff(path).partition(".")[0] == "jsonl":
-        from workers.fast_rows import ordinary_rows  # numpy takes longer to load than small files to read
+        _read_lines(path, format_name, columns)
+        return
+    tally = Tally()
+    for example, problems in read_rows(path, format_name, columns, remark=True):
+        tally.add(example, problems)
+    tally.finish()
 
-        plugin = get_format(format_name)
-        for number, offset, raw in ordinary_rows(path, format_name, lambda line, _, *of: tally.add_usable(line, *of)):
-            item = jsonl_row(number, offset, raw)
-            if item is not None:
-                tally.add(*read_row(item, plugin, columns, remark=True))
-    else:
-        for example, problems in read_rows(path, format_name, columns, remark=True):
-            tally.add(example, problems)
+
+def _read_lines(path: Path, format_name: str, columns: dict[str, str]) -> None:
+    """JSON Lines of conversations; numpy takes longer to load than small files to read."""
+    from workers.fast_rows import counted_rows, spelling_of
+
+    way = spelling_of(path, format_name)
+    tally = Tally(way.print_of if way is not None else print_of_texts)
+    plugin = get_format(format_name)
+    for number, offset, raw in counted_rows(path, format_name, way, tally):
+        item = jsonl_row(number, offset, raw)
+        if item is not None:
+            tally.add(*read_row(item, plugin, columns, remark=True))
     tally.finish()
 
 
 class Tally:
-    """Counts what an inspection reads, and emits its problems as they come."""
+    """Counts what an inspection reads, and emits its problems as they come.
 
-    def __init__(self) -> None:
+    Rows that say the same are found by their prints, of conversations in the plain order by `print_of`.
+    """
+
+    def __init__(self, print_of: PrintOf = print_of_texts) -> None:
+        self._print_of = print_of
         self.num_usable = self.num_quarantined = 0
         self._num_problems = 0
         self._counts: Counter[str] = Counter()
         self._turns: Counter[int] = Counter()
         self._roles: Counter[str] = Counter()
         self._characters = Histogram(CHARACTER_BINS)
-        self._answers: Counter[int] = Counter()
+        self._answers = Histogram(CHARACTER_BINS)
+        self._answer_lengths: Counter[int] = Counter()
         self._first_lines: dict[int, int] = {}
         self._num_longer_chosen = self._num_pairs = 0
         self._labels: Counter[bool] = Counter()
@@ -145,7 +175,8 @@ class Tally:
         if example is not None:
             size = len(example.text) if isinstance(example, TextExample) else _num_characters(example.messages)
             self.add_usable(
-                example.line, [message.role for message in example.messages], size, fingerprint(example),
+                example.line, [message.role for message in example.messages], size,
+                fingerprint(example, self._print_of),
                 [len(message.content) for message in example.messages if message.role == "assistant"],
             )  # fmt: skip
             if isinstance(example, PreferenceExample):
@@ -168,23 +199,54 @@ class Tally:
         self.num_usable += 1
         num_turns = len(roles)
         self._roles.update(roles)
-        self._answers.update(answers)
-        self._turns[num_turns if num_turns < MAX_TURNS else MAX_TURNS] += 1
+        self._answer_lengths.update(answers)
+        self._turns[num_turns] += 1
         self._characters.add(num_characters)
-        is_full = len(self._first_lines) >= MAX_COMPARED_ROWS
-        first = (self._first_lines.get if is_full else self._first_lines.setdefault)(print_of_row, line)
-        if first is not None and first != line:
-            self.say(
-                Problem(
-                    "Q501",
-                    f"Line {line} says the same as line {first}.",
-                    "Keep one of them, or make a corrected version: rows that are there twice are learned twice.",
-                    line=line,
-                    level="warning",
-                )
-            )
+        self.compare(line, (print_of_row,))
         if not self.num_usable & 255:
             self._show()
+
+    def add_plain(self, rows: PlainRows) -> None:
+        """Usable rows of many lines, but for their prints."""
+        num_systems, num_answers = int((rows.turns % 2).sum()), len(rows.answers)
+        self.num_usable += len(rows.turns)
+        for role, num in (("system", num_systems), ("user", num_answers), ("assistant", num_answers)):
+            if num:
+                self._roles[role] += num
+        self._turns.update(rows.turns.tolist())
+        self._characters.add_all(rows.characters)
+        self._answers.add_all(rows.answers)
+        self._show()
+
+    def compare(self, line: int, prints: Sequence[int]) -> None:
+        """The prints of usable rows that follow one another, from a line on: equal rows have equal prints."""
+        num_known = len(self._first_lines)
+        lines = range(line, line + len(prints))
+        if num_known + len(prints) > MAX_COMPARED_ROWS:
+            firsts = [self._first_line(one, print_of_row) for one, print_of_row in zip(lines, prints, strict=True)]
+        else:
+            firsts = list(map(self._first_lines.setdefault, prints, lines))
+            if len(self._first_lines) == num_known + len(prints):
+                return
+        for one, first in zip(lines, firsts, strict=True):
+            if first != one:
+                self._say_repeated(one, first)
+
+    def _first_line(self, line: int, print_of_row: int) -> int:
+        if len(self._first_lines) < MAX_COMPARED_ROWS:
+            return self._first_lines.setdefault(print_of_row, line)
+        return self._first_lines.get(print_of_row, line)
+
+    def _say_repeated(self, line: int, first: int) -> None:
+        self.say(
+            Problem(
+                "Q501",
+                f"Line {line} says the same as line {first}.",
+                "Keep one of them, or make a corrected version: rows that are there twice are learned twice.",
+                line=line,
+                level="warning",
+            )
+        )
 
     def say(self, problem: Problem) -> None:
         """Count a problem, and emit it while there are not too many."""
@@ -203,6 +265,8 @@ class Tally:
         if self.num_rows == 0:
             raise no_rows()
         self._say_of_file()
+        for length, num in self._answer_lengths.items():
+            self._answers.add(length, num)
         emit(
             "done",
             needs_mapping=False,
@@ -211,19 +275,19 @@ class Tally:
             num_quarantined=self.num_quarantined,
             problem_counts=dict(self._counts),
             statistics={
-                "turns": [[num, rows] for num, rows in sorted(self._turns.items()) if num],
+                "turns": self._numbers_of_turns(),
                 "roles": dict(sorted(self._roles.items())),
                 "characters": self._characters.to_dict(),
-                "answers": self._answer_lengths(),
+                "answers": self._answers.to_dict(),
                 "compared_rows": min(self.num_usable, MAX_COMPARED_ROWS),
             },
         )
 
-    def _answer_lengths(self) -> dict[str, Any]:
-        lengths = Histogram(CHARACTER_BINS)
-        for length, num in self._answers.items():
-            lengths.add(length, num)
-        return lengths.to_dict()
+    def _numbers_of_turns(self) -> list[list[int]]:
+        found: Counter[int] = Counter()
+        for num, num_rows in self._turns.items():
+            found[min(num, MAX_TURNS)] += num_rows
+        return [[num, num_rows] for num, num_rows in sorted(found.items()) if num]
 
     def _say_of_file(self) -> None:
         def warning(rule: str, message: str, fix: str) -> None:

@@ -6,7 +6,7 @@ Each look is a search for a few fixed pieces first; only a text that holds one i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workers.examples import AnyExample, Example, Message, Problem, TextExample
@@ -31,6 +31,8 @@ SECRETS = re.compile(
 )
 SECRET_PIECES = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "hf_", "AIza", "xox", "sk-")
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+\-]{1,64}@(?:[A-Za-z0-9\-]{1,63}\.){1,4}[A-Za-z]{2,24}\b")
+
+PrintOf = Callable[[list[str]], int]
 
 
 def remarks(example: AnyExample, row: dict[str, Any]) -> list[Problem]:
@@ -158,14 +160,30 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield from _texts(child, where)
 
 
-def fingerprint(example: AnyExample) -> int:
-    """Equal for rows that say the same; differs between processes."""
+def fingerprint(example: AnyExample, print_of: PrintOf | None = None) -> int:
+    """Equal for rows that say the same; differs between processes.
+
+    Args:
+        example: what the row says.
+        print_of: the print of a conversation in the plain order (a system turn where the number of turns is odd, then a
+            user's and an assistant's, repeatedly), where another than `print_of_texts` is wanted.
+    """
     if isinstance(example, TextExample):
         return hash(("text", example.text))
     if isinstance(example, Example) and not example.tools:
-        return hash(tuple(_said(message) for message in example.messages))
+        said = tuple(_said(message) for message in example.messages)
+        num = len(said)
+        order = ("system",) * (num % 2) + ("user", "assistant") * (num // 2)
+        if all(len(one) == 2 for one in said) and tuple(one[0] for one in said) == order:
+            return (print_of or print_of_texts)([one[1] for one in said])
+        return hash(said)
     values = (example.messages, example.tools, getattr(example, "label", None), example.type)
     return hash(values)
+
+
+def print_of_texts(texts: list[str]) -> int:
+    """The print of the texts of a conversation in the plain order."""
+    return hash(("texts", *texts))
 
 
 def _said(message: Message) -> Any:

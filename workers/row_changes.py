@@ -2,7 +2,8 @@
 
 Rows are compared by a digest of what they say, whatever the order of their keys, the spaces or the kind of file. They
 are matched by a column that names every row in both files (KEYS), or else by what they say: of the rows that are left,
-those at the same place are edited, and the others added or removed. Memory use is 24 bytes a row, beside the sorting.
+those at the same place are edited, and the others added or removed. A row that cannot be read has no name, and is
+matched by what there is of it. Memory use is 24 bytes a row, beside the sorting.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KEYS = ("id", "_id", "uuid", "key", "row_id")
 MAX_SAMPLES = 20
 
 Numbers = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,14 @@ class Changes:
 class _Table:
     lines: Numbers
     contents: Numbers
+    readable: Places
+    """Places of the rows that can be read."""
     keys: dict[str, Numbers]
+    """Of these rows, in their order."""
+
+    def unreadable(self) -> Places:
+        """Places of the others."""
+        return np.setdiff1d(np.arange(len(self.lines)), self.readable, assume_unique=True)
 
 
 def compare(old: Path, new: Path) -> Changes:
@@ -55,18 +64,19 @@ def compare(old: Path, new: Path) -> Changes:
     before, after = _read(old), _read(new)
     key = next((name for name in KEYS if name in before.keys and name in after.keys), "")
     if key:
-        _, at_old, at_new = np.intersect1d(
+        _, old_places, new_places = np.intersect1d(
             before.keys[key], after.keys[key], assume_unique=True, return_indices=True
         )  # fmt: skip
+        broken = _equal_rows(before, before.unreadable(), after, after.unreadable())
+        at_old = np.concatenate((before.readable[old_places], broken[0]))
+        at_new = np.concatenate((after.readable[new_places], broken[1]))
         is_edited = before.contents[at_old] != after.contents[at_new]
         edited = at_new[is_edited]
         num_unchanged = int((~is_edited).sum())
         added = np.setdiff1d(np.arange(len(after.lines)), at_new, assume_unique=True)
         removed = np.setdiff1d(np.arange(len(before.lines)), at_old, assume_unique=True)
     else:
-        _, at_old, at_new = np.intersect1d(
-            _told_apart(before.contents), _told_apart(after.contents), assume_unique=True, return_indices=True
-        )  # fmt: skip
+        at_old, at_new = _equal_rows(before, np.arange(len(before.lines)), after, np.arange(len(after.lines)))
         num_unchanged = len(at_old)
         left_old = np.setdiff1d(np.arange(len(before.lines)), at_old, assume_unique=True)
         left_new = np.setdiff1d(np.arange(len(after.lines)), at_new, assume_unique=True)
@@ -79,7 +89,16 @@ def compare(old: Path, new: Path) -> Changes:
     )  # fmt: skip
 
 
-def _first_lines(table: _Table, places: npt.NDArray[np.intp]) -> list[int]:
+def _equal_rows(old: _Table, old_places: Places, new: _Table, new_places: Places) -> tuple[Places, Places]:
+    """Which of these rows of the old file are which of the new one, each once."""
+    _, at_old, at_new = np.intersect1d(
+        _told_apart(old.contents[old_places]), _told_apart(new.contents[new_places]), assume_unique=True,
+        return_indices=True,
+    )  # fmt: skip
+    return old_places[at_old], new_places[at_new]
+
+
+def _first_lines(table: _Table, places: Places) -> list[int]:
     return [int(line) for line in table.lines[np.sort(places)[:MAX_SAMPLES]]]
 
 
@@ -96,7 +115,7 @@ def _told_apart(contents: Numbers) -> Numbers:
 
 
 def _read(path: Path) -> _Table:
-    lines, contents = array("Q"), array("Q")
+    lines, contents, unreadable = array("Q"), array("Q"), array("Q")
     keys = {name: array("Q") for name in KEYS}
     for row in open_rows(path):
         if isinstance(row, Row):
@@ -109,13 +128,13 @@ def _read(path: Path) -> _Table:
                 else:
                     del keys[name]
         else:
-            # A row that cannot be read is one that differs by what there is of it.
+            unreadable.append(len(lines))
             lines.append(row.line or 0)
             contents.append(_digest([row.rule, row.excerpt]))
-            keys.clear()
     found = {name: np.frombuffer(values, np.uint64) for name, values in keys.items() if len(values)}
     unique = {name: values for name, values in found.items() if len(np.unique(values)) == len(values)}
-    return _Table(_numbers(lines), _numbers(contents), unique)
+    readable = np.setdiff1d(np.arange(len(lines)), np.array(unreadable, np.intp), assume_unique=True)
+    return _Table(_numbers(lines), _numbers(contents), readable, unique)
 
 
 def _numbers(values: array[int]) -> Numbers:

@@ -53,6 +53,8 @@ MAX_ROW, MAX_WHOLE_ROW = 40_000, 400_000
 """Characters of a row's turns after which no further turn is given: of a row among others, and of one alone."""
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _SHOWN = ["line", "usable", "rules", "turns", "characters", "raw"]
+_FEW = 0.5
+"""Share of a group's rows up to which the texts of these alone are searched."""
 _SAMPLE, _MANY, _NEARLY_ALL = 64, 0.1, 0.9
 """Texts with a hit, after which it is clear whether many or nearly all texts have one: by their share."""
 
@@ -239,7 +241,12 @@ def _apply_text(
                 mask[low:high] = False
                 continue
             text = mine.read_row_group(group, columns=["text"], use_threads=False).column(0)
-            mask[low:high] &= rows_with(text.combine_chunks(), looked_for)  # one chunk: a group has 8 MB
+            text = text.combine_chunks()  # into one: a group has 8 MB
+            rows = np.flatnonzero(mask[low:high])
+            if len(rows) <= _FEW * len(text):  # to copy the texts of a few rows is less than to search all
+                mask[low + rows] = rows_with(text.take(pa.array(rows)), looked_for)
+            else:
+                mask[low:high] &= rows_with(text, looked_for)
         return time.monotonic() <= end
 
     # Each thread takes every so manieth group: none of them waits for the other's part of the file.

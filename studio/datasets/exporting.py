@@ -127,7 +127,7 @@ def child_output(command: list[str], *, what: str) -> Iterator[bytes]:
         # Last in, first out: it is ended before it is waited for.
         stack.callback(child.kill)
         assert child.stdout is not None
-        while chunk := child.stdout.read(CHUNK_BYTES):
+        while chunk := child.stdout.read1(CHUNK_BYTES):  # type: ignore[attr-defined]  # what is there, not as much as fits
             yield chunk
         if child.wait() != 0:
             raise ExportFailedError(f"{what} ended with status {child.returncode}.")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -29,8 +30,11 @@ sys.stderr.write(f"{time.process_time()} " + next(line for line in open("/proc/s
 """
 
 
-def make_file(path: Path, num_bytes: int, *, seed: int = 1) -> int:
-    """Conversations of one to three exchanges in words drawn as in a language (Zipf); returns their number."""
+def make_file(path: Path, num_bytes: int, *, has_beside: bool = False, seed: int = 1) -> int:
+    """Conversations of one to three exchanges in words drawn as in a language (Zipf); returns their number.
+
+    With `has_beside`, each has an id, a topic and a score, and every tenth a text beyond ASCII.
+    """
     dice = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(dice.choices(letters, k=dice.randint(2, 9))) for _ in range(20_000)]
@@ -49,7 +53,12 @@ def make_file(path: Path, num_bytes: int, *, seed: int = 1) -> int:
                     answer = " ".join(drawn[at : at + said])
                     turns.append({"role": "assistant", "content": answer[:100] + ".\n" + answer[100:] + "."})
                     at += said
-                written += file.write(orjson.dumps({"messages": turns}) + b"\n")
+                row: dict[str, Any] = {"messages": turns}
+                if has_beside:
+                    row = {"id": num_rows, "topic": f"topic {num_rows % 7}", "score": num_rows % 1000 / 1000, **row}
+                    if num_rows % 10 == 0:
+                        turns[-1]["content"] += " “Straße”, 注文番号."
+                written += file.write(orjson.dumps(row) + b"\n")
                 num_rows += 1
     return num_rows
 
@@ -75,10 +84,11 @@ def main() -> None:
     """Prints megabytes (10^6 bytes) per second and per core, and peak memory, of both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=300)
+    parser.add_argument("--beside", action="store_true", help="rows with other fields, and with texts beyond ASCII")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        num_rows = make_file(path, chosen.megabytes * 10**6)
+        num_rows = make_file(path, chosen.megabytes * 10**6, has_beside=chosen.beside)
         size = path.stat().st_size / 1e6
         print(f"{num_rows:,} conversations, {size:,.0f} MB")
         seconds, processor, peak, output = run(OURS, "rows", str(path))

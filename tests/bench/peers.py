@@ -47,6 +47,7 @@ from tests.bench.workload import (
     WARM,
     row_lengths,
     row_tokens,
+    sizes_of,
 )
 
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -63,9 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("contender", choices=("naive", "trl", "unsloth"))
     parser.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
+    parser.add_argument("--model", type=Path, help="folder of a model with weights of its own, instead of a shape")
     parser.add_argument("--method", choices=("lora", "qlora"), default="lora")
     parser.add_argument("--checkpointing", choices=("on", "off", "default"), default="default")
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
+    parser.add_argument("--micro", type=int, help="rows that padding trainers have in memory at once")
     parser.add_argument("--length", type=int, help="every row has this many tokens; nothing is packed then")
     parser.add_argument("--padded", action="store_true", help="also those that can pack pad instead")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -76,18 +79,21 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.warm < options.steps:
         parser.error("--warm must be above 0 and below --steps")
+    if options.batch % rows_at_once(options):
+        parser.error(f"--batch must be a multiple of the {rows_at_once(options)} rows in memory at once; see --micro")
+    together = "packed" if can_pack(options) else f"padded{rows_at_once(options)}"
     name = "-".join(
         str(one)
         for one in (
-            options.contender, options.shape, options.method, options.batch, options.length or "mixed",
-            "packed" if can_pack(options) else "padded", f"checkpointing_{options.checkpointing}",
+            options.contender, shape_name(options), options.method, options.batch, options.length or "mixed", together,
+            f"checkpointing_{options.checkpointing}",
         )
     )  # fmt: skip
     path = None if options.rows is None else (options.rows / f"{name}.json").resolve()
     if path is not None and path.exists():
         print(f"{name} is measured already.")
         return
-    for given in ("base", "lock"):
+    for given in ("base", "lock", "model"):
         if getattr(options, given) is not None:
             setattr(options, given, getattr(options, given).resolve())
     began, before = time.monotonic(), Path.cwd()
@@ -114,15 +120,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         from datasets import Dataset
 
         lengths = row_lengths(options.batch * options.steps, options.length)
-        rows = [row_tokens(number, length, ALL_SHAPES[options.shape]["vocab_size"])
-                for number, length in enumerate(lengths, 1)]  # fmt: skip
+        sizes = ALL_SHAPES[options.shape] if options.model is None else sizes_of(options.model)
+        rows = [row_tokens(number, length, sizes["vocab_size"]) for number, length in enumerate(lengths, 1)]
         dataset = Dataset.from_dict(
             {
                 "input_ids": [ids for ids, _ in rows],
                 "labels": [[-100] * masked + ids[masked:] for ids, masked in rows],
             }
         )
-        base = random_base(options.base or scratch, options.shape)
+        base = options.model or random_base(options.base or scratch, options.shape)
         meter = meter_class()(options.warm)
         arguments = common_arguments(options, scratch)
         if can_pack(options):
@@ -131,10 +137,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         build = {"naive": naive_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}[options.contender]
         trainer, how = build(options, base, dataset, arguments)
         trainer.add_callback(meter)
-        count_tokens(trainer, meter)
+        count_tokens(trainer, meter, padding_of(base))
         trainer.train()
         return {
-            "contender": options.contender, "shape": options.shape, "method": options.method,
+            "contender": options.contender, "shape": shape_name(options), "method": options.method,
             "precision": "nf4" if options.method == "qlora" else dtype_of_frozen(trainer.model),
             # What it says itself: without flash attention some peers switch packing off again.
             "blocks": ", ".join(["packed" if getattr(trainer.args, "packing", False) else "padded", *how]),
@@ -145,9 +151,19 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def shape_name(options: argparse.Namespace) -> str:
+    return str(options.shape if options.model is None else options.model.resolve().name)
+
+
 def can_pack(options: argparse.Namespace) -> bool:
     """Whether rows shall be packed: by those that can, where their lengths differ."""
     return options.contender != "naive" and options.length is None and not options.padded
+
+
+def rows_at_once(options: argparse.Namespace) -> int:
+    """Rows of a batch with padding."""
+    usual = NAIVE_ROWS if options.contender == "naive" else options.batch
+    return int(min(options.micro or usual, options.batch))
 
 
 def prepare_process(scratch: Path) -> None:
@@ -192,9 +208,7 @@ def alone(path: Path | None) -> Iterator[None]:
 
 def common_arguments(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """What is the same for all; nothing is logged, so that no peer waits for its device more than it must."""
-    rows = min(NAIVE_ROWS, options.batch) if options.contender == "naive" else options.batch
-    if options.batch % rows:
-        raise SystemExit(f"--batch must be a multiple of {rows} for {options.contender}.")
+    rows = rows_at_once(options)
     return {
         "output_dir": str(scratch / "out"), "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": options.batch // rows, "learning_rate": LEARNING_RATE,
@@ -298,6 +312,12 @@ def load(base: Path, method: str, attention: str) -> Any:
     return model
 
 
+def padding_of(base: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return int(AutoTokenizer.from_pretrained(base).pad_token_id)
+
+
 def dtype_of_base() -> Any:
     import torch
 
@@ -329,7 +349,7 @@ def meter_class() -> type:
 
         def __init__(self, num_warm: int) -> None:
             self.num_warm = num_warm
-            self.began = self.ended = 0.0
+            self.began = self.ended = (0.0, 0.0)
             self.last_step = 0
             # One entry per micro-batch: its step, tokens, those with loss, tokens with padding, loss.
             self.counts: list[tuple[int, Any, Any, int, Any]] = []
@@ -343,17 +363,20 @@ def meter_class() -> type:
             if state.global_step in (self.num_warm, state.max_steps):
                 if has_gpu():
                     torch.cuda.synchronize()
-                self.began, self.ended = self.ended, time.monotonic()
+                self.began, self.ended = self.ended, (time.monotonic(), time.process_time())
 
         def found(self) -> dict[str, Any]:
             """The measured fields of a row."""
             timed = [one for one in self.counts if one[0] >= self.num_warm]
             tokens, trained, places = (sum(int(one[which]) for one in timed) for which in (1, 2, 3))
-            steps, seconds = self.last_step - self.num_warm, self.ended - self.began
+            steps = self.last_step - self.num_warm
+            seconds, processor_seconds = (end - begin for begin, end in zip(self.began, self.ended, strict=True))
             losses = [sum(float(one[4]) for one in self.counts if one[0] == step) for step in (0, self.last_step - 1)]
             return {
                 "tokens_per_second": round(tokens / seconds, 1), "tokens_per_step": round(tokens / steps),
-                "steps": steps, "seconds": round(seconds, 2), "padding_share": round(1 - tokens / places, 3),
+                "steps": steps,
+                "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
+                "padding_share": round(1 - tokens / places, 3),
                 "trained_share": round(trained / tokens, 3), "peak_gib": round(peak_gib(), 2),
                 "first_loss": round(losses[0], 4), "last_loss": round(losses[1], 4),
             }  # fmt: skip
@@ -361,13 +384,14 @@ def meter_class() -> type:
     return Meter
 
 
-def count_tokens(trainer: Any, meter: Any) -> None:
-    """Has every micro-batch counted on its device, without waiting for it."""
+def count_tokens(trainer: Any, meter: Any, padding: int) -> None:
+    """Has every micro-batch counted on its device, without waiting for it; no row has the token of padding."""
+    assert padding <= END, "rows may have the token that pads them"
     step = trainer.training_step
 
     def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         ids, labels = inputs["input_ids"], inputs["labels"]
-        counts = (trainer.state.global_step, (ids != PAD).sum(), (labels != -100).sum(), ids.numel())
+        counts = (trainer.state.global_step, (ids != padding).sum(), (labels != -100).sum(), ids.numel())
         loss = step(model, inputs, *args, **kwargs)
         meter.counts.append((*counts, loss.detach()))
         return loss

@@ -42,6 +42,7 @@ from tests.bench.workload import (
     WARM,
     row_lengths,
     row_tokens,
+    sizes_of,
 )
 from tests.tiny import tokenizer_json
 from workers import devices, training
@@ -66,6 +67,7 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     ours = kinds.add_parser("ours", help="the product's own steps")
     ours.add_argument("--shape", choices=sorted(ALL_SHAPES), default="tiny")
+    ours.add_argument("--model", type=Path, help="folder of a Llama with weights of its own, instead of a shape")
     ours.add_argument("--method", default="lora")
     ours.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
     ours.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
@@ -100,8 +102,8 @@ def measure_once(options: argparse.Namespace) -> None:
     name = "-".join(
         str(one)
         for one in (
-            "ours", options.shape, options.method, options.precision, options.batch, options.micro or options.batch,
-            options.length or "mixed", f"dropout{options.dropout:g}",
+            "ours", shape_name(options), options.method, options.precision, options.batch,
+            options.micro or options.batch, options.length or "mixed", f"dropout{options.dropout:g}",
             "lean" if options.lean else "full", "plain" if options.plain else "fast",
         )
     )  # fmt: skip
@@ -129,6 +131,10 @@ SUITE = (
     "--shape 135m --method lora --steps 480 --warm 200",
 )
 """What the goals of training on a GPU are held against; the leanest first, whose peak of memory is looked at most."""
+
+
+def shape_name(options: argparse.Namespace) -> str:
+    return options.shape if options.model is None else options.model.resolve().name
 
 
 @dataclass
@@ -186,11 +192,11 @@ class Waits:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Trains and gives what came out: rates over the steps behind the warm ones."""
     device = devices.choose_device()
-    sizes = ALL_SHAPES[options.shape]
+    sizes = ALL_SHAPES[options.shape] if options.model is None else sizes_of(options.model)
     lengths = row_lengths(options.batch * options.steps, options.length)
     recipe = Recipe.model_validate(
         {
-            "name": "bench", "base_model": {"name": options.shape},
+            "name": "bench", "base_model": {"name": shape_name(options)},
             "dataset": {"name": "random", "format": "alpaca"}, "method": options.method, "precision": options.precision,
             "settings": (
                 {"rank": RANK, "alpha": ALPHA, "dropout": options.dropout} if "lora" in options.method else {}
@@ -203,19 +209,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "evaluation": {"num_samples_shown": 0},
         }
     )  # fmt: skip
-    seen: list[tuple[float, StepEvent]] = []
+    seen: list[tuple[float, float, StepEvent]] = []
     with tempfile.TemporaryDirectory() as temporary, open(os.devnull, "w") as pipe:  # noqa: PTH123
 
         def report(event: Event) -> None:
             pipe.write(event.model_dump_json() + "\n")
             if isinstance(event, StepEvent):
-                seen.append((time.monotonic(), event))
+                seen.append((time.monotonic(), time.process_time(), event))
             elif isinstance(event, MessageEvent):
                 print(event.text, file=sys.stderr)
 
         folder = Path(temporary)
         prepare_process()
-        model = random_model(sizes, options.precision, device)
+        model = random_model(sizes, options.precision, device, options.model)
         run = make_run(recipe, lengths, sizes, folder, device, report, lambda: None)
         model.name_or_path = model.config._name_or_path = str(folder)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -229,20 +235,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             training.optimise(run, model)
             keeping = [] if run.engine is None else list(run.engine.keeping)
             num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
-    warm, *later = [(when, event) for when, event in seen if event.step >= options.warm]
+    warm, *later = [one for one in seen if one[-1].step >= options.warm]
     assert later, "no step is left behind the warm ones"
-    seconds = later[-1][0] - warm[0]
+    seconds, processor_seconds = (later[-1][clock] - warm[clock] for clock in (0, 1))
     return {
-        "contender": "ours", "shape": options.shape, "method": options.method, "precision": options.precision,
+        "contender": "ours", "shape": shape_name(options), "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
         "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
-        "batch": options.batch, "length": options.length,
-        "tokens_per_second": round((later[-1][1].num_tokens - warm[1].num_tokens) / seconds, 1),
-        "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][1].step - warm[1].step,
-        "seconds": round(seconds, 2), "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
+        "batch": options.batch, "at_once": options.micro or options.batch, "length": options.length,
+        "dropout": options.dropout, "lean": options.lean,
+        "tokens_per_second": round((later[-1][-1].num_tokens - warm[-1].num_tokens) / seconds, 1),
+        "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][-1].step - warm[-1].step,
+        "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
+        "num_trainable": sum(one.numel() for one in trainable_parameters(model).values()),
         "waits_for_data": waits.share(), "base_gib": round(before / 2**30, 2),
-        "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][1].loss, 4),
-        "last_loss": round(seen[-1][1].loss, 4), "device": devices.device_name(device), "versions": training.versions(),
+        "peak_gib": round(devices.peak_memory_bytes(device) / 2**30, 2), "first_loss": round(seen[0][-1].loss, 4),
+        "last_loss": round(seen[-1][-1].loss, 4), "device": devices.device_name(device),
+        "versions": training.versions(),
     }  # fmt: skip
 
 
@@ -301,8 +310,9 @@ def shape_of(sizes: dict[str, int]) -> ModelShape:
     )  # fmt: skip
 
 
-def random_model(sizes: dict[str, int], precision: str, device: torch.device) -> Any:
-    """A frozen Llama with random weights, made on the device itself; quantised layer by layer for nf4."""
+def random_model(sizes: dict[str, int], precision: str, device: torch.device, folder: Path | None = None) -> Any:
+    """A frozen Llama with random weights, made on the device itself, or one of a folder; quantised layer by layer for
+    nf4."""
     config = LlamaConfig(
         **sizes, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False, attn_implementation="sdpa",
@@ -313,7 +323,9 @@ def random_model(sizes: dict[str, int], precision: str, device: torch.device) ->
     torch.manual_seed(17)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model = (
+                LlamaForCausalLM(config) if folder is None else LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+            )
     finally:
         torch.set_default_dtype(before)
     model.requires_grad_(False)

@@ -5,6 +5,9 @@ It imports neither torch nor anything of the engine, so that a peer's process ha
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 LLAMA_SHAPES: dict[str, dict[str, int]] = {
@@ -56,3 +59,10 @@ def row_tokens(number: int, length: int, num_tokens: int) -> tuple[list[int], in
     """The tokens of a row by its number, and how many of the first are without loss."""
     ids = np.random.default_rng([17, number]).integers(END + 1, num_tokens, length).tolist()
     return ids, int(MASKED_SHARE * length)
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """The sizes of a model's folder, as those of a shape."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    found = {name: config[name] for name in TINY if name != "head_dim"}
+    return found | {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]}

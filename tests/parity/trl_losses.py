@@ -2,8 +2,9 @@
 
     python trl_losses.py JOB.json STEPS.json
 
-JOB.json names the folders, the rows in their order and the settings (`tests/parity/jobs.py` writes it). STEPS.json
-becomes a list with one object for each optimizer step: loss, learning_rate and grad_norm.
+JOB.json names the folders, the rows in their order and the settings (`tests/parity/jobs.py` writes it); where its
+`trainable` is null, the adapter begins as peft makes it from the seed. STEPS.json becomes a list with one object for
+each optimizer step: loss, learning_rate and grad_norm.
 """
 
 import json
@@ -17,7 +18,7 @@ from peft import PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 
@@ -42,6 +43,7 @@ def main(job):
     # Not PeftModel.from_pretrained: it refuses to train a saved prompt further.
     config = PeftConfig.from_pretrained(job["adapter"])
     config.inference_mode = False
+    set_seed(job["seed"])
     model = get_peft_model(base, config)
     ids = [row["ids"] for row in job["rows"]]
     labels = [
@@ -82,7 +84,8 @@ def main(job):
         optimizers=optimizers(model, job),
     )
     # Only now: TRL 1.16.0 rounds the adapter of a quantised base to bfloat16, and what we compare with is float32.
-    begin(model, load_file(job["trainable"]))
+    if job["trainable"] is not None:
+        begin(model, load_file(job["trainable"]))
     trainer.train()
     return recorder.steps
 

@@ -102,3 +102,32 @@ def test_the_command_writes_the_archive_and_refuses_in_a_sentence(tmp_path: Path
     assert bad.returncode == 1
     assert b"PNG image" in bad.stderr
     assert b"Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(exporting.FAST_FORMATS))
+@pytest.mark.parametrize("has_others", [False, True])
+def test_a_large_file_gives_what_a_small_one_does(
+    has_others: bool, name: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, columns = file_of(tmp_path, name)
+    others = path.read_text()
+    role, text, asks, says = ("from", "value", "human", "gpt") if name == "sharegpt" else (
+        "role", "content", "user", "assistant",
+    )  # fmt: skip
+    field = "conversations" if name == "sharegpt" else "messages"
+    ordinary = [
+        json.dumps({"id": n, field: [{role: asks, text: f"What is {n}?"}, {role: says, text: "Où là."}]}, **spelling)
+        for n in range(50)
+        for spelling in ({}, {"separators": (",", ":")}, {"ensure_ascii": False})
+    ]
+    path.write_text("\n".join([*ordinary, *(others.splitlines() if has_others else []), *ordinary]) + "\n")
+    archives = []
+    for size in (0, 2**40):
+        monkeypatch.setattr(exporting, "FAST_FROM_BYTES", size)
+        out = io.BytesIO()
+        exporting.write_archive(path, out, name, columns, kind=kind, card=CARD.encode())
+        archives.append(out.getvalue())
+    assert archives[0] == archives[1]
+    with zipfile.ZipFile(io.BytesIO(archives[0])) as archive:
+        assert bool(archive.read(SET_ASIDE_FILE)) is has_others

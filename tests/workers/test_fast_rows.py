@@ -1,4 +1,4 @@
-"""The fast way through ordinary conversations says of every file what the full way says."""
+"""The fast ways through ordinary conversations say of every file what the full way says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from tests.workers.rule_files import FILES, GOOD, LINE, good_row
 from workers import inspection
-from workers.fast_rows import ordinary_rows
+from workers.fast_rows import ordinary_rows, spelling_of
+from workers.line_marks import LineMarks
+from workers.plain_rows import find_plain
 from workers.strict_json import MAX_ROW_BYTES
 
 Capture = pytest.CaptureFixture[bytes]
@@ -40,15 +42,26 @@ texts = st.one_of(
         "AIza" + "x" * 35, "ghp_" + "a" * 36, "github_pat_" + "a" * 40, "xoxb-" + "1" * 24,
         "-----BEGIN RSA PRIVATE KEY-----", "a@b.org",
         "caf\u00c3\u00a9", "lost \ufffd", "red \x1b[31m", "del \x7f", "\u202eabc", " spaced",
-        "spaced\n", "two\nlines", "\t", "",
+        "spaced\n", "two\nlines", "\t", "", "key:\nsk-abcdefghijklmnopqrstuvwxyz", "[/INST] x", "\tspaced", "end\\",
+        'a "quote"', "\\nothing", "\u00a0wide", "wide\u3000", "\u2003em", "line\u2028", "“quoted”", "naïve château",
+        "Ã©", "Â\u00a0", "c1 \x85", "hear\u2066", "€", "a\u1680",
         'say "x": 1', "back\\slash", "<start_of_turn>user", "<<SYS>>", "日本語", "🙂", "x" * 5000,
     ]),
 )  # fmt: skip
-OPENING = {
-    "messages": b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}',
-    "sharegpt": b'{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}]}',
-}
-names = st.sampled_from(sorted(OPENING))
+SEPARATORS = [(",", ":"), (", ", ": "), (" , ", " : ")]
+FIELDS = {"messages": ("messages", ("role", "content"), ("user", "assistant")),
+          "sharegpt": ("conversations", ("from", "value"), ("human", "gpt"))}  # fmt: skip
+
+
+def opening(name: str, separators: tuple[str, str], beside: dict[str, Any], *, text_first: bool) -> bytes:
+    """A row that shows how a file is spelt."""
+    field, (role, text), (asks, says) = FIELDS[name]
+    turns = [{role: asks, text: "a"}, {role: says, text: "b, c"}]
+    row = {**beside, field: [dict(reversed(one.items())) if text_first else one for one in turns], **beside}
+    return json.dumps(row, separators=separators).encode()
+
+
+names = st.sampled_from(sorted(FIELDS))
 roles = st.sampled_from(
     ["system", "user", "user", "assistant", "assistant", "human", "gpt", "User", "tool", "x", 1, None]
 )
@@ -75,18 +88,29 @@ def raw_row(draw: st.DrawFn) -> bytes:
     else:
         turns = draw(st.lists(turn(keys), max_size=4))
     row: dict[str, Any] = {field: turns}
-    beside = draw(st.sampled_from([None] * 5 + ["id", "system", "tools", "score", "label", "images", "meta"]))
-    if beside:
-        row[beside] = draw(st.sampled_from(["x", 1, None, [], {"a": 1}, True]))
-    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" , ", " : ")]))
+    if draw(st.booleans()) and isinstance(turns, list):
+        row[field] = [dict(reversed(one.items())) if isinstance(one, dict) else one for one in turns]
+    beside = draw(st.sampled_from([None] * 5 + ["id", "id", "system", "tools", "score", "label", "images", "meta", ""]))
+    if beside is not None:
+        value = draw(st.sampled_from(["x", "y, {", 'say "x": 1', "é", 1, -2.5e3, None, [], {"a": 1}, True, "a : b"]))
+        row = {**row, beside: value} if draw(st.booleans()) else {beside: value, **row}
+    separators = draw(st.sampled_from(SEPARATORS))
     raw = json.dumps(row, ensure_ascii=draw(st.booleans()), separators=separators).encode("utf-8", "surrogatepass")
-    damage = draw(st.sampled_from([None] * 8 + ["cut", "twice", "byte", "blank", "cr", "list", "key"]))
+    damage = draw(
+        st.sampled_from([None] * 8 + ["cut", "twice", "byte", "blank", "cr", "list", "key", "slash", "brace", "id"])
+    )
     if damage == "cut":
         raw = raw[: draw(st.integers(0, len(raw)))]
     elif damage == "twice":
         raw = raw.replace(b'"role"', b'"role":"user","role"', 1)
     elif damage == "key":
         raw = raw[:-1] + b',"messages":[]}'
+    elif damage == "slash":
+        raw = raw.replace(b"/", b"\\/")
+    elif damage == "brace":
+        raw += draw(st.sampled_from([b"}", b",{", b'{"":0}', b' ,"a":1']))
+    elif damage == "id":
+        raw = raw.replace(b'"id"', b'"id":3,"id"', 1)
     elif damage == "byte":
         raw = raw.replace(b"e", b"\xe9", 1)
     elif damage == "blank":
@@ -101,14 +125,18 @@ def raw_row(draw: st.DrawFn) -> bytes:
 @settings(
     max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(rows=st.lists(raw_row(), min_size=1, max_size=8), name=names, bom=st.booleans(), last=st.booleans())
-def test_both_ways_say_the_same(
+@given(
+    rows=st.lists(raw_row(), min_size=1, max_size=8), name=names, bom=st.booleans(), end=st.sampled_from(["", "\n"]),
+    separators=st.sampled_from(SEPARATORS), text_first=st.booleans(),
+    beside=st.sampled_from([{}, {}, {"id": 7}, {"id": "x"}, {"id": 1, "topic": "y"}]),
+)  # fmt: skip
+def test_all_ways_say_the_same(
     tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, rows: list[bytes], name: str, bom: bool,
-    last: bool,
+    end: str, separators: tuple[str, str], text_first: bool, beside: dict[str, Any],
 ) -> None:  # fmt: skip
     path = tmp_path / "file"
-    content = b"\n".join([OPENING[name], OPENING[name], *rows]) + (b"\n" if last else b"")
-    path.write_bytes(b"\xef\xbb\xbf" * bom + content)
+    first = opening(name, separators, beside, text_first=text_first)
+    path.write_bytes(b"\xef\xbb\xbf" * bom + b"\n".join([first, first, *rows]) + end.encode())
     fast, full = answers(path, name, capfdbinary, monkeypatch)
     assert fast == full
 
@@ -145,3 +173,47 @@ def test_ordinary_rows_do_take_the_fast_way(tmp_path: Path) -> None:
     counted: list[int] = []
     assert list(ordinary_rows(path, "messages", lambda line, *_: counted.append(line))) == []
     assert counted == list(range(1, 22))
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("separators", SEPARATORS[:2])
+@pytest.mark.parametrize("beside", [{}, {"id": "row 1", "score": 0.5}])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_rows_as_libraries_write_them_are_not_parsed(
+    tmp_path: Path, name: str, text_first: bool, separators: tuple[str, str], beside: dict[str, Any], end: bytes
+) -> None:
+    path = tmp_path / "file"
+    field, (role, text), (asks, says) = FIELDS[name]
+    exchange = [{role: asks, text: 'naïve "quotes" … and\nlines'}, {role: says, text: "\\frac日本"}]
+    rows = []
+    for num in range(1, 5):
+        turns = [{role: "system", text: "Be brief."}] * (num % 2) + exchange * num
+        turns = [dict(reversed(one.items())) if text_first else one for one in turns]
+        rows.append(json.dumps({**beside, field: turns}, ensure_ascii=False, separators=separators).encode())
+    path.write_bytes(end.join([*rows, b""]))
+    way = spelling_of(path, name)
+    assert way is not None
+    marks = LineMarks(path.read_bytes())
+    is_plain, found = find_plain(marks, way, frozenset(), MAX_ROW_BYTES)
+    assert is_plain.all()
+    length = len(exchange[0][text]) + len(exchange[1][text])
+    assert found.turns.tolist() == [3, 4, 7, 8]
+    assert found.characters.tolist() == [9 + length, 2 * length, 9 + 3 * length, 4 * length]
+    assert found.answers.tolist() == [len(exchange[1][text])] * 10
+    assert found.prints[1] == way.print_of([one[text] for one in exchange * 2])
+
+
+def test_equal_rows_are_found_whichever_way_they_take(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"messages": [{"role": "user", "content": "Où ?\n"}, {"role": "assistant", "content": 'Ici: "là".'}]}
+    said["messages"][0]["content"] = "Où\n?"
+    plain = json.dumps(said, ensure_ascii=False)
+    parsed = [json.dumps(said), plain.replace(" ", "  ", 1), json.dumps({**said, "id": 3}), plain]
+    full = plain.replace("{", '{"meta": {"a": 1}, ', 1)
+    path = tmp_path / "file"
+    path.write_text("\n".join([plain, *parsed, full, plain, json.dumps(good_row(1))]) + "\n")
+    fast, slow = answers(path, "messages", capfdbinary, monkeypatch)
+    assert fast == slow
+    assert [one["line"] for one in fast if one.get("rule") == "Q501"] == [2, 3, 4, 5, 6, 7]

@@ -87,6 +87,15 @@ def test_broken_rows_and_strange_values_are_compared_too(tmp_path: Path) -> None
     assert (found.num_unchanged, found.num_added, found.num_edited) == (3, 1, 0)
 
 
+def test_rows_that_cannot_be_read_do_not_hide_the_names_of_the_others(tmp_path: Path) -> None:
+    old, new = write(tmp_path / "old", keyed(10)), write(tmp_path / "new", [{"id": 77}, *keyed(9)[::-1]])
+    old.write_text(old.read_text() + '{"broken\n{"id": 1\n{"broken\n')
+    new.write_text('{"broken\n{"id": 2\n' + new.read_text())
+    found = compare(old, new)
+    assert (found.key, found.num_unchanged, found.num_edited) == ("id", 10, 0)
+    assert (found.added, found.removed) == ([2, 3], [10, 12, 13])
+
+
 def test_only_the_first_lines_are_kept_and_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     found = compare(write(tmp_path / "old", plain(1)), write(tmp_path / "new", plain(100)))
     assert found.num_added == 99

@@ -155,6 +155,8 @@ FILTERS: list[tuple[dict[str, Any], Callable[[int, dict[str, Any]], bool]]] = [
     ({"column": "id", "value": "17"}, lambda n, row: n == 17),
     ({"column": "meta.source", "value": "s1"}, lambda n, row: n % 2 == 1),
     ({"column": "topic", "value": "billing", "system": "with", "text": "straSSe"}, lambda n, row: n % 105 == 0),
+    ({"column": "topic", "value": "returns", "text": "ISTANBUL-7"}, lambda n, row: n % 3 == 1 and n % 11 == 7),
+    ({"max_turns": 3, "text": "ISTANBUL-7"}, lambda n, row: n % 7 > 0 and n % 11 == 7),
     ({"state": "usable"}, lambda n, row: True),
     ({"state": "set_aside"}, lambda n, row: False),
 ]  # fmt: skip

@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 Activation = Literal["silu", "gelu_tanh"]
 
-_GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
-_GELU_CUBIC = 0.044715
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -112,9 +109,10 @@ def rms_norm_backward(
     normed_TH = x_TH.float() * inverse_T[:, None]
     weight_H = norm.weight_H.float() + 1.0 if norm.adds_one else norm.weight_H.float()
     scaled_TH = gradient_TK[:, :width].float() * weight_H
-    found = (scaled_TH - normed_TH * (scaled_TH * normed_TH).mean(-1, keepdim=True)) * inverse_T[:, None]
+    shared_T = (scaled_TH * normed_TH).mean(-1, keepdim=True)
+    found = scaled_TH.addcmul_(normed_TH, shared_T, value=-1.0).mul_(inverse_T[:, None])
     if added_to is not None:
-        found = found + added_to.float()
+        found += added_to
     return found.to(x_TH.dtype)
 
 
@@ -133,9 +131,10 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = Fa
     cos, sin = cos_TE[:, None, :half], sin_TE[:, None, :half]
     if back:
         sin = -sin
-    first, second = heads_TGD[..., :half].clone(), heads_TGD[..., half:width].clone()
-    heads_TGD[..., :half] = first * cos - second * sin
-    heads_TGD[..., half:width] = second * cos + first * sin
+    first, second = heads_TGD[..., :half], heads_TGD[..., half:width]
+    turned = (first * cos).addcmul_(second, sin, value=-1.0)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
     return heads_TGD
 
 
@@ -167,19 +166,17 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
     gradient_TF = gradient_TK[:, :width].to(torch.float32, copy=True)
     gated(gate_up_T2F, activation, gradient_TK[:, :width])
     gate_TF, up_TF = (part.float() for part in gate_up_T2F.chunk(2, dim=-1))
+    # Few passes over memory: on a CPU they are what these lines cost.
+    by_act_TF = gradient_TF * up_TF
     if activation == "silu":
-        sigmoid_TF = torch.sigmoid(gate_TF)
-        act_TF = gate_TF * sigmoid_TF
-        slope_TF = sigmoid_TF * (1.0 + gate_TF * (1.0 - sigmoid_TF))
+        act_TF = functional.silu(gate_TF)
+        by_gate_TF = torch.ops.aten.silu_backward(by_act_TF, gate_TF)
     else:
-        square_TF = gate_TF.square()
-        tanh_TF = torch.tanh(_GELU_SCALE * gate_TF * (1.0 + _GELU_CUBIC * square_TF))
-        act_TF = 0.5 * gate_TF * (1.0 + tanh_TF)
-        slope_TF = 0.5 * (1.0 + tanh_TF) + 0.5 * gate_TF * (1.0 - tanh_TF.square()) * _GELU_SCALE * (
-            1.0 + 3.0 * _GELU_CUBIC * square_TF
-        )
-    gate_up_T2F[:, :width] = gradient_TF * up_TF * slope_TF
-    gate_up_T2F[:, width:] = gradient_TF * act_TF
+        act_TF = functional.gelu(gate_TF, approximate="tanh")
+        by_gate_TF = torch.ops.aten.gelu_backward(by_act_TF, gate_TF, approximate="tanh")
+    gate_up_T2F[:, :width] = by_gate_TF
+    torch.mul(gradient_TF, act_TF, out=by_act_TF)
+    gate_up_T2F[:, width:] = by_act_TF
     return gate_up_T2F
 
 
