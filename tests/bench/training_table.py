@@ -63,7 +63,19 @@ class Measured:
     @property
     def label(self) -> str:
         rows = f"{self.row['length']} tokens" if self.row["length"] else "mixed"
-        return f"{self.row['contender']} ({self.row['blocks']}) | {self.row['shape']} | {self.row['method']} | {rows}"
+        ways = ", ".join([str(self.row["blocks"]), *self._options])
+        return f"{self.row['contender']} ({ways}) | {self.row['shape']} | {self.row['method']} | {rows}"
+
+    @property
+    def _options(self) -> list[str]:
+        """What of ours is not as it is when nothing is said."""
+        at_once, dropout = self.row.get("at_once", self.row["batch"]), self.row.get("dropout", 0.0)
+        return [
+            *([f"{at_once} rows at once"] if at_once != self.row["batch"] else []),
+            *([f"dropout {dropout:g}"] if dropout else []),
+            *(["all recomputed"] if self.row.get("lean") else []),
+            *(["launches recorded"] if self.row.get("recorded") else []),
+        ]
 
 
 def read(folder: Path) -> list[Measured]:
@@ -86,14 +98,15 @@ def table(folder: Path) -> str:
     """All that was measured, a peer with its share of its reference, and ours against each peer on the same task."""
     found = read(folder)
     lines = [
-        "| contender | shape | method | rows | precision | tokens/s | peak GiB | a step | steps | of reference |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| contender | shape | method | rows | precision | trained | tokens/s | peak GiB | step | steps | of known |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in sorted(found, key=lambda one: (one.task[:2], one.task[2], one.task[3] or 0, not one.is_ours)):
         share = "" if one.reference is None else f"{one.tokens_per_second / one.reference:.0%}"
         share += "" if one.counts else ", does not count"
         lines.append(
-            f"| {one.label} | {one.row['precision']} | {one.tokens_per_second:,.0f} | {one.peak_gib:.2f} "
+            f"| {one.label} | {one.row['precision']} | {one.row['num_trainable'] / 1e6:.1f} M "
+            f"| {one.tokens_per_second:,.0f} | {one.peak_gib:.2f} "
             f"| {one.row['tokens_per_step']:,} | {one.row['steps']} | {share} |"
         )
     pairs = [
@@ -112,8 +125,8 @@ def _ratios(pairs: list[tuple[Measured, Measured]]) -> list[str]:
     ]
     for mine, peer in pairs:
         rate = mine.tokens_per_second / peer.tokens_per_second
+        doubt = "" if peer.counts else " (the peer does not count)"
         lines.append(
-            f"| {mine.row['name']} | {peer.label} | {rate:.2f}{'' if peer.counts else ' (the peer does not count)'} "
-            f"| {mine.peak_gib / peer.peak_gib:.2f} |"
+            f"| {mine.label.split(' | ')[0]} | {peer.label} | {rate:.2f}{doubt} | {mine.peak_gib / peer.peak_gib:.2f} |"
         )
     return lines
