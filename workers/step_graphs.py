@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from workers.graphs import NotRecordedError, record
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,6 +21,7 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._enabled = device.type == "cuda"
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -40,21 +43,15 @@ class StepGraphs:
         return output
 
     def _record(self, key: Hashable, function: Callable[[], Tensor]) -> bool:
-        graph = torch.cuda.CUDAGraph()
-        # Freeing memory during a recording ends it.
-        gc.collect()
-        was_collecting = gc.isenabled()
-        gc.disable()
+        found: list[Tensor] = []
+        gc.collect()  # not during the recording, which leaves it off
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = function()
-        except RuntimeError as error:
+            graph = record(lambda: found.append(function()), pool=self._pool, device=self._device, mode="thread_local")
+        except NotRecordedError as error:
             logger.warning("Generation runs without CUDA graphs: %s", error)
             self._enabled = False
             torch.cuda.synchronize()
+            self._recorded.clear()
             return False
-        finally:
-            if was_collecting:
-                gc.enable()
-        self._recorded[key] = (graph, output)
+        self._recorded[key] = (graph, found[0])
         return True

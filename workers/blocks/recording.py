@@ -8,7 +8,6 @@ or made one by one, they are the same, and so is what comes out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from workers.blocks.engine import Engine
 from workers.blocks.pointwise import Seed
 from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_out_of_memory
-from workers.errors import first_line
+from workers.graphs import NotRecordedError, record
 from workers.objectives import Objective
 
 MAX_SHAPES = 64
@@ -199,7 +198,7 @@ class Recorder:
         except Exception as error:
             if self._pool is None or not is_out_of_memory(error):
                 raise
-            self._launch_only(_why(error))
+            self._launch_only("they take memory that is needed.")
             return False
         return True
 
@@ -214,24 +213,13 @@ class Recorder:
 
     def _recorded(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """What `launch` does on the device, to be replayed; None where that cannot be had, here or any more."""
-        graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # All recordings share memory: they are never replayed at once, and what they give lies elsewhere. A
-            # recording that breaks off leaves its stream in force, which the outer one takes back.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
-            ):
-                launch()
-        except RuntimeError as error:
-            # A GPU that has failed says so again when it is waited for.
-            reason = _why(error)
-        else:
-            return graph
-        _end_recording(graph, self._pool, self._device)
-        del graph  # before the memory is given back
+            # All recordings share memory: they are never replayed at once, and what they give lies elsewhere.
+            return record(launch, pool=self._pool, device=self._device, stream=self._stream)
+        except NotRecordedError as error:
+            reason = str(error)
         self._launch_only(reason)
         return None
 
@@ -259,25 +247,3 @@ class Recorder:
             if one.grad is None:
                 one.grad = torch.zeros_like(one)
         torch._foreach_add_([one.grad for one, _ in reached], [own for _, own in reached])
-
-
-def _why(error: Exception) -> str:
-    """What kept launches from being recorded. Where something broke a recording off, its end fails, too, and says only
-    that: the reason is the error before."""
-    if is_out_of_memory(error):
-        return "they take memory that is needed."
-    return first_line(error if error.__context__ is None else error.__context__)
-
-
-def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Ends what a recording that broke off had begun and torch leaves waiting for its end: the allocator, which would
-    give back no memory, and the generator, which would draw no random numbers."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        graph.pool()
-    except RuntimeError:  # it has not ended
-        with suppress(RuntimeError):  # nor begun
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
-    generator = torch.cuda.default_generators[index]
-    generator.graphsafe_set_state(generator.clone_state())
