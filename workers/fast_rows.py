@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from workers.quality import look_at, print_of_texts
 from workers.strict_json import MAX_ROW_BYTES
 
 _BLOCK_BYTES = 512 * 1024
+_MAX_LOOKED_AT = 4 * _BLOCK_BYTES
 _NUM_FIRST = 20
 """Lines in which is looked for the way a file is spelt in."""
 _BOM = b"\xef\xbb\xbf"
@@ -92,9 +94,10 @@ def _every_row(path: Path, format_name: str) -> Iterator[tuple[int, int, bytes, 
     shape = _Shape(*_SHAPES[format_name], print_of_texts)
     number = 1
     for offset, block in _blocks(path):
-        if not block.endswith(b"\n"):  # the last line, or one that is too long
-            yield number, offset, block, {}, None
-            number += 1
+        if not _is_looked_at(block):
+            for line, begins, raw in _lines(block, number, offset):
+                yield line, begins, raw, {}, None
+                number = line + 1
             continue
         marks = LineMarks(block)
         for index, begins, raw, row, found in _looked_at(marks, np.arange(len(marks.ends)), shape):
@@ -123,9 +126,10 @@ def counted_rows(
     shape = _Shape(*_SHAPES[format_name], way.print_of)
     number = 1
     for offset, block in _blocks(path):
-        if not block.endswith(b"\n"):
-            yield number, offset, block
-            number += 1
+        if not _is_looked_at(block):
+            for line, begins, raw in _lines(block, number, offset):
+                yield line, begins, raw
+                number = line + 1
             continue
         marks = LineMarks(block)
         is_plain, rows = find_plain(marks, way, _MEANT, MAX_ROW_BYTES)
@@ -141,6 +145,18 @@ def counted_rows(
                 counts.add_usable(number + index, found[0], *found[2:])
         counts.compare(number + first, rows.prints[num_compared:])
         number += len(marks.ends)
+
+
+def _is_looked_at(block: bytes) -> bool:
+    """Whether a block is looked at as a whole: no line without an end, and none so long that its marks fill memory."""
+    return block.endswith(b"\n") and len(block) <= _MAX_LOOKED_AT
+
+
+def _lines(block: bytes, number: int, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, byte offset, bytes) of each line of a block, which begins with these."""
+    for index, raw in enumerate(BytesIO(block)):
+        yield number + index, offset, raw
+        offset += len(raw)
 
 
 def _looked_at(

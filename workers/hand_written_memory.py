@@ -53,6 +53,7 @@ class Held:
     num_micro: int
     keeping: tuple[Keeping, ...]
     has_copies: bool
+    is_recorded: bool
     weights_bytes: int
     activations_bytes: int
 
@@ -121,6 +122,7 @@ def held(
         num_micro=num_micro,
         keeping=tuple(kept(usual)),
         has_copies=has_copies,
+        is_recorded=is_recorded,
         weights_bytes=blocks.wide_bytes() if has_copies else scratch,
         activations_bytes=_peak(blocks, costs, kept(largest), largest, element, kind, loss_share),
     )

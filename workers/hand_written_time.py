@@ -24,17 +24,19 @@ class Pace:
 
     products: float = 0.69
     """Of the peak FLOP/s, by the large products of a model of billions of parameters."""
-    half_features: float = 480.0
+    half_features: float = 430.0
     """Features of the residual stream at which products reach half of that: small ones do not fill a GPU."""
-    attention: float = 0.32
+    attention: float = 0.33
     """Of the peak FLOP/s, by attention."""
     bandwidth: float = 0.86
     """Of the memory's bandwidth, by what stands between the products."""
-    host_per_block: float = 6e-4
+    host_per_block: float = 3.25e-3
     """Seconds in which the host launches a block's forward and backward pass."""
-    host_per_micro: float = 3.7e-3
+    recorded_per_block: float = 4.9e-4
+    """The same where launches are recorded: what a GPU needs for them, however small they are."""
+    host_per_micro: float = 3.4e-3
     """Seconds beside the blocks for a micro-batch: collation, the head, the loss."""
-    host_per_step: float = 5.5e-3
+    host_per_step: float = 4.7e-3
     """Seconds for a step: the optimizer, clipping, reports."""
 
 
@@ -52,6 +54,7 @@ class StepWork:
     """Passes through blocks, forward and back."""
     num_micro: int
     hidden_size: int
+    is_recorded: bool
 
     def seconds(self, gpu: Gpu, pace: Pace) -> float:
         """How long it takes: the device's time or the host's, whichever is longer."""
@@ -61,7 +64,8 @@ class StepWork:
             + self.attention_flops / (gpu.flops * pace.attention)
             + self.moved_bytes / (gpu.bandwidth * pace.bandwidth)
         )
-        host = self.num_blocks * pace.host_per_block + self.num_micro * pace.host_per_micro
+        per_block = pace.recorded_per_block if self.is_recorded else pace.host_per_block
+        host = self.num_blocks * per_block + self.num_micro * pace.host_per_micro
         return max(device, host) + pace.host_per_step
 
 
@@ -108,6 +112,7 @@ def step_work(
         num_blocks=held.num_micro * layers * (1 + 0.4 * attended_again) * (1.5 if any(blocks.adapters) else 1),
         num_micro=held.num_micro,
         hidden_size=shape.hidden_size,
+        is_recorded=held.is_recorded,
     )
 
 

@@ -109,11 +109,10 @@ def test_the_constants_of_a_gpu_are_found_again_from_times_that_they_give() -> N
 
 
 def test_the_arithmetic_of_a_gpu_is_near_what_was_measured_on_one() -> None:
-    """On an H200, in seven runs of hand-written blocks; four of them gave the constants of the time."""
-    found = errors_of(read_lines(H200))
-    assert len(found) == 7
-    assert median(abs(one.memory) for one in found) < 0.1
-    assert max(abs(one.memory) for one in found) < 0.15
+    """On an H200, in eight runs of hand-written blocks; four of them gave the constants of the time."""
+    found = [one for one in errors_of(read_lines(H200)) if one.line["blocks"] == "by hand"]
+    assert Counter(one.line["learns"] for one in found) == {True: 4, False: 4}
+    assert max(abs(one.memory) for one in found) < 0.1
     assert max(abs(one.time) for one in found) < 0.2
 
 

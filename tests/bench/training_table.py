@@ -98,7 +98,7 @@ def table(folder: Path) -> str:
     """All that was measured, a peer with its share of its reference, and ours against each peer on the same task."""
     found = read(folder)
     lines = [
-        "| contender | shape | method | rows | precision | trained | tokens/s | peak GiB | step | steps | of reference |",
+        "| contender | shape | method | rows | precision | trained | tokens/s | peak GiB | step | steps | of known |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in sorted(found, key=lambda one: (one.task[:2], one.task[2], one.task[3] or 0, not one.is_ours)):

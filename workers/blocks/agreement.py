@@ -22,7 +22,7 @@ from workers.blocks.engine import Engine
 @dataclass(frozen=True)
 class Tolerance:
     """How far apart the two may be, as relative errors: `layer` of a layer's result and gradients, `loss` of the loss,
-    and `whole` of all gradients of the model as one vector."""
+    and `whole` of all gradients of the model as one vector, where layers cannot be compared one by one."""
 
     layer: float
     loss: float
@@ -31,8 +31,8 @@ class Tolerance:
 
 TOLERANCES = {
     torch.float32: Tolerance(1e-3, 1e-3, 1e-3),
-    torch.float16: Tolerance(0.05, 0.02, 0.5),
-    torch.bfloat16: Tolerance(0.05, 0.02, 0.5),
+    torch.float16: Tolerance(0.05, 0.05, 0.5),
+    torch.bfloat16: Tolerance(0.05, 0.05, 0.5),
 }
 """By the type of activations: rounding alone, with room. A kernel that goes wrong on a device or in a version of its
 library that nobody tried is off by more."""
@@ -40,19 +40,25 @@ library that nobody tried is off by more."""
 
 @dataclass(frozen=True)
 class Difference:
-    """How far apart two ways are: relative errors; infinite where one of them is no number."""
+    """How far apart two ways are: relative errors; infinite where one of them is no number. `layer` is of the layer
+    that is off most, None where layers were not compared one by one."""
 
-    layer: float
+    layer: float | None
     loss: float
     whole: float
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether none is larger than what is tolerated."""
-        return self.layer <= tolerance.layer and self.loss <= tolerance.loss and self.whole <= tolerance.whole
+        """Whether none is larger than what is tolerated; where each layer is near, the whole may be off by rounding
+        that has grown, and is only not to be another direction."""
+        if self.layer is None:
+            return self.loss <= tolerance.loss and self.whole <= tolerance.whole
+        return self.layer <= tolerance.layer and self.loss <= tolerance.loss and self.whole < 1.0
 
-    @property
-    def is_finite(self) -> bool:
-        return all(math.isfinite(one) for one in (self.layer, self.loss, self.whole))
+    def __str__(self) -> str:
+        if not all(math.isfinite(one) for one in (self.layer or 0.0, self.loss, self.whole)):
+            return "no numbers, unlike"
+        of_layer = "" if self.layer is None else f"{self.layer:.1%} off in a layer, "
+        return f"{of_layer}{self.whole:.0%} off in all and {self.loss:.1%} in the loss from"
 
 
 def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor]) -> Difference:
@@ -76,7 +82,7 @@ def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch
             engine.refresh()
             with engine.rows(batch):
                 own_loss, own = _loss_and_gradients(loss(model, batch), parameters)
-            worst = 0.0
+            worst: float | None = None
             if not engine.has_prefix:  # which a layer is given only inside a pass of the whole model
                 worst = max(_of_layer(engine, batch, *one) for one in inputs)
     finally:

@@ -53,13 +53,8 @@ def hand_written(
         return None
     if not off.within(TOLERANCES.get(_dtype(model), TOLERANCES[torch.float32])):
         engine.remove()
-        how_far = (
-            f"{off.layer:.1%} off in a layer, {off.whole:.0%} in all and {off.loss:.1%} in the loss from"
-            if off.is_finite
-            else "no numbers, unlike"
-        )
         warn(
-            f"The fast blocks give gradients that are {how_far} the model's own, so they are not used. Please "
+            f"The fast blocks give gradients that are {off} the model's own, so they are not used. Please "
             "report this with the versions on the adapter's page."
         )
         return None

@@ -17,7 +17,7 @@ from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_l
 from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
-from workers.blocks.agreement import Tolerance, compare
+from workers.blocks.agreement import Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import Keeping
@@ -184,6 +184,7 @@ def test_agreement_is_measured_without_leaving_a_trace() -> None:
     block = engine.blocks[1].sublayers[1]
     block.activation = "gelu_tanh"  # what a kernel that went wrong would do
     off = compare(engine, model, make_batch(), loss_of)
+    assert off.layer is not None
     assert min(off.layer, off.whole) > 1e-3
 
 
@@ -199,6 +200,7 @@ def test_a_branch_that_begins_at_zero_is_looked_at_as_if_it_did_not() -> None:
     engine = install(model, is_wide=True)
     engine.refresh = lambda: None  # what the optimizer changes is not taken over
     off = compare(engine, model, make_batch(), loss_of)
+    assert off.layer is not None
     assert min(off.layer, off.whole) > 1e-3
 
 
@@ -313,3 +315,14 @@ def test_trained_keys_and_values_stand_before_those_of_each_row(family: str, kee
     engine = install(model, is_wide=True)
     engine.keeping = [keeping] * len(engine.blocks)
     assert_same(model, engine, make_batch())
+
+
+def test_where_each_layer_is_near_rounding_may_have_grown_in_the_whole() -> None:
+    tolerance = Tolerance(0.05, 0.05, 0.5)
+    assert Difference(0.02, 0.001, 0.7).within(tolerance)
+    assert not Difference(None, 0.001, 0.7).within(tolerance)
+    assert not Difference(0.06, 0.001, 0.1).within(tolerance)
+    assert not Difference(0.02, 0.001, math.inf).within(tolerance)
+    assert not Difference(0.02, 0.06, 0.1).within(tolerance)
+    assert str(Difference(0.06, 0.001, 0.1)) == "6.0% off in a layer, 10% off in all and 0.1% in the loss from"
+    assert "no numbers" in str(Difference(0.02, math.inf, 0.1))
