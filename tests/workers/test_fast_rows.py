@@ -255,13 +255,11 @@ def test_equal_rows_are_found_whatever_quotes_and_commas_they_end_with(
 
 
 PIECES = [
-    b'"', b"\\", b",", b":", b" :", b"{", b"}", b"[", b"]", b" ", b"\\u0000", b"\\ud800", b"\\ud83d\\ude00",
-    b"\\u0041",
+    b'"', b"\\", b",", b":", b" :", b"{", b"}", b"[", b"]", b" ", b"\\u0000", b"\\ud800", b"\\ud83d\\ude00", b"\\u0041",
     b"\\n", b"\\/", b"\\b", b"\\x", b"\0", b"\r", b"\t", b"\xe9", b"\xc2\xa0", b"\xe2\x80\xa8", b"\xef\xbb\xbf",
     b"\xff", b"\x7f", b"0", b"null", b'""', b'"role":"user",', b', "content": "x"', b"{}", b"},{", b"}, {",
-    b'"messages": [], ',
-    b'"id": 3, ', b'"id" : 3, ', b',"id" :1', b"\xed\xa0\x80", b"[]", b'"system": "x", ', b'{"a": [', b"[" * 40,
-    b"1" * 320, b"1e999", b"NaN", b"//", b"<s>", b"a@b.org", b'\\",', b'","',
+    b'"messages": [], ', b'"id": 3, ', b'"id" : 3, ', b',"id" :1', b"\xed\xa0\x80", b"[]", b'"system": "x", ',
+    b'{"a": [', b"[" * 40, b"1" * 320, b"1e999", b"NaN", b"//", b"<s>", b"a@b.org", b'\\",', b'","',
 ]  # fmt: skip
 
 
