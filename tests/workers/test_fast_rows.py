@@ -168,6 +168,19 @@ def test_places_stay_right_over_blocks_and_lines_that_are_too_long(
     assert errors == {number for number, row in enumerate(rows, start=1) if row and row not in good}
 
 
+@pytest.mark.parametrize("more", [-2, -1, 0, 1, 3, 4, 2_000_000])
+def test_a_first_line_that_is_too_long_is_one_line_behind_a_byte_order_mark_too(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    long = b'{"messages": "' + b"x" * (MAX_ROW_BYTES - 17 + more) + b'"}\n'
+    path = tmp_path / "file"
+    path.write_bytes(b"\xef\xbb\xbf" + long + b'{"messages": 1}\n')
+    fast, full = answers(path, "messages", capfdbinary, monkeypatch)
+    assert fast == full
+    places = [(one["line"], one["rule"]) for one in full if one["kind"] == "problem"]
+    assert places == [(1, "F009" if len(long) > MAX_ROW_BYTES else "C102"), (2, "C102")]
+
+
 def test_ordinary_rows_do_take_the_fast_way(tmp_path: Path) -> None:
     path = tmp_path / "file"
     rows = [good_row(number) for number in range(20)] + [{"messages": GOOD, "id": "7", "score": 0.5}]
