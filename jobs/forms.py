@@ -438,8 +438,8 @@ def _chosen_keys(data: QueryDict) -> list[str]:
 
 
 def _known_keys(texts: Sequence[str]) -> list[int]:
-    """Those of some keys that can be a row's."""
-    return [key for text in texts[: 1 + MAX_MIXED] if (key := whole_number(text)) is not None]
+    """Those of some keys that can be a row's, as many as a job may have."""
+    return list(dict.fromkeys(key for text in texts if (key := whole_number(text)) is not None))[: 1 + MAX_MIXED]
 
 
 def method_settings(method: Method) -> tuple[Setting, ...]:

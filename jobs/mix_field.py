@@ -159,12 +159,16 @@ def mix_rows(
     planned = {}
     if plan is not None and len(plan.sources) == len(chosen) + 1:
         planned = dict(zip((one.row for one in chosen), plan.sources[1:], strict=True))
+    blocks: dict[str, list[Standing]] = {}
     for index, (key, weight, split) in enumerate(pairs):
         version = versions.get(key)
-        blocks = blocking(version, team) if version is not None else []
+        # No job has more, so that no form needs a look at the scans of more.
+        if version is not None and key not in blocks and len(blocks) < MAX_MIXED:
+            blocks[key] = blocking(version, team)
         yield MixRow(
-            index, key, weight, planned.get(index), splits_of(version), _shown_split(version, split), version, blocks
-        )
+            index, key, weight, planned.get(index), splits_of(version), _shown_split(version, split), version,
+            blocks.get(key, []),
+        )  # fmt: skip
 
 
 def as_text(

@@ -206,8 +206,10 @@ def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
         start = offset
         offset += len(raw)
         if number == 1 and raw.startswith(_BOM):
-            raw = raw[len(_BOM) :]
+            rest = b"" if raw.endswith(b"\n") else file.readline(len(_BOM))
+            raw = raw[len(_BOM) :] + rest
             start += len(_BOM)
+            offset += len(rest)
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             while rest := file.readline(_CHUNK_BYTES):
                 offset += len(rest)

@@ -49,7 +49,7 @@ class Spelling:
         """The print of texts in the plain order: that of the bytes from the first to the last in a row that is spelt
         this way."""
         try:
-            spelt = orjson.dumps(texts)[2:-2].split(b'","')
+            spelt = _spelt(texts)
         except TypeError:  # half a surrogate pair, which UTF-8 does not have
             return print_of_texts(texts)
         frame = self._frames.get(len(texts))
@@ -62,6 +62,14 @@ class Spelling:
     def _frame(self, num: int) -> bytes:
         roles = ["system"] * (num % 2) + ["user", "assistant"] * (num // 2)
         return b"%b" + b"".join(self.between[pair] + b"%b" for pair in pairwise(roles))
+
+
+def _spelt(texts: list[str]) -> list[bytes]:
+    """Each text as it stands between its quotes; raises TypeError where UTF-8 does not have it."""
+    listed = orjson.dumps(texts)
+    if b'\\","' in listed:  # a text may end like this: the quote is its own and ends nothing
+        return [orjson.dumps(text)[1:-1] for text in texts]
+    return listed[2:-2].split(b'","')
 
 
 class PlainRows(NamedTuple):
@@ -277,6 +285,8 @@ def _all_mean_nothing(beside: list[bytes], meant: frozenset[str]) -> bool:
 
 def _means_nothing(beside: bytes, meant: frozenset[str]) -> bool:
     """Whether a row, with a number in the place of its turns, has no field that means something, twice, or nested."""
+    if b'" :' in beside or b"  :" in beside:  # a key may end there, which is not counted
+        return False
     try:
         row = orjson.loads(beside)
     except orjson.JSONDecodeError:

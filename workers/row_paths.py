@@ -44,7 +44,8 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-_INDICES = re.compile(r"(?:\[\d{1,6}\])*$")
+_INDICES_BACKWARDS = re.compile(r"(?:\]\d{1,6}\[)*+")
+"""Of a part that is read from its end: from its beginning, each bracket would be followed to the end in vain."""
 
 
 @lru_cache(maxsize=256)
@@ -52,7 +53,8 @@ def _steps(path: str) -> tuple[str | int, ...]:
     """The keys and indices to go along."""
     steps: list[str | int] = []
     for part in path.split("."):
-        indices = _INDICES.search(part)
+        indices = _INDICES_BACKWARDS.match(part[::-1])
         assert indices is not None, "it matches nothing, too"
-        steps += (part[: indices.start()], *map(int, re.findall(r"\d+", indices[0])))
+        end = len(part) - indices.end()
+        steps += (part[:end], *map(int, re.findall(r"\d+", part[end:])))
     return tuple(steps)

@@ -145,8 +145,12 @@ class RowFile:
 
 
 @lru_cache(maxsize=3)
-def open_rows_file(path: str, columns: tuple[str, ...]) -> RowFile:
-    """A file of rows; raises DatasetError when it cannot be read."""
+def open_rows_file(path: str, columns: tuple[str, ...], *, asked_by: str = "") -> RowFile:
+    """A file of rows, kept open for those who asked, `asked_by`; raises DatasetError when it cannot be read.
+
+    Equal files of two teams are one file here, and what is kept of it for one would answer the other more quickly,
+    which would tell that it is there.
+    """
     try:
         return RowFile(path, columns)
     except MemoryError:
@@ -163,8 +167,7 @@ _remembered: OrderedDict[tuple[str, str, Filters], tuple[Any, int]] = OrderedDic
 def matching(path: str, file: RowFile, filters: Filters, end: float, *, asked_by: str = "") -> tuple[Mask, bool]:
     """Which rows fit, and whether all were looked at before the clock (time.monotonic) came to `end`.
 
-    Answers are remembered for those who asked, `asked_by`: equal files of two teams are one file here, and a quick
-    answer would tell one that the other has it.
+    Answers are remembered for those who asked, `asked_by`, as files are.
     """
     key = (asked_by, path, filters)
     if key in _remembered:
@@ -310,10 +313,11 @@ def answer(request: dict[str, Any], end: float) -> dict[str, Any]:
         DatasetError: there is no such column or rule of order, or the file cannot be read.
     """
     path, order = request["path"], request["order"]
-    file = open_rows_file(path, tuple(request["names"]))
+    asked_by = request.get("asked_by", "")
+    file = open_rows_file(path, tuple(request["names"]), asked_by=asked_by)
     filters = _checked(Filters(**request["filters"]), file)
     assert order in get_args(Order), order
-    mask, is_whole = matching(path, file, filters, end, asked_by=request.get("asked_by", ""))
+    mask, is_whole = matching(path, file, filters, end, asked_by=asked_by)
     lines = file.numbers("line")
     keys = lines if order == "line" else file.numbers("characters") * (-1 if order == "longest" else 1)
     places = np.flatnonzero(mask)

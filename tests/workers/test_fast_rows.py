@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.workers.rule_files import FILES, GOOD, LINE, good_row
-from workers import inspection
+from workers import fast_rows, inspection
 from workers.fast_rows import ordinary_rows, spelling_of
 from workers.line_marks import LineMarks
 from workers.plain_rows import find_plain
@@ -167,6 +168,19 @@ def test_places_stay_right_over_blocks_and_lines_that_are_too_long(
     assert errors == {number for number, row in enumerate(rows, start=1) if row and row not in good}
 
 
+@pytest.mark.parametrize("more", [-2, -1, 0, 1, 3, 4, 2_000_000])
+def test_a_first_line_that_is_too_long_is_one_line_behind_a_byte_order_mark_too(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    long = b'{"messages": "' + b"x" * (MAX_ROW_BYTES - 17 + more) + b'"}\n'
+    path = tmp_path / "file"
+    path.write_bytes(b"\xef\xbb\xbf" + long + b'{"messages": 1}\n')
+    fast, full = answers(path, "messages", capfdbinary, monkeypatch)
+    assert fast == full
+    places = [(one["line"], one["rule"]) for one in full if one["kind"] == "problem"]
+    assert places == [(1, "F009" if len(long) > MAX_ROW_BYTES else "C102"), (2, "C102")]
+
+
 def test_ordinary_rows_do_take_the_fast_way(tmp_path: Path) -> None:
     path = tmp_path / "file"
     rows = [good_row(number) for number in range(20)] + [{"messages": GOOD, "id": "7", "score": 0.5}]
@@ -218,3 +232,85 @@ def test_equal_rows_are_found_whichever_way_they_take(
     fast, slow = answers(path, "messages", capfdbinary, monkeypatch)
     assert fast == slow
     assert [one["line"] for one in fast if one.get("rule") == "Q501"] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("beside", ['"id" :1,"id"', '"id"  :1,"id"', '"":1,"id"', '"id":1,"id"', '"\\u0069d":1,"id"'])
+@pytest.mark.parametrize("end", [",", ', "topic": "a : b", '])
+def test_a_key_beside_the_turns_that_is_there_twice_is_found(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, beside: str, end: str
+) -> None:
+    more = {"topic": "x"} if "topic" in end else {}
+    turns = json.dumps({"messages": [GOOD[0], {"role": "assistant", "content": "This."}]})[1:]
+    path = tmp_path / "file"
+    first = json.dumps({"id": 1, "number": 2, **more})[:-1] + ", " + turns
+    path.write_text(f"{first}\n{first}\n{{{beside}: 2{end}{turns}\n")
+    assert spelling_of(path, "messages") is not None
+    fast, full = answers(path, "messages", capfdbinary, monkeypatch)
+    assert fast == full
+    rules = {one["rule"] for one in fast if one.get("line") == 3}
+    assert ("F004" in rules) == ('""' not in beside)
+
+
+@pytest.mark.parametrize("asked", ['",', '","', '"', ",", ',"', '\\",', '\\"', "\\", 'say "a","b",', '",",'])
+@pytest.mark.parametrize("said", ["yes", ",", '",', ',"no', "\\"])
+def test_equal_rows_are_found_whatever_quotes_and_commas_they_end_with(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
+) -> None:
+    said = f"{said} and so forth, to the end{said}"
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}] * 2}
+    plain, parsed = json.dumps(row), json.dumps(row, indent=0).replace("\n", " ")
+    path = tmp_path / "file"
+    path.write_text("\n".join([plain, parsed, plain]) + "\n")
+    assert spelling_of(path, "messages") is not None
+    fast, full = answers(path, "messages", capfdbinary, monkeypatch)
+    assert fast == full
+    assert [one["line"] for one in fast if one.get("rule") == "Q501"] == [2, 3]
+
+
+PIECES = [
+    b'"', b"\\", b",", b":", b" :", b"{", b"}", b"[", b"]", b" ", b"\\u0000", b"\\ud800", b"\\ud83d\\ude00", b"\\u0041",
+    b"\\n", b"\\/", b"\\b", b"\\x", b"\0", b"\r", b"\t", b"\xe9", b"\xc2\xa0", b"\xe2\x80\xa8", b"\xef\xbb\xbf",
+    b"\xff", b"\x7f", b"0", b"null", b'""', b'"role":"user",', b', "content": "x"', b"{}", b"},{", b"}, {",
+    b'"messages": [], ', b'"id": 3, ', b'"id" : 3, ', b',"id" :1', b"\xed\xa0\x80", b"[]", b'"system": "x", ',
+    b'{"a": [', b"[" * 40, b"1" * 320, b"1e999", b"NaN", b"//", b"<s>", b"a@b.org", b'\\",', b'","',
+]  # fmt: skip
+
+
+def damaged(raw: bytes, chance: random.Random) -> bytes:
+    """A row with none, one or a few pieces put in, left out, doubled or put in the place of others."""
+    for _ in range(chance.choice([0, 0, 1, 1, 1, 2, 3])):
+        at = chance.randrange(len(raw) + 1)
+        if chance.random() < 0.5:  # where one thing ends and another begins
+            marks = [place for place, byte in enumerate(raw) if byte in b'":,{}[]']
+            at = chance.choice(marks or [0]) + chance.randrange(2)
+        end = min(at + chance.choice([0, 1, 1, 2, 5, chance.randrange(len(raw) + 1)]), len(raw))
+        middle = chance.choice([chance.choice(PIECES), chance.choice(PIECES), b"", raw[at:end] * 2])
+        raw = raw[:at] + middle + raw[chance.choice([at, end]) :]
+    return raw.replace(b"\n", b" ")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_ways_say_the_same_of_rows_that_are_damaged_anywhere(
+    tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    chance = random.Random(seed)  # the same rows each time
+    says = ["hello", 'say "x": 1', '",', ",", "\\", '"', "a\\n", "x\ny", "é", "日本語", "🙂", '"}]}',
+            '{"role": "user"}', "a : b", "x" * 300]  # fmt: skip
+    path = tmp_path / "file"
+    for number in range(10):
+        name, separators = chance.choice(sorted(FIELDS)), chance.choice(SEPARATORS[:2])
+        beside = chance.choice([{}, {"id": 7}, {"id": "x"}, {"id": 1, "topic": "y"}])
+        field, (role, text), by = FIELDS[name]
+        is_ascii, text_first = chance.random() < 0.3, chance.random() < 0.4
+        rows = [opening(name, separators, beside, text_first=text_first)]
+        for _ in range(60):
+            turns: Any = [{role: by[place % 2], text: chance.choice(says)} for place in range(chance.choice([2, 2, 4]))]
+            turns = [dict(reversed(one.items())) for one in turns] if text_first else turns
+            row = {**beside, field: turns} if chance.random() < 0.7 else {field: turns, **beside}
+            raw = json.dumps(row, ensure_ascii=is_ascii, separators=separators).encode()
+            rows.append(damaged(raw, chance))
+        end = chance.choice([b"\n", b"\r\n"])
+        path.write_bytes(b"\xef\xbb\xbf" * (number % 2) + end.join([*rows, *rows[5:9]]))
+        monkeypatch.setattr(fast_rows, "_BLOCK_BYTES", chance.choice([200, 3000, 512 * 1024]))
+        fast, full = answers(path, name, capfdbinary, monkeypatch)
+        assert fast == full

@@ -71,7 +71,7 @@ def test_each_line_is_answered_with_one_within_the_limits() -> None:
 
 def test_it_ends_when_nothing_is_asked_for_a_while() -> None:
     code = KEPT.replace(
-        "limit_memory(400", "import workers.limited\nworkers.limited.IDLE_SECONDS = 0.3\nlimit_memory(400"
+        "limit_memory(400", "import workers.limited\nworkers.limited.IDLE_SECONDS = 1.0\nlimit_memory(400"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

@@ -42,6 +42,13 @@ def test_any_place_of_a_list_can_be_named() -> None:
     assert value_at(ROW, "matrix[0][1]") == 2
 
 
+@pytest.mark.timeout(30)
+def test_a_name_of_many_brackets_takes_no_longer_than_its_length() -> None:
+    name = "[1]" * 300_000 + "x"
+    assert value_at({name: {"prompt": "k"}}, f"{name}.prompt") == "k"
+    assert value_at({name: {"prompt": "k"}}, f"{name}[1].prompt") is MISSING
+
+
 def test_rows_are_filtered_by_the_very_columns_that_can_be_chosen() -> None:
     offered = filter_columns([ROW, {"meta": {"0": "x" * 1000}}])
     assert offered == [name for name in column_names([ROW]) if "[" not in name and name != "meta.0"]

@@ -369,6 +369,36 @@ def test_a_search_that_takes_too_long_gives_what_it_found_and_says_so(
     assert ask(content, {"text": "plus"})["num_matches"] == 100  # nothing of that is remembered
 
 
+def test_nobody_is_answered_from_what_was_read_for_others(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick answer would tell one team that another has the same rows."""
+    known = ask(jsonl(rows_of(200)))
+    request = {
+        "path": known["path"], "names": [one["name"] for one in known["done"]["columns"]], "format": "messages",
+        "columns": {}, "order": "longest", "limit": 5,
+        "filters": {"text": "plus", "column": "topic", "value": "returns"},
+    }  # fmt: skip
+    row_search.open_rows_file.cache_clear()
+    row_search._remembered.clear()
+    read: list[str] = []
+    column = row_search.RowFile.column
+
+    def counted(file: row_search.RowFile, groups: Any, name: str) -> Any:
+        read.append(name)
+        return column(file, groups, name)
+
+    monkeypatch.setattr(row_search.RowFile, "column", counted)
+
+    def read_for(team: str) -> list[str]:
+        read.clear()
+        assert answer(request | {"asked_by": team}, time.monotonic() + 60)["num_matches"] > 0
+        return list(read)
+
+    first = read_for("a")
+    assert "characters" in first
+    assert "characters" not in read_for("a")
+    assert read_for("b") == first
+
+
 def test_pieces_of_text_rule_out_passages_that_cannot_hold_a_needle() -> None:
     import numpy as np
 

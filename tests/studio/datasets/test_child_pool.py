@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import os
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from studio.datasets import row_searching
 from studio.datasets.child_pool import ChildPool
+from studio.datasets.kept_child import KeptChild
 from studio.datasets.row_searching import MAX_CHILDREN, MEMORY_BYTES, RowSearchBusyError, search_children
 from tests.studio.datasets.conftest import good_rows, jsonl
 from workers.row_table import write_rows
@@ -38,6 +41,7 @@ def request_of(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def make_pool() -> Iterator[Callable[[int], ChildPool]]:
+    row_searching._children.close()  # the studio's own, which are kept for longer than a test takes
     made: list[ChildPool] = []
 
     def make(most: int) -> ChildPool:
@@ -51,7 +55,12 @@ def make_pool() -> Iterator[Callable[[int], ChildPool]]:
 
 def searching() -> list[psutil.Process]:
     """The processes that look through rows for this one."""
-    return [one for one in psutil.Process().children() if "workers.row_search" in one.cmdline()]
+    found = []
+    for one in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now, or waits for its parent to see that
+            if "workers.row_search" in one.cmdline():
+                found.append(one)
+    return found
 
 
 def started_by(pool: ChildPool, asker: str, request: dict[str, Any]) -> psutil.Process:
@@ -71,7 +80,6 @@ def wait_until_asked(process: psutil.Process, asked: Future[Any]) -> None:
 
 
 def _num_unread(process: psutil.Process) -> int:
-
     found = array.array("i", [0])
     with Path(f"/proc/{process.pid}/fd/0").open("rb", buffering=0) as pipe:
         fcntl.ioctl(pipe, termios.FIONREAD, found)
@@ -106,15 +114,22 @@ def test_a_slow_question_keeps_its_own_team_waiting_and_no_other(
 
 
 def test_there_are_never_more_processes_than_the_pool_has_and_who_came_first_is_next(
-    make_pool: Callable[[int], ChildPool], request_of: dict[str, Any]
+    make_pool: Callable[[int], ChildPool], request_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make_pool(2)
     stopped = [started_by(pool, team, request_of) for team in ("a", "b")]
     ended: list[str] = []
 
+    def answered(child: KeptChild, request: dict[str, Any]) -> dict[str, Any]:
+        found = ask_child(child, request)
+        ended.append(request["asked_by"])  # while the child is not free: so in the order of the answers
+        return found
+
+    ask_child = KeptChild.ask
+    monkeypatch.setattr(KeptChild, "ask", answered)
+
     def ask(team: str) -> None:
-        assert pool.ask(team, request_of)["num_rows"] == 40
-        ended.append(team)
+        assert pool.ask(team, request_of | {"asked_by": team})["num_rows"] == 40
 
     with ThreadPoolExecutor() as threads:
         for process in stopped:

@@ -24,6 +24,7 @@ from tests.factories import make_base_model, make_dataset_version, make_recipe
 from tests.jobs.making import make_worker
 from tests.tiny import colour_rows
 from workers.errors import RecipeError
+from workers.recipe import MAX_MIXED
 from workers.scans import scans
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("data_dir")]
@@ -382,6 +383,24 @@ def test_the_new_job_page_says_it_before_anything_is_queued(
     assert answer.status_code == 422
     assert "found something in 3 of 40 rows" in answer.content.decode()
     assert not Job.objects.exists()
+
+
+def test_a_further_dataset_is_looked_up_once_however_often_and_far_behind_it_is_chosen(
+    team: Team, alice: User, bob_client: Client, version: DatasetVersion, base: BaseModel,
+    django_assert_max_num_queries: Any,
+) -> None:  # fmt: skip
+    limit(team, alice, secrets=ScanLimit(0))
+    asked = {"base_model": base.pk, "dataset_version": version.pk, "method": "lora", "name": "x", "goal": "balanced"}
+    further = make_dataset_version(team, alice, name="Clean", rows=colour_rows(30))
+    for keys in (
+        [further.pk, *range(10**6, 10**6 + MAX_MIXED), *[further.pk] * 30],
+        ["", "x"] * 30 + [further.pk] * 30,
+    ):
+        asked |= {"mix_version": keys, "mix_weight": ["1"] * len(keys), "mix_split": ["share"] * len(keys)}
+        with django_assert_max_num_queries(8):
+            shown = bob_client.post("/jobs/estimate/", asked).content.decode()
+        row = shown.split(f'id="mix-blocks-{len(keys) - 1}"')[1].split("</div>")[0]
+        assert "was never run on these rows" in row
 
 
 def test_the_new_job_page_says_it_of_a_further_dataset_too(
