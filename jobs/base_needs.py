@@ -19,7 +19,7 @@ from studio.api.auth import ApiRequest
 from studio.api.errors import ERRORS
 from studio.api.schemas import Out
 from studio.catalogue.models import BaseModel
-from workers.memory import DeviceFacts
+from workers.facts import DeviceFacts
 from workers.needs import MethodNeeds, lengths_for, needs_of
 from workers.shapes import ModelShape
 

@@ -20,8 +20,9 @@ from jobs.scheduling import live_workers
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
 from workers.errors import DatasetError, RecipeError
+from workers.facts import DatasetFacts, DeviceFacts, Part, mixed
 from workers.fitting import Suggestion, suggestions
-from workers.memory import DatasetFacts, DeviceFacts, Estimate, Part, estimate, mixed
+from workers.memory import Estimate, estimate
 from workers.methods import get_method
 from workers.mixing import MANY_PASSES, Portion, often_sentence, portions
 from workers.recipe import Recipe, SplitSettings

@@ -15,7 +15,8 @@ from studio.accounts.models import ApiToken, Team, User
 from studio.catalogue.models import Adapter, BaseModel, Suite
 from studio.catalogue.task_suites import checked_definitions
 from workers.errors import ExplainedError, RecipeError
-from workers.memory import DatasetFacts, Estimate, estimate
+from workers.facts import DatasetFacts
+from workers.memory import Estimate, estimate
 from workers.recipe import BaseModelRef, DatasetRef, EvaluationSettings, Recipe
 from workers.resolving import resolve
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from jobs.experience import with_experience
 from jobs.mix_field import MixField, MixWidget, Pair, as_text, set_pairs
 from jobs.mixes import dataset_ref, mix_problems, pairs_of
 from jobs.models import Job
+from jobs.row_field import RowField
 from studio.accounts.models import Team
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetSplit, DatasetVersion, SplitState, VersionState
@@ -116,34 +117,6 @@ class Section:
     @property
     def has_errors(self) -> bool:
         return any(row.errors for row in self.rows) or (self.metrics is not None and self.metrics.has_errors)
-
-
-class RowField(forms.Field):
-    """A choice among rows that were read once, so that showing the list and validating cost one query."""
-
-    def __init__(self, *, required: str = "", unknown: str, **kwargs: Any) -> None:
-        messages = {"required": required, "invalid_choice": unknown}
-        super().__init__(required=bool(required), error_messages=messages, **kwargs)
-        self.rows: dict[str, Any] = {}
-        self.left_out: dict[str, str] = {}
-
-    def offer(self, rows: Iterable[Any], *, why_not: Callable[[Any], str] = lambda _row: "") -> None:
-        """Set what can be chosen; `why_not` says of a row why it cannot."""
-        self.left_out, self.rows = {}, {}
-        for row in rows:
-            if reason := why_not(row):
-                self.left_out[str(row.pk)] = reason
-            else:
-                self.rows[str(row.pk)] = row
-
-    def to_python(self, value: Any) -> Any:
-        if value in self.empty_values:
-            return None
-        if str(value) in self.left_out:
-            raise forms.ValidationError(self.left_out[str(value)], code="invalid_choice")
-        if str(value) not in self.rows:
-            raise forms.ValidationError(self.error_messages["invalid_choice"], code="invalid_choice")
-        return self.rows[str(value)]
 
 
 class JobForm(forms.Form):

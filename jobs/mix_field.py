@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django import forms
 from django.http import QueryDict
 
+from jobs.row_field import RowField
 from studio.accounts.models import Team
 from studio.datasets.models import DatasetSplit, DatasetVersion
 from studio.reviews.scan_limits import Standing, blocking
@@ -17,7 +18,6 @@ from workers.setting import settings_of, to_text
 
 if TYPE_CHECKING:
     from jobs.estimating import Plan, PlannedSource
-    from jobs.forms import RowField
 
 VERSION, WEIGHT, SPLIT, ADD, REMOVE = "mix_version", "mix_weight", "mix_split", "mix_add", "mix_remove"
 SHOWN = "mix_shown"

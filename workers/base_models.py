@@ -14,9 +14,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from workers.base_folders import read_base_folder
+from workers.cpu import cpu_has_fast_bfloat16
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, first_line
-from workers.memory import cpu_has_fast_bfloat16
 from workers.quantised import QuantisedCache
 from workers.recipe import Precision
 from workers.shapes import SOFT_CAPPED_FAMILIES

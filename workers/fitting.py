@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.errors import RecipeProblems
-from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import GIB, TIGHT_SHARE, Estimate, estimate
 from workers.methods import get_method
 from workers.recipe import Recipe
 from workers.resolving import resolve

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workers.blocks.keeping import Keeping
 from workers.blocks.sizes import launches_take_longer
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
@@ -15,9 +16,6 @@ from workers.hand_written_time import StepWork, step_work
 from workers.methods import Method
 from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
-
-if TYPE_CHECKING:
-    from workers.memory import DatasetFacts, DeviceFacts
 
 
 def blocks_of(method: Method, settings: Any, precision: Precision, shape: ModelShape, kind: str) -> Blocks | None:

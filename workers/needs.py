@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from workers.errors import ExplainedError, RecipeError
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate
 from workers.methods import get_method, methods
 from workers.recipe import BaseModelRef, DatasetRef, Recipe, TrainingSettings
 from workers.resolving import resolve

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from workers.errors import DoesNotFitError, RecipeError, RecipeProblems
 from workers.evaluations import evaluations, get_evaluation, name_of_key, named_by
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.hand_written import is_hand_written
-from workers.memory import GIB, TIGHT_SHARE, DatasetFacts, DeviceFacts, Estimate, estimate
+from workers.memory import GIB, TIGHT_SHARE, Estimate, estimate
 from workers.methods import Method, MethodSettings, get_method
 from workers.objectives import get_objective
 from workers.recipe import Precision, Recipe, problems_by_field

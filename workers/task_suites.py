@@ -19,9 +19,9 @@ from workers.device_errors import is_out_of_memory
 from workers.errors import BaseModelError
 from workers.evaluating import Stopped, end_if_asked, out_of_memory, refuse_damaged, write
 from workers.events import MessageEvent, PhaseEvent, Report, ResultEvent, ShouldStop, StoppedEvent
+from workers.facts import DatasetFacts
 from workers.harness import HarnessRequest, prepare, run
 from workers.lm_eval_layout import HarnessRun
-from workers.memory import DatasetFacts
 from workers.recipe import Recipe
 from workers.rendering import read_chat_template
 from workers.resolving import resolve

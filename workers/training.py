@@ -44,6 +44,7 @@ from workers.events import (
     StoppedEvent,
 )
 from workers.examples import Example, Problem
+from workers.facts import DatasetFacts, DeviceFacts, Part, mixed
 from workers.failpoints import failpoint
 from workers.fitting import advice, remedies
 from workers.fixed_prompts import FixedPrompts
@@ -53,7 +54,7 @@ from workers.hand_written import is_hand_written
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
 from workers.losses import LOGIT_BYTES, head_is_plain
-from workers.memory import GIB, DatasetFacts, DeviceFacts, Part, mixed
+from workers.memory import GIB
 from workers.meter import Meter
 from workers.methods import get_method
 from workers.mixing import Portion, dealt, line_at, place_of, portions, source_at, told_lines

@@ -21,9 +21,10 @@ from typing import Any
 from tests.bench.catalogue import fill, plain_files
 from tests.bench.studio import bench_studio
 from tests.workers.test_resolving import SEVEN_B
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.fitting import suggestions
 from workers.measured_memory import MeasuredMemory
-from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
+from workers.memory import GIB, estimate
 from workers.recipe import Recipe
 from workers.resolving import resolve
 

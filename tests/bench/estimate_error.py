@@ -37,9 +37,10 @@ from typing import Any
 
 from tests.bench.start import _tensors
 from tests.bench.workload import ALL_SHAPES
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.hand_written_time import PACE, Pace
 from workers.measured_memory import MeasuredRun, MemoryParts, held_out_errors, learn_memory, shape_key
-from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
+from workers.memory import GIB, estimate
 from workers.recipe import Recipe
 from workers.shapes import LinearShape, ModelShape
 from workers.splitting import Parts

@@ -53,7 +53,7 @@ from workers.batching import TokenRows
 from workers.checkpoints import trainable_parameters
 from workers.events import Event, MessageEvent, Report, ShouldStop, StepEvent
 from workers.examples import Example, Message
-from workers.memory import DatasetFacts
+from workers.facts import DatasetFacts
 from workers.methods import get_method
 from workers.mixing import portions
 from workers.recipe import Recipe

@@ -8,7 +8,7 @@ from jobs.estimating import Device, make_plan
 from tests.tiny import make_tiny_base
 from workers.base_folders import read_base_folder
 from workers.errors import DatasetError, RecipeError
-from workers.memory import DatasetFacts, DeviceFacts
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.recipe import Recipe
 
 DEVICE = Device(DeviceFacts("cpu", "CPU", 2**34, 2, has_fast_bfloat16=False), is_live=True)

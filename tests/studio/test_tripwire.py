@@ -53,7 +53,8 @@ ESTIMATE = (
 import time
 from tests.workers.test_resolving import SEVEN_B
 from workers.fitting import suggestions
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate
 from workers.recipe import Recipe
 from workers.resolving import resolve
 

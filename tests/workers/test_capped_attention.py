@@ -23,7 +23,8 @@ from tests.workers.methods.trying import attach, gradients, packed, padded, rand
 from tests.workers.test_resolving import SEVEN_B
 from workers import adapters, base_models
 from workers.base_folders import read_base_folder
-from workers.memory import DatasetFacts, DeviceFacts, estimate, score_bytes
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate, score_bytes
 from workers.recipe import Recipe
 from workers.resolving import resolve
 from workers.training import Folders, train

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from tests.workers.test_resolving import SEVEN_B
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.fitting import Suggestion, advice, in_4_bits, remedies, suggestions
-from workers.memory import GIB, DatasetFacts, DeviceFacts, estimate
+from workers.memory import GIB, estimate
 from workers.recipe import Recipe
 from workers.resolving import resolve
 

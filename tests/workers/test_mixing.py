@@ -9,7 +9,7 @@ import pytest
 
 from workers.batching import Plan
 from workers.errors import RecipeError
-from workers.memory import DatasetFacts, Part, mixed
+from workers.facts import DatasetFacts, Part, mixed
 from workers.mixing import MANY_PASSES, Portion, dealt, place_of, portions, row_at, rows_per_epoch, told_lines
 from workers.recipe import Recipe
 from workers.splitting import Parts

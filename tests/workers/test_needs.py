@@ -8,7 +8,8 @@ import pytest
 
 from tests.tiny import make_tiny_base
 from workers.base_folders import read_base_folder
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate
 from workers.methods import methods
 from workers.needs import NUM_ROWS, lengths_for, needs_of
 from workers.recipe import Recipe

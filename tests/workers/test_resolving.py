@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from workers.errors import RecipeProblems
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate
 from workers.recipe import Recipe
 from workers.resolving import resolve
 from workers.shapes import LinearShape, ModelShape

@@ -30,7 +30,7 @@ from workers.blocks.keeping import (
     tokens_that_fit,
 )
 from workers.blocks.linears import Group
-from workers.blocks.pointwise import Seed
+from workers.blocks.operands import Seed
 from workers.blocks.sublayers import Surroundings
 from workers.blocks.weights import Quantised
 from workers.layers.bottleneck import BottleneckLayer

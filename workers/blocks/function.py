@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.blocks.attention import Prefix
 from workers.blocks.keeping import Keeping
-from workers.blocks.pointwise import Seed
+from workers.blocks.operands import Seed
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.blocks.pointwise import Activation, Norm, Seed
+from workers.blocks.operands import Activation, Norm, Seed
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.blocks.pointwise import Seed, add_dropped, dropped
+from workers.blocks.operands import Seed
+from workers.blocks.pointwise import add_dropped, dropped
 from workers.blocks.sizes import PAD
 from workers.blocks.weights import Weights
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.batching import Batch
 from workers.blocks.attention import Rows
 from workers.blocks.engine import Engine
-from workers.blocks.pointwise import Seed
+from workers.blocks.operands import Seed
 from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_out_of_memory
 from workers.graphs import NotRecordedError, record

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 
 from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, attend_backward
 from workers.blocks.linears import Group, Read
-from workers.blocks.pointwise import (
-    Activation,
-    Norm,
-    Seed,
-    gated,
-    gated_backward,
-    rms_norm,
-    rms_norm_backward,
-    rotate,
-)
+from workers.blocks.operands import Activation, Norm, Seed
+from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
 
 
 @dataclass(frozen=True)

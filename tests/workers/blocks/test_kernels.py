@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from workers.blocks import pointwise
-from workers.blocks.pointwise import Activation, Norm, Seed
+from workers.blocks.operands import Activation, Norm, Seed
 
 CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU, or triton with TRITON_INTERPRET=1")

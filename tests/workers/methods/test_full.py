@@ -24,9 +24,10 @@ from workers import adapters, base_models, devices
 from workers.__main__ import main
 from workers.base_folders import read_base_folder
 from workers.errors import RecipeProblems
+from workers.facts import DatasetFacts, DeviceFacts
 from workers.layers import full
 from workers.losses import summed_cross_entropy
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.memory import estimate
 from workers.methods import get_method
 from workers.recipe import Recipe
 from workers.resolving import alternatives, resolve

@@ -13,7 +13,8 @@ from workers.__main__ import main
 from workers.adapters import _portable
 from workers.base_folders import read_base_folder
 from workers.digests import file_sha256
-from workers.memory import DatasetFacts, DeviceFacts, estimate
+from workers.facts import DatasetFacts, DeviceFacts
+from workers.memory import estimate
 from workers.recipe import Recipe, SplitRef
 from workers.resolving import resolve
 from workers.results import Result
