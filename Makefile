@@ -11,7 +11,7 @@ TESTING := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 INPUTS := pyproject.toml docker/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-fast check setup browser css clean
+.PHONY: help run test test-slow test-fast test-engine test-studio test-faults check setup browser css clean
 
 help: ## What there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,9 +21,19 @@ run: $(VENV)/.run-installed ## Start everything and print one URL; Ctrl-C stops 
 
 test: check browser test-fast ## make check and every fast test; what CI runs
 
-# Each file of faults has servers of its own: what one does to them is no other's affair.
+# The engine's tests and all others side by side, for neither keeps two cores busy; then the faults, which are timed, alone.
 test-fast: $(VENV)/.dev-installed
-	$(TESTING) -m "not slow" --durations=15 --ignore=tests/faults
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-studio
+	@$(MAKE) --no-print-directory test-faults
+
+test-engine:
+	$(TESTING) -m "not slow" --durations=15 tests/workers tests/bench
+
+test-studio:
+	$(TESTING) -m "not slow" --durations=15 --ignore=tests/faults --ignore=tests/workers --ignore=tests/bench
+
+# Each file of faults has servers of its own: what one does to them is no other's affair.
+test-faults:
 	@for file in tests/faults/test_*.py; do echo "$$file"; $(TESTING) -q -m "not slow" "$$file" || exit 1; done
 
 test-slow: $(VENV)/.dev-installed browser ## The tests that take minutes

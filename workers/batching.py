@@ -224,7 +224,7 @@ def split_step(
     sizes = {row: tokens.length(row) + budget.beside for row in rows}
     groups = _first_fit(by_length, sizes, micro_batch_size, budget.tokens)
     even = _spread(by_length, sizes, micro_batch_size, len(groups))
-    if max(_sums(even, sizes)) <= max(budget.tokens, max(_sums(groups, sizes))):
+    if all(len(group) == 1 or total <= budget.tokens for group, total in zip(even, _sums(even, sizes), strict=True)):
         groups = even
     return sorted(groups, key=lambda group: sum(sizes[row] for row in group), reverse=True)
 

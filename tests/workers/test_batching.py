@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_base
@@ -63,6 +63,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=24)
 
 
 @given(lengths=LENGTHS, micro_batch_size=st.integers(1, 8), budget=st.integers(1, 120), beside=st.integers(0, 9))
+@example(lengths=[4, 4, 5, 5, 5, 5, 14, 14, 35], micro_batch_size=3, budget=40, beside=6)
 def test_a_budget_of_tokens_splits_a_step_without_losing_or_cutting_a_row(
     lengths: list[int], micro_batch_size: int, budget: int, beside: int
 ) -> None:
