@@ -23,7 +23,7 @@ test: check browser test-fast ## make check and every fast test; what CI runs
 
 # The engine's tests and all others side by side, for neither keeps two cores busy; then the faults, which are timed, alone.
 test-fast: $(VENV)/.dev-installed
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-studio
+	@$(MAKE) --no-print-directory -j2 test-engine test-studio
 	@$(MAKE) --no-print-directory test-faults
 
 test-engine:
