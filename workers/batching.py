@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -356,17 +356,3 @@ def collate(rows: Sequence[int], tokens: TokenRows, *, packing: bool, pad_id: in
         lengths=lengths,
         weights_N=torch.from_numpy(np.concatenate(weights).astype(np.float32)) if has_weights else None,
     )
-
-
-def batches(
-    rows: Sequence[int],
-    tokens: TokenRows,
-    *,
-    micro_batch_size: int,
-    packing: bool,
-    pad_id: int,
-    budget: TokenBudget | None = None,
-) -> Iterator[Batch]:
-    """The micro-batches of one step."""
-    for group in split_step(rows, tokens, micro_batch_size, budget):
-        yield collate(group, tokens, packing=packing, pad_id=pad_id)

@@ -12,6 +12,9 @@ import torch
 from workers.device_errors import is_out_of_memory
 from workers.errors import first_line
 
+NO_MEMORY = "they take memory that is needed."
+"""Why launches are not recorded, or not any more, where memory ran out."""
+
 
 class NotRecordedError(Exception):
     """Launches could not be recorded; the message says why."""
@@ -60,7 +63,7 @@ def record(
 def _why(error: Exception) -> str:
     """Where something broke a recording off, its end fails, too, and says only that: the reason is the error before."""
     if is_out_of_memory(error):
-        return "they take memory that is needed."
+        return NO_MEMORY
     return first_line(error if error.__context__ is None else error.__context__)
 
 

@@ -6,24 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import (
-    MOST_TOKENS,
-    BlockBytes,
-    Keeping,
-    choose_keeping,
-    copies_fit,
-    token_budget,
-    tokens_that_fit,
-)
-from workers.blocks.sizes import RECORDING_SHARE
+from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
+from workers.blocks.sizes import RECORDING_SHARE, RESERVED_LOGIT_BYTES
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
 """What a GPU's driver and libraries hold of its memory for a process."""
 LOGIT_BYTES = {"cpu": 2 * 2**26, "cuda": 2**28}
 """One chunk of logits, which the softmax and the gradient take over (workers.losses); with a copy on a CPU."""
-RESERVED_LOGIT_BYTES = 3 * 2**28
-"""What a run on a GPU leaves free for the loss when it plans."""
 LOSS_SHARE = 0.65
 """Tokens that carry loss where only answers do, of all: of instruction datasets about two thirds."""
 
@@ -94,7 +84,7 @@ def held(
         free_bytes -= RESERVED_LOGIT_BYTES + scratch
         free_bytes = int(free_bytes * RECORDING_SHARE) if is_recorded else free_bytes
         if is_lean:
-            budget = max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
+            budget = lean_token_budget(costs, free_bytes=free_bytes)
         else:
             copies = blocks.wide_bytes() if is_quantised else 0
             has_copies = copies_fit(costs, copies, num_tokens=math.ceil(most), free_bytes=free_bytes)

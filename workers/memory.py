@@ -140,12 +140,11 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     by_hand: HandWrittenRun | None = None
     if blocks is not None:
         optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4")
+        fixed_least = weights + adapter + optimizer
         by_hand = run_of(
             recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,
-            has_virtual_tokens=method.num_virtual_tokens(settings) > 0, precision=precision,
-            fixed_bytes=weights + adapter + optimizer,
+            has_virtual_tokens=method.num_virtual_tokens(settings) > 0, precision=precision, fixed_bytes=fixed_least,
         )  # fmt: skip
-        fixed_least = weights + adapter + optimizer
         weights += by_hand.held.weights_bytes
         activations = by_hand.held.activations_bytes
     else:

@@ -21,11 +21,11 @@ from workers import adapters, checkpoints, devices, fixed_prompts, scoring
 from workers.base_folders import BaseFolder
 from workers.base_scores import BaseScores, scores_key
 from workers.bases import Bases, free
-from workers.batching import Batch, Plan, TokenBudget, TokenRows, batches, collate, split_step
+from workers.batching import Batch, Plan, TokenBudget, TokenRows, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.blocks.recording import Recorder, is_worth_recording
-from workers.blocks.sizes import RECORDING_SHARE
+from workers.blocks.sizes import RECORDING_SHARE, RESERVED_LOGIT_BYTES
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -53,7 +53,7 @@ from workers.general import MAX_LENGTH, general_rows
 from workers.hand_written import is_hand_written
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
-from workers.losses import LOGIT_BYTES, head_is_plain
+from workers.losses import head_is_plain
 from workers.memory import GIB
 from workers.meter import Meter
 from workers.methods import get_method
@@ -646,7 +646,7 @@ def _room(run: Run, model: Any) -> int | None:
     free(run.device)
     # Gradients and both moments come with the first step.
     num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
-    room = devices.free_memory_bytes(run.device) - 12 * num_trained - 3 * LOGIT_BYTES["cuda"]
+    room = devices.free_memory_bytes(run.device) - 12 * num_trained - RESERVED_LOGIT_BYTES
     # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
     return room if run.max_micro_batch_size is None else room // 2
 
@@ -834,7 +834,8 @@ def _forward_backward(
     run: Run, model: Any, objective: Objective, rows: list[int], micro_batch_size: int, position: Position
 ) -> _Accumulated:
     """Gradients of a step's mean loss per token: the same ones in whatever micro-batches the rows are taken."""
-    step_batches = list(_step_batches(run, rows, micro_batch_size))
+    groups = split_step(rows, run.data.tokens, micro_batch_size, run.budget)
+    step_batches = list(_step_batches(run, groups))
     run.micro_batch_size = max(len(batch.lengths) for batch in step_batches)
     # Count before dividing: micro-batches differ in tokens, so a mean of their means would weigh tokens unequally.
     loss_weight = sum(batch.loss_weight for batch in step_batches)
@@ -860,7 +861,6 @@ def _forward_backward(
             batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
             (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
-    groups = split_step(rows, run.data.tokens, micro_batch_size, run.budget)
     in_order = [row for group in groups for row in group]
     run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)
     return _Accumulated(
@@ -871,12 +871,10 @@ def _forward_backward(
     )
 
 
-def _step_batches(run: Run, rows: list[int], micro_batch_size: int) -> Iterator[Batch]:
+def _step_batches(run: Run, groups: list[list[int]]) -> Iterator[Batch]:
     # Hand-written blocks take rows without padding; what is learned is the same.
     packing = run.recipe.training.packing is True or run.engine is not None
-    return batches(
-        rows, run.data.tokens, micro_batch_size=micro_batch_size, packing=packing, pad_id=0, budget=run.budget
-    )
+    return (collate(group, run.data.tokens, packing=packing, pad_id=0) for group in groups)
 
 
 def _num_loss_tokens(data: Data, row: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_base
-from workers.batching import Plan, TokenBudget, TokenRows, batches, collate, split_step
+from workers.batching import Plan, TokenBudget, TokenRows, collate, split_step
 from workers.examples import Example, Message, Problem
 from workers.rendering import Renderer
 
@@ -147,7 +147,7 @@ def test_rows_that_are_too_long_are_left_out_with_their_lines_when_that_is_asked
 def test_the_micro_batches_of_a_step_hold_all_its_tokens(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [3, 9, 5, 7, 2])
     for packing in (False, True):
-        found = list(batches([0, 1, 2, 3, 4], rows, micro_batch_size=2, packing=packing, pad_id=0))
+        found = [collate(group, rows, packing=packing, pad_id=0) for group in split_step([0, 1, 2, 3, 4], rows, 2)]
         assert sum(batch.num_tokens for batch in found) == 26
         targets = torch.cat([batch.targets_N for batch in found])
         assert len(targets) == sum(int(rows.trained(row)[1:].sum()) for row in range(5))

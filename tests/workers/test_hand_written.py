@@ -64,7 +64,7 @@ def test_every_method_is_expected_where_it_is_taken_and_with_its_sizes(name: str
     assert (engine is None) == (blocks is None)
     if engine is not None and blocks is not None:
         assert blocks.costs(4) == engine._costs
-        assert blocks.num_virtual_tokens == engine._num_virtual_tokens
+        assert blocks.num_virtual_tokens == engine.num_virtual_tokens
 
 
 def test_blocks_of_other_families_and_of_types_without_kernels_are_the_models_own(tmp_path: Path) -> None:

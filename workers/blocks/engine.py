@@ -20,15 +20,7 @@ from workers.blocks.attention import Prefix, Rows
 from workers.blocks.budget import block_bytes
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
-from workers.blocks.keeping import (
-    MOST_TOKENS,
-    BlockBytes,
-    Keeping,
-    choose_keeping,
-    copies_fit,
-    token_budget,
-    tokens_that_fit,
-)
+from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
 from workers.blocks.linears import Group
 from workers.blocks.operands import Seed
 from workers.blocks.sublayers import Surroundings
@@ -68,7 +60,7 @@ def _parts(read: Adapted) -> Iterator[_Part]:
 
 
 class Engine:
-    """The hand-written blocks of one model, in the order of its layers; `keeping` says what each keeps."""
+    """The hand-written blocks of one model, in the order of its `layers`; `keeping` says what each keeps."""
 
     def __init__(self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], num_virtual_tokens: int = 0) -> None:
         """`num_virtual_tokens` stand before each row's own in the layers' inputs."""
@@ -77,8 +69,8 @@ class Engine:
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
         self._free_bytes: int | None = None  # by which `keeping` is chosen for each batch, where it is known
         self._model = model
-        self._layers = tuple(layers)
-        self._num_virtual_tokens = num_virtual_tokens
+        self.layers = tuple(layers)
+        self.num_virtual_tokens = num_virtual_tokens
         config = _plain(model).config.get_text_config()
         self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
         self._drops = any(group.dropout for group in self._groups())
@@ -146,17 +138,12 @@ class Engine:
 
     def _prefix(self, place: int, hidden_BTH: Tensor) -> Prefix | None:
         """The trained keys and values of a layer, in the type of its own."""
-        source = getattr(self._layers[place].self_attn, PREFIX_MARK, None)
+        source = getattr(self.layers[place].self_attn, PREFIX_MARK, None)
         if source is None or source.prefix_P2LHD is None:
             return None
-        index = self._layers[place].self_attn.layer_idx
+        index = self.layers[place].self_attn.layer_idx
         slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
         return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Tokens that stand before each row's own in the layers' inputs."""
-        return self._num_virtual_tokens
 
     @property
     def drops(self) -> bool:
@@ -177,7 +164,7 @@ class Engine:
     def rows(self, batch: Batch) -> Iterator[None]:
         """Inside, a forward pass of the model is one over the packed rows of `batch`."""
         device = batch.input_ids.device
-        rows = Rows.of([length + self._num_virtual_tokens for length in batch.lengths], device)
+        rows = Rows.of([length + self.num_virtual_tokens for length in batch.lengths], device)
         with self.prepared(rows, self.draw(device)):
             yield
 
@@ -187,8 +174,8 @@ class Engine:
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NO_MASKS
-        checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self._layers]
-        for layer in self._layers:
+        checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self.layers]
+        for layer in self.layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
         if self._free_bytes is not None:
             self.keeping = choose_keeping(self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes)
@@ -199,7 +186,7 @@ class Engine:
             self._rows = self._seed = None
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
-            for layer, is_on in zip(self._layers, checkpointing, strict=True):
+            for layer, is_on in zip(self.layers, checkpointing, strict=True):
                 layer.gradient_checkpointing = is_on
 
     @contextmanager
@@ -235,8 +222,7 @@ class Engine:
         self.keeping = ["input"] * len(self.blocks)
         if free_bytes is None:
             return None
-        fitting = tokens_that_fit(self._costs, "input", free_bytes=free_bytes)
-        return TokenBudget(max(1, min(fitting, MOST_TOKENS)), self._num_virtual_tokens)
+        return TokenBudget(lean_token_budget(self._costs, free_bytes=free_bytes), self.num_virtual_tokens)
 
     def keep_what_fits(self, *, free_bytes: int, num_tokens: int) -> TokenBudget:
         """From here on what blocks keep of each batch is chosen by its size; and where there is memory beyond that,
@@ -249,21 +235,16 @@ class Engine:
             self.keep_copies()
             free_bytes -= copies
         self._free_bytes = free_bytes
-        return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self._num_virtual_tokens)
-
-    @property
-    def layers(self) -> tuple[Any, ...]:
-        """The model's decoder layers, in their order."""
-        return self._layers
+        return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self.num_virtual_tokens)
 
     @property
     def has_prefix(self) -> bool:
         """Whether trained keys and values stand before those of each row."""
-        return any(hasattr(layer.self_attn, PREFIX_MARK) for layer in self._layers)
+        return any(hasattr(layer.self_attn, PREFIX_MARK) for layer in self.layers)
 
     def remove(self) -> None:
         """Leaves the model as it was."""
-        for layer in self._layers:
+        for layer in self.layers:
             vars(layer).pop("forward", None)
 
 

@@ -98,6 +98,11 @@ def token_budget(costs: Sequence[BlockBytes], *, free_bytes: int) -> int:
     return max(1, min(FILLING_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
 
 
+def lean_token_budget(costs: Sequence[BlockBytes], *, free_bytes: int) -> int:
+    """Tokens of a micro-batch, at least 1, where blocks keep their inputs alone whatever there is room for."""
+    return max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
+
+
 def copies_fit(costs: Sequence[BlockBytes], copy_bytes: int, *, num_tokens: int, free_bytes: int) -> bool:
     """Whether weights in 4 bits can be kept computed back, beside all that a micro-batch keeps that fills the device.
 

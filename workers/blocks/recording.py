@@ -21,7 +21,7 @@ from workers.blocks.engine import Engine
 from workers.blocks.operands import Seed
 from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_out_of_memory
-from workers.graphs import NotRecordedError, record
+from workers.graphs import NO_MEMORY, NotRecordedError, record
 from workers.objectives import Objective
 
 MAX_SHAPES = 64
@@ -198,7 +198,7 @@ class Recorder:
         except Exception as error:
             if self._pool is None or not is_out_of_memory(error):
                 raise
-            self._launch_only("they take memory that is needed.")
+            self._launch_only(NO_MEMORY)
             return False
         return True
 

@@ -14,6 +14,9 @@ RECORDING_SHARE = 1 / (2 * 1.125)
 """Of free memory, what a run may plan with whose launches are recorded: recordings have memory of their own, and
 batches are filled up."""
 
+RESERVED_LOGIT_BYTES = 3 * 2**28
+"""What a run on a GPU leaves free for the loss when it plans: three chunks of logits (workers.losses)."""
+
 
 def launches_take_longer(layer_weights: float, num_tokens: float) -> bool:
     """Whether a layer of so many weights is so small, for batches of so many tokens, that launching it takes longer

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tests.tiny import HIDDEN, make_tiny_base
 from tests.workers.methods.trying import tiny_settings
 from workers import base_models
-from workers.batching import Batch, TokenRows, batches, collate
+from workers.batching import Batch, TokenRows, collate, split_step
 from workers.layers.neftune import EmbeddingNoise
 from workers.losses import summed_cross_entropy
 from workers.methods import get_method, methods
@@ -55,7 +55,8 @@ def noise() -> EmbeddingNoise:
 
 def step_batches(rows: TokenRows, micro_batch_size: int, packing: bool) -> list[Batch]:
     order = range(len(rows))
-    return list(batches(order, rows, micro_batch_size=micro_batch_size, packing=packing, pad_id=0))
+    groups = split_step(order, rows, micro_batch_size)
+    return [collate(group, rows, packing=packing, pad_id=0) for group in groups]
 
 
 def attach(name: str, base: Path) -> Any:
