@@ -270,6 +270,8 @@ def main() -> None:
     from jobs.slots import register_worker  # noqa: F401
     from tests.faults import quick, quick_trainer  # noqa: F401
 
+    # A slot may be woken before it has its handler; unhandled, the signal would end it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for line in sys.stdin:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG) != (0, 0):

@@ -56,6 +56,7 @@ def kill_trainers(job: Job, workers: SlotWorkers, times: int) -> None:
     def has_reached(step: int) -> bool:
         Job.objects.filter(pk=job.pk, state=JobState.RETRY_WAIT).update(not_before=lifecycle.database_now())
         slot.send(signal.SIGUSR1)
+        assert not slot.is_gone(), describe(job)
         assert not reload(job).is_final(), describe(job)
         return bool(slot.trainers()) and job.points.filter(step__gte=step).exists()
 
