@@ -217,16 +217,18 @@ class Attention(Sublayer):
         assert by_attended_TN is not None
         by_attended = by_attended_TN[:, : self._sizes[0]].unflatten(1, (-1, self.head_size))
         turned_TQ = body.qkv_TQ if body.turned_TQ is None else body.turned_TQ
-        by_query, by_key, by_value, by_prefix = attend_backward(
-            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, around.prefix
+        by_qkv_TQ = torch.empty_like(body.qkv_TQ)
+        into = self._heads(by_qkv_TQ)
+        by_prefix = attend_backward(
+            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, into, around.prefix
         )
+        by_query, by_key, _ = into
         self._turn(by_query, by_key, around, back=True)
         if self.head_norms is not None:
             assert body.inverses is not None
             raw_query, raw_key, _ = self._heads(body.qkv_TQ)
-            by_query = _norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0])
-            by_key = _norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1])
-        by_qkv_TQ = torch.cat([by_query.flatten(1), by_key.flatten(1), by_value.flatten(1)], dim=1)
+            by_query.copy_(_norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0]))
+            by_key.copy_(_norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1]))
         by_normed_TK, of_inputs = self.inputs.backward(
             by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
