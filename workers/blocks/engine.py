@@ -131,7 +131,8 @@ class Engine:
         around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
-            result_BTH = run_block(part.block, hidden_BTH[0].contiguous(), around, keeping, seed)[None]
+            # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
+            result_BTH = run_block(part.block, hidden_BTH.flatten(0, 1), around, keeping, seed).unsqueeze(0)
             if part.adapter is not None:
                 result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
             hidden_BTH = result_BTH
