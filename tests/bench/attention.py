@@ -63,21 +63,23 @@ class Work:
             for heads in (sum(self._parts), num_heads)
         )
         self._into = torch.empty_like(self._joined)
+        angles = torch.randn(self._rows.num_tokens, size // 2, device="cuda").repeat(1, 2)
+        self._angles = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
         self._expected = self._both_ways("flash", TILES)
 
     def _forward(self, kernel: str, tiles: Tiles) -> Attended:
         given = self._joined.split(self._parts, dim=1)
         if kernel == "flash":
             return attention.attend(*given, self._rows, self._sight)
-        return row_attention.attend(*given, self._rows, self._sight, tiles)
+        return row_attention.attend(*given, self._rows, self._sight, torch.empty_like(self._gradient), tiles)
 
     def _backward(self, kernel: str, tiles: Tiles, attended: Attended) -> None:
         given = (self._gradient, *self._joined.split(self._parts, dim=1), attended, self._rows, self._sight)
         into = self._into.split(self._parts, dim=1)
         if kernel == "flash":
-            attention.attend_backward(*given, into)
+            attention.attend_backward(*given, into, self._angles)
         else:
-            row_attention.attend_backward(*given, into, tiles)
+            row_attention.attend_backward(*given, into, self._angles, tiles)
 
     def _both_ways(self, kernel: str, tiles: Tiles) -> list[Tensor]:
         attended = self._forward(kernel, tiles)

@@ -17,6 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.blocks.pointwise import rotate
+from workers.blocks.room import with_room_behind
+
 Kernel = Literal["flash", "rows"]
 """What computes attention on a GPU: torch's FlashAttention-2, or ours for packed rows."""
 MOST_FEATURES_OF_ROWS = 128
@@ -107,13 +110,26 @@ class Prefix:
 
 
 def attend(
-    query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, prefix: Prefix | None = None
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    rows: Rows,
+    sight: Sight,
+    prefix: Prefix | None = None,
+    *,
+    room: int = 0,
 ) -> Attended:
-    """softmax(q k^T x scale) v within each row, causal; the query heads share key heads in groups of G / H."""
+    """softmax(q k^T x scale) v within each row, causal; the query heads share key heads in groups of G / H.
+
+    There may be `room` behind each token's heads, where the kernel knows how to leave it.
+    """
     if _is_by_rows(query_TGD, sight, prefix):
         from workers.blocks import row_attention
 
-        return row_attention.attend(query_TGD, key_THD, value_THD, rows, sight)
+        out_TN = with_room_behind(query_TGD, query_TGD.shape[1] * query_TGD.shape[2], room)
+        return row_attention.attend(
+            query_TGD, key_THD, value_THD, rows, sight, out_TN.unflatten(1, query_TGD.shape[1:])
+        )
     if query_TGD.is_cuda:
         return _flash(query_TGD, key_THD, value_THD, rows, sight, prefix)
     out_TGD = torch.empty_like(query_TGD, memory_format=torch.contiguous_format)
@@ -139,17 +155,43 @@ def attend_backward(
     rows: Rows,
     sight: Sight,
     into: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
     prefix: Prefix | None = None,
 ) -> Prefix | None:
     """Writes the gradients by queries, keys and values `into` three tensors of their shapes, which may lie apart by
-    token and head; gives that by the prefix."""
+    token and head; gives that by the prefix.
+
+    Those of queries and keys are by what these were before they turned by `angles`, the cosines and sines, (T, E) each.
+    """
     if _is_by_rows(query_TGD, sight, prefix):
         from workers.blocks import row_attention
 
-        row_attention.attend_backward(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into)
-        return None
-    if query_TGD.is_cuda:
-        return _flash_backward(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into, prefix)
+        turns_back = row_attention.can_turn_back(query_TGD.shape[2], angles[0])
+        row_attention.attend_backward(
+            gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into, angles if turns_back else None
+        )
+        if turns_back:
+            return None
+        by_prefix = None
+    else:
+        backward = _flash_backward if query_TGD.is_cuda else _backward_row_by_row
+        by_prefix = backward(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into, prefix)
+    for heads in into[:2]:
+        rotate(heads, *angles, back=True)
+    return by_prefix
+
+
+def _backward_row_by_row(
+    gradient_TGD: Tensor,
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    attended: Attended,
+    rows: Rows,
+    sight: Sight,
+    into: tuple[Tensor, Tensor, Tensor],
+    prefix: Prefix | None,
+) -> Prefix | None:
     by_query, by_key, by_value = into
     num_virtual = 0 if prefix is None else prefix.num_tokens
     by_prefix = (

@@ -46,6 +46,7 @@ def faster_kernel(
         return torch.randn(rows.num_tokens, count, size, dtype=dtype, device=device, generator=generator)
 
     joined_TGD, gradient_TGD = drawn(num_heads + 2 * num_key_heads), drawn(num_heads)
+    angles = drawn(1)[:, 0].cos(), drawn(1)[:, 0].sin()
 
     def heads_of(joined_TGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query_TGD, key_THD, value_THD = joined_TGD.split((num_heads, num_key_heads, num_key_heads), dim=1)
@@ -55,7 +56,7 @@ def faster_kernel(
         own = Sight(sight.scale, sight.window, kernel)
         into_TGD = torch.empty_like(joined_TGD)
         attended = attend(*heads_of(joined_TGD), rows, own)
-        attend_backward(gradient_TGD, *heads_of(joined_TGD), attended, rows, own, heads_of(into_TGD))
+        attend_backward(gradient_TGD, *heads_of(joined_TGD), attended, rows, own, heads_of(into_TGD), angles)
         return [attended.out_TGD, into_TGD]
 
     return choose(both_ways, lambda kernel: _milliseconds(lambda: both_ways(kernel), device))

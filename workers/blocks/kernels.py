@@ -17,8 +17,7 @@ from workers.blocks.operands import Activation, Norm, Seed
 
 @triton.jit
 def _rms_norm(
-    x_at, weight_at, out_at, inverse_at, x_row, out_row, epsilon, width, padded,
-    ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    x_at, weight_at, out_at, inverse_at, x_row, out_row, epsilon, width, ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -32,10 +31,6 @@ def _rms_norm(
     else:
         found = (x * inverse).to(out_at.dtype.element_ty).to(tl.float32) * weight
     tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
-    if REST:
-        rest = width + tl.arange(0, REST)
-        zeros = tl.zeros([REST], out_at.dtype.element_ty)
-        tl.store(out_at + row * out_row + rest, zeros, mask=rest < padded)
 
 
 @triton.jit
@@ -87,7 +82,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _gated(gate_up_at, out_at, gate_up_row, out_row, width, padded, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate_up_at, out_at, gate_up_row, out_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -99,8 +94,7 @@ def _gated(gate_up_at, out_at, gate_up_row, out_row, width, padded, SILU: tl.con
     else:
         found = 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate)))
     found = found.to(out_at.dtype.element_ty).to(tl.float32) * up
-    found = tl.where(inside, found, 0.0)
-    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=column < padded)
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -210,9 +204,8 @@ def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     inverse_T = torch.empty(num_rows, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(width)
     _rms_norm[(num_rows,)](
-        x_TH, norm.weight_H, out_TK, inverse_T, x_TH.stride(0), out_TK.stride(0), norm.epsilon, width, out_TK.shape[1],
+        x_TH, norm.weight_H, out_TK, inverse_T, x_TH.stride(0), out_TK.stride(0), norm.epsilon, width,
         ADDS_ONE=norm.adds_one, BLOCK=block, num_warps=_warps(block),
-        REST=triton.next_power_of_2(out_TK.shape[1] - width) if out_TK.shape[1] > width else 0,
     )  # fmt: skip
     return inverse_T
 
@@ -248,10 +241,10 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool) -> 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     """As `pointwise.gated`."""
     assert gate_up_T2F.stride(1) == out_TK.stride(1) == 1
-    num_rows, width, padded = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, out_TK.shape[1]
-    block = min(2048, triton.next_power_of_2(padded))
-    _gated[(num_rows, triton.cdiv(padded, block))](
-        gate_up_T2F, out_TK, gate_up_T2F.stride(0), out_TK.stride(0), width, padded,
+    num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    block = min(2048, triton.next_power_of_2(width))
+    _gated[(num_rows, triton.cdiv(width, block))](
+        gate_up_T2F, out_TK, gate_up_T2F.stride(0), out_TK.stride(0), width,
         SILU=activation == "silu", BLOCK=block, num_warps=4,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from workers.blocks.operands import Seed
 from workers.blocks.pointwise import add_dropped, dropped
+from workers.blocks.room import lying_wide, widened, with_room_behind
 from workers.blocks.sizes import PAD
 from workers.blocks.weights import Weights, Wide
 
@@ -106,12 +107,12 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Columns that an input should have, so that the branches ride in the product; those behind K at zero."""
-        return self.num_inputs + PAD if self.is_folded else self.num_inputs
+        """Columns that an input should have, so that the branches ride in the product."""
+        return self.num_inputs + self.room
 
     @property
     def room(self) -> int:
-        """Columns that a gradient should have behind its own, so that the branches ride in the way back."""
+        """Columns that inputs and gradients should have behind their own, so that the branches ride in the products."""
         return PAD if self.is_folded else 0
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -143,17 +144,22 @@ class Group:
     ) -> tuple[Tensor, Read]:
         """(T, N), plus `added_to`, with `room` behind it on request; and what `backward` needs besides the input.
 
-        `x_TK` has `width` columns, or K.
+        `x_TK` has `width` columns, or K with room behind them or without; what is there is written over.
         """
         columns = self.num_inputs
         if not self.branches:
             return self._frozen(x_TK[:, :columns], added_to), Read(None, None)
-        thin_TR = self.thin(x_TK, seed=seed)
-        if self.is_folded and x_TK.shape[1] > columns:
-            x_TK[:, columns : columns + self.num_ranks] = thin_TR
+        wide_TK = x_TK if x_TK.shape[1] > columns else lying_wide(x_TK, self.room)
+        if self.is_folded and wide_TK is not None:
+            assert self._below_PK is not None
+            room_TP = wide_TK[:, columns:]
+            torch.mm(self._dropped(x_TK[:, :columns], seed), self._below_PK.T, out=room_TP)
+            # A copy, because whoever keeps it does not keep the whole input.
+            thin_TR = room_TP[:, : self.num_ranks].clone()
             beside_NK = self._weights.beside(self._side_NP)
             assert beside_NK is not None
-            return self._product(x_TK, beside_NK, added_to, has_room=has_room), Read(x_TK, thin_TR, seed)
+            return self._product(wide_TK, beside_NK, added_to, has_room=has_room), Read(x_TK, thin_TR, seed)
+        thin_TR = self.thin(x_TK, seed=seed)
         out_TN = self._frozen(x_TK[:, :columns], added_to)
         for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
             out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
@@ -270,24 +276,6 @@ class Group:
         for part_TN, weight_NK in others:
             found_TK.addmm_(part_TN, weight_NK)
         return found_TK
-
-
-def with_room_behind(like: Tensor, width: int, room: int) -> Tensor:
-    """(T, width) of T rows like those of another, each with `room` behind it."""
-    whole = torch.empty(like.shape[0], width + room, dtype=like.dtype, device=like.device)
-    return whole[:, :width]
-
-
-def widened(tensor_TN: Tensor, room: int) -> Tensor:
-    """The tensor with the room behind its rows, (T, N + room): what `with_room_behind` made, or else a copy."""
-    num_rows, width = tensor_TN.shape
-    row = width + room
-    storage = tensor_TN.untyped_storage()
-    if tensor_TN.stride() == (row, 1) and storage.nbytes() == tensor_TN.element_size() * num_rows * row:
-        return tensor_TN.as_strided((num_rows, row), (row, 1), 0)
-    copy = with_room_behind(tensor_TN, width, room)
-    copy.copy_(tensor_TN)
-    return copy.as_strided((num_rows, row), (row, 1), 0)
 
 
 def _product_float(left: Tensor, right: Tensor) -> Tensor:

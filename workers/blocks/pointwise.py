@@ -48,7 +48,7 @@ def _kernels_work(device: torch.device) -> bool:
 
 
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
-    """Writes the normalised rows into the first H columns of `out_TK`, zeros into the others; gives 1 / rms, (T,)."""
+    """Writes the normalised rows into the first H columns of `out_TK`; gives 1 / rms, (T,)."""
     if _has_kernels(x_TH):
         from workers.blocks import kernels
 
@@ -57,8 +57,6 @@ def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     inverse_T = torch.rsqrt(x.square().mean(-1) + norm.epsilon)
     width = x_TH.shape[1]
     out_TK[:, :width] = _scaled(x * inverse_T[:, None], norm, x_TH.dtype)
-    if out_TK.shape[1] > width:
-        out_TK[:, width:] = 0
     return inverse_T
 
 
@@ -112,7 +110,7 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = Fa
 
 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
-    """Writes activation(gate) x up into the first F columns of `out_TK`, zeros into the others. Rows may lie apart."""
+    """Writes activation(gate) x up into the first F columns of `out_TK`. Rows may lie apart."""
     if _has_kernels(gate_up_T2F):
         from workers.blocks import kernels
 
@@ -122,8 +120,6 @@ def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     width = gate_TF.shape[1]
     act_TF = functional.silu(gate_TF) if activation == "silu" else functional.gelu(gate_TF, approximate="tanh")
     torch.mul(act_TF, up_TF, out=out_TK[:, :width])
-    if out_TK.shape[1] > width:
-        out_TK[:, width:] = 0
 
 
 def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:

@@ -73,6 +73,25 @@ def _is_seen(token, key, length, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _store(at_R, found_RD, is_real_R, cos_at_R, sin_at_R, D: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr):
+    """Writes features to where each row's begin; with TURNS turned back by the angles that begin there."""
+    if TURNS:
+        half: tl.constexpr = WIDTH // 2
+        pair = tl.arange(0, half)[None, :]
+        inside = is_real_R[:, None]
+        cos = tl.load(cos_at_R[:, None] + pair, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(sin_at_R[:, None] + pair, mask=inside, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.permute(tl.reshape(found_RD, [found_RD.shape[0], 2, half]), [0, 2, 1]))
+        at = at_R[:, None] + pair
+        tl.store(at, (first * cos + second * sin).to(at.dtype.element_ty), mask=inside)
+        tl.store(at + half, (second * cos - first * sin).to(at.dtype.element_ty), mask=inside)
+    else:
+        feature = tl.arange(0, WIDTH)[None, :]
+        at = at_R[:, None] + feature
+        tl.store(at, found_RD.to(at.dtype.element_ty), mask=is_real_R[:, None] & (feature < D))
+
+
+@triton.jit
 def _attend_keys(
     query_MD, out_MD, largest_M, total_M, k_at, v_at, k_token, v_token, begin, end, token_M, length, scale, window,
     N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, IS_MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -100,8 +119,8 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def _forward(
-    q_at, k_at, v_at, out_at, sums_at, starts_at, q_token, q_head, k_token, k_head, v_token, v_head, num_rows,
-    num_heads, scale, window,
+    q_at, k_at, v_at, out_at, sums_at, starts_at, q_token, q_head, k_token, k_head, v_token, v_head, out_token,
+    out_head, num_rows, num_heads, scale, window,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -139,10 +158,10 @@ def _forward(
         query_MD, out_MD, largest_M, total_M, k_at, v_at, k_token, v_token, begin, end, token_M, length, scale, window,
         N, D, WIDTH, True, HAS_WINDOW,
     )  # fmt: skip
-    out_MD = out_MD / total_M[:, None]
-    at_M = (start + token_M) * num_heads + head_M
-    tl.store(out_at + at_M[:, None] * D + feature, out_MD.to(out_at.dtype.element_ty), mask=inside)
-    tl.store(sums_at + at_M, largest_M + tl.log2(total_M), mask=is_real_M)
+    own_M = start + token_M
+    out_at_M = out_at + own_M * out_token + head_M * out_head
+    _store(out_at_M, out_MD / total_M[:, None], is_real_M, out_at_M, out_at_M, D, WIDTH, False)
+    tl.store(sums_at + own_M * num_heads + head_M, largest_M + tl.log2(total_M), mask=is_real_M)
 
 
 @triton.jit
@@ -168,10 +187,11 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def _by_query(
-    q_at, k_at, v_at, out_at, by_out_at, sums_at, shares_at, by_q_at, starts_at, q_token, q_head, k_token, k_head,
-    v_token, v_head, by_out_token, by_out_head, by_q_token, by_q_head, num_rows, num_heads, scale, window, plain_scale,
+    q_at, k_at, v_at, out_at, by_out_at, sums_at, shares_at, by_q_at, cos_at, sin_at, starts_at, q_token, q_head,
+    k_token, k_head, v_token, v_head, by_out_token, by_out_head, out_token, out_head, by_q_token, by_q_head,
+    angle_token, num_rows, num_heads, scale, window, plain_scale,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     start, stop, tile = _own_tile(tl.program_id(1), starts_at, num_rows, M, HEADS, ROWS, True)
@@ -191,7 +211,7 @@ def _by_query(
         by_out_at + own_M[:, None] * by_out_token + head_M[:, None] * by_out_head + feature, mask=inside, other=0.0
     )
     at_M = own_M * num_heads + head_M
-    out_MD = tl.load(out_at + at_M[:, None] * D + feature, mask=inside, other=0.0)
+    out_MD = tl.load(out_at + own_M[:, None] * out_token + head_M[:, None] * out_head + feature, mask=inside, other=0.0)
     # What of each gradient goes to all scores of a query alike (Dao et al. 2022, appendix B.2).
     share_M = tl.sum(out_MD.to(tl.float32) * by_out_MD.to(tl.float32), 1)
     tl.store(shares_at + at_M, share_M, mask=is_real_M)
@@ -213,8 +233,10 @@ def _by_query(
         by_query_MD, query_MD, by_out_MD, sum_M, share_M, k_at, v_at, k_token, v_token, begin, end, token_M, length,
         scale, window, N, D, WIDTH, True, HAS_WINDOW,
     )  # fmt: skip
-    found = (by_query_MD * plain_scale).to(by_q_at.dtype.element_ty)
-    tl.store(by_q_at + own_M[:, None] * by_q_token + head_M[:, None] * by_q_head + feature, found, mask=inside)
+    _store(
+        by_q_at + own_M * by_q_token + head_M * by_q_head, by_query_MD * plain_scale, is_real_M,
+        cos_at + own_M * angle_token, sin_at + own_M * angle_token, D, WIDTH, TURNS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -254,11 +276,11 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def _by_key(
-    q_at, k_at, v_at, by_out_at, sums_at, shares_at, by_k_at, by_v_at, starts_at, q_token, q_head, k_token, k_head,
-    v_token, v_head, by_out_token, by_out_head, by_k_token, by_k_head, by_v_token, by_v_head, num_rows, num_heads,
-    scale, window, plain_scale,
+    q_at, k_at, v_at, by_out_at, sums_at, shares_at, by_k_at, by_v_at, cos_at, sin_at, starts_at, q_token, q_head,
+    k_token, k_head, v_token, v_head, by_out_token, by_out_head, by_k_token, by_k_head, by_v_token, by_v_head,
+    angle_token, num_rows, num_heads, scale, window, plain_scale,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     start, stop, tile = _own_tile(tl.program_id(1), starts_at, num_rows, N, 1, ROWS, False)
@@ -296,28 +318,42 @@ def _by_key(
             by_out_token, by_out_head, num_heads, middle, end, key_N, length, scale, window, HEADS, M, D, WIDTH, False,
             HAS_WINDOW,
         )  # fmt: skip
-    by_key = (by_key_ND * plain_scale).to(by_k_at.dtype.element_ty)
-    tl.store(by_k_at + own_N[:, None] * by_k_token + group * by_k_head + feature, by_key, mask=inside)
-    by_value = by_value_ND.to(by_v_at.dtype.element_ty)
-    tl.store(by_v_at + own_N[:, None] * by_v_token + group * by_v_head + feature, by_value, mask=inside)
+    is_real_N = key_N < length
+    _store(
+        by_k_at + own_N * by_k_token + group * by_k_head, by_key_ND * plain_scale, is_real_N,
+        cos_at + own_N * angle_token, sin_at + own_N * angle_token, D, WIDTH, TURNS,
+    )  # fmt: skip
+    by_v_at_N = by_v_at + own_N * by_v_token + group * by_v_head
+    _store(by_v_at_N, by_value_ND, is_real_N, by_v_at_N, by_v_at_N, D, WIDTH, False)
 
 
 def attend(
-    query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, tiles: Tiles = TILES
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    rows: Rows,
+    sight: Sight,
+    out_TGD: Tensor,
+    tiles: Tiles = TILES,
 ) -> Attended:
     """As `attention.attend`, without a prefix; it keeps the binary logarithms of the sums, (T, G) float32."""
     num_tokens, num_heads, size = query_TGD.shape
-    out_TGD = torch.empty(query_TGD.shape, dtype=query_TGD.dtype, device=query_TGD.device)
     sums_TG = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query_TGD.device)
     heads = num_heads // key_THD.shape[1]
     tile = tiles.forward
     _forward[(key_THD.shape[1], _num_tiles(rows, heads, tile.queries))](
-        query_TGD, key_THD, value_THD, out_TGD, sums_TG, rows.starts, *_strides(query_TGD, key_THD, value_THD),
-        rows.num_rows, num_heads, sight.scale * LOG2_E, sight.window or 0,
+        query_TGD, key_THD, value_THD, out_TGD, sums_TG, rows.starts,
+        *_strides(query_TGD, key_THD, value_THD, out_TGD), rows.num_rows, num_heads, sight.scale * LOG2_E,
+        sight.window or 0,
         HEADS=heads, D=size, WIDTH=_width(size), M=tile.queries, N=tile.keys, ROWS=_room(rows),
         HAS_WINDOW=sight.window is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return Attended(out_TGD, (sums_TG,))
+
+
+def can_turn_back(size: int, cos_TE: Tensor) -> bool:
+    """Whether `attend_backward` turns heads of so many features back by such angles where it makes their gradients."""
+    return cos_TE.shape[1] == size == _width(size)
 
 
 def attend_backward(
@@ -329,30 +365,35 @@ def attend_backward(
     rows: Rows,
     sight: Sight,
     into: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor] | None = None,
     tiles: Tiles = TILES,
 ) -> None:
-    """As `attention.attend_backward`, without a prefix."""
+    """As `attention.attend_backward`, without a prefix; only with `angles` turned back."""
     by_query_TGD, by_key_THD, by_value_THD = into
     (sums_TG,) = attended.kept
     num_heads, size = query_TGD.shape[1:]
     num_groups = key_THD.shape[1]
     heads = num_heads // num_groups
     shares_TG = torch.empty_like(sums_TG)
+    cos_TE, sin_TE = angles or (sums_TG, sums_TG)
+    assert cos_TE.stride() == sin_TE.stride()
     common = {
-        "HEADS": heads, "D": size, "WIDTH": _width(size), "ROWS": _room(rows), "HAS_WINDOW": sight.window is not None
+        "HEADS": heads, "D": size, "WIDTH": _width(size), "ROWS": _room(rows),
+        "HAS_WINDOW": sight.window is not None, "TURNS": angles is not None,
     }  # fmt: skip
-    numbers = (rows.num_rows, num_heads, sight.scale * LOG2_E, sight.window or 0, sight.scale)
-    assert attended.out_TGD.is_contiguous()
+    numbers = (
+        cos_TE.stride(0), rows.num_rows, num_heads, sight.scale * LOG2_E, sight.window or 0, sight.scale
+    )  # fmt: skip
     tile = tiles.by_query
     _by_query[(num_groups, _num_tiles(rows, heads, tile.queries))](
-        query_TGD, key_THD, value_THD, attended.out_TGD, gradient_TGD, sums_TG, shares_TG, by_query_TGD, rows.starts,
-        *_strides(query_TGD, key_THD, value_THD, gradient_TGD, by_query_TGD), *numbers,
+        query_TGD, key_THD, value_THD, attended.out_TGD, gradient_TGD, sums_TG, shares_TG, by_query_TGD, cos_TE, sin_TE,
+        rows.starts, *_strides(query_TGD, key_THD, value_THD, gradient_TGD, attended.out_TGD, by_query_TGD), *numbers,
         M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
     tile = tiles.by_key
     _by_key[(num_groups, _num_tiles(rows, 1, tile.keys))](
-        query_TGD, key_THD, value_THD, gradient_TGD, sums_TG, shares_TG, by_key_THD, by_value_THD, rows.starts,
-        *_strides(query_TGD, key_THD, value_THD, gradient_TGD, by_key_THD, by_value_THD), *numbers,
+        query_TGD, key_THD, value_THD, gradient_TGD, sums_TG, shares_TG, by_key_THD, by_value_THD, cos_TE, sin_TE,
+        rows.starts, *_strides(query_TGD, key_THD, value_THD, gradient_TGD, by_key_THD, by_value_THD), *numbers,
         M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, attend_backward
-from workers.blocks.linears import Group, Read, with_room_behind
+from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
+from workers.blocks.room import with_room_behind
 
 
 @dataclass(frozen=True)
@@ -189,13 +190,10 @@ class Attention(Sublayer):
                 _norm_heads(raw_key, self.head_norms.key, key),
             )
             value = turned_value
-        self._turn(query, key, around)
-        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix)
+        for heads in (query, key):
+            rotate(heads, around.cos_TE, around.sin_TE)
+        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix, room=self.outputs.room)
         return body
-
-    def _turn(self, query: Tensor, key: Tensor, around: Surroundings, *, back: bool = False) -> None:
-        rotate(query, around.cos_TE, around.sin_TE, back=back)
-        rotate(key, around.cos_TE, around.sin_TE, back=back)
 
     def forward(
         self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
@@ -223,10 +221,10 @@ class Attention(Sublayer):
         by_qkv_TQ = with_room_behind(body.qkv_TQ, self.inputs.num_outputs, self.inputs.room)
         into = self._heads(by_qkv_TQ)
         by_prefix = attend_backward(
-            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, into, around.prefix
-        )
+            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, into,
+            (around.cos_TE, around.sin_TE), around.prefix,
+        )  # fmt: skip
         by_query, by_key, _ = into
-        self._turn(by_query, by_key, around, back=True)
         if self.head_norms is not None:
             assert body.inverses is not None
             raw_query, raw_key, _ = self._heads(body.qkv_TQ)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from workers.blocks.linears import Branch, Group, Layer, Read, widened, with_room_behind
+from workers.blocks.linears import Branch, Group, Layer, Read
+from workers.blocks.room import widened, with_room_behind
 from workers.blocks.weights import widen
 
 
@@ -42,6 +43,10 @@ def test_gradients_are_the_same_with_room_and_without() -> None:
 
     roomy = with_room_behind(gradient, 8, group.room)
     roomy.copy_(gradient)
+    x_roomy = with_room_behind(x, 6, group.room)
+    x_roomy.copy_(x.detach())
+    for given in (x.detach(), x_roomy, widened(x.detach(), group.room)):
+        torch.testing.assert_close(group.forward(given)[0], out.detach())
     read = Read(x.detach(), group.thin(x.detach()))
     for given in (gradient, roomy):
         by_input, by_parameters = group.backward(given, read)

@@ -191,7 +191,8 @@ def test_attention_of_packed_rows(
     rows, sight, gradient = Rows.of(lengths, query.device), Sight(size**-0.5, window, kernel), some(total, heads, size)
     by_inputs = torch.empty_like(joined).split((heads, key_heads, key_heads), dim=1)
     own = attend(query, key, value, rows, sight, prefix)
-    by_prefix = attend_backward(gradient, query, key, value, own, rows, sight, by_inputs, prefix)
+    unturned = torch.ones(total, size, device="cuda"), torch.zeros(total, size, device="cuda")
+    by_prefix = attend_backward(gradient, query, key, value, own, rows, sight, by_inputs, unturned, prefix)
 
     def exact(*given: Tensor) -> Tensor:
         query, key, value, *of_prefix = given

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.blocks import pointwise
 from workers.blocks.attention import Rows, Sight
 
 CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,19 +60,34 @@ def test_attention_of_packed_rows(heads: int, key_heads: int, size: int, window:
         one.copy_(torch.randn(one.shape))
     gradient = beside_nans(rows.num_tokens, heads, size).copy_(torch.randn(rows.num_tokens, heads, size))
     into = tuple(beside_nans(*one.shape) for one in (query, key, value))
+    out = beside_nans(rows.num_tokens, heads, size)
     # Small, so that a row has several; of which one is not a multiple of the heads of a group.
     tile = row_attention.Tile(32, 16, 4, 1)
     tiles = row_attention.Tiles(tile, tile, row_attention.Tile(16, 32, 4, 1))
 
-    attended = row_attention.attend(query, key, value, rows, sight, tiles)
-    row_attention.attend_backward(gradient, query, key, value, attended, rows, sight, into, tiles)
+    attended = row_attention.attend(query, key, value, rows, sight, out, tiles)
+    row_attention.attend_backward(gradient, query, key, value, attended, rows, sight, into, None, tiles)
 
     inputs = [one.double().requires_grad_() for one in (query, key, value)]
     expected = exact(*inputs, rows, sight)
     by_inputs = torch.autograd.grad(expected, inputs, gradient.double())
     for found, wanted in zip((attended.out_TGD, *into), (expected, *by_inputs), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=WITHIN, atol=WITHIN)
-    assert all(map(is_untouched, into))
+    assert all(map(is_untouched, (*into, out)))
+
+    angles = torch.randn(rows.num_tokens, size // 2, device=DEVICE).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    assert row_attention.can_turn_back(size, cos) == (size != 24)
+    if size != 24:
+        turned = tuple(beside_nans(*one.shape) for one in (query, key, value))
+        row_attention.attend_backward(
+            gradient, query, key, value, attended, rows, sight, turned, (cos, sin), tiles
+        )  # fmt: skip
+        for heads_of_it in into[:2]:
+            pointwise.rotate(heads_of_it, cos, sin, back=True)
+        for found, wanted in zip(turned, into, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=WITHIN, atol=WITHIN)
+        assert all(map(is_untouched, turned))
 
 
 def test_gradients_are_the_same_bit_by_bit() -> None:
@@ -84,7 +100,7 @@ def test_gradients_are_the_same_bit_by_bit() -> None:
     found = []
     for _ in range(2):
         into = tuple(torch.empty_like(one) for one in (query, key, value))
-        attended = row_attention.attend(query, key, value, rows, sight)
+        attended = row_attention.attend(query, key, value, rows, sight, torch.empty_like(query))
         row_attention.attend_backward(gradient, query, key, value, attended, rows, sight, into)
         found.append([attended.out_TGD, *into])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
