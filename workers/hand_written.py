@@ -44,8 +44,6 @@ class Group:
     num_inputs: int
     num_outputs: int
     num_ranks: int
-    reads_norm: bool
-    """Whether its weights, where they are not quantised, lie in memory with room beside them."""
 
     @property
     def num_weights(self) -> int:
@@ -53,8 +51,8 @@ class Group:
 
     @property
     def wide_bytes(self) -> int:
-        """Its weights in 16 bits with room for branches beside them."""
-        return 2 * self.num_outputs * (self.num_inputs + PAD)
+        """Its weights in 16 bits with room for branches beside and below them."""
+        return 2 * (self.num_outputs + PAD) * (self.num_inputs + PAD)
 
 
 _GROUPS = (_READ_BY_ATTENTION, frozenset({"o_proj"}), _READ_BY_FEED_FORWARD, frozenset({"down_proj"}))
@@ -87,7 +85,7 @@ class Blocks:
         targets: Any = getattr(settings, "target_modules", ())
         rank = int(settings.rank) if targets else 0
         groups = []
-        for place, names in enumerate(_GROUPS):
+        for names in _GROUPS:
             linears = _group(shape, names)
             assert linears is not None, "asked for a shape that has no hand-written blocks"
             num_targeted = sum(targets == "all-linear" or linear.name in targets for linear in linears) if rank else 0
@@ -96,7 +94,6 @@ class Blocks:
                     linears[0].in_features,
                     sum(linear.out_features for linear in linears),
                     rank * num_targeted,
-                    reads_norm=place != 1,
                 )
             )
         placement = getattr(settings, "placement", None)
@@ -149,17 +146,16 @@ class Blocks:
 
     @staticmethod
     def room_of(shape: ModelShape) -> int:
-        """What the room beside weights that are not quantised takes in a model; 0 in other families."""
+        """What the room around weights that are not quantised takes in a model; 0 in other families."""
         if shape.family not in FAMILIES:
             return 0
-        wide = (linear.out_features for names in (*_GROUPS[:1], *_GROUPS[2:]) for linear in _group(shape, names) or ())
-        return shape.num_layers * 2 * PAD * sum(wide)
+        groups = [found for names in _GROUPS if (found := _group(shape, names))]
+        sizes = [(sum(linear.out_features for linear in one), one[0].in_features) for one in groups]
+        return shape.num_layers * 2 * sum(PAD * (outputs + inputs + PAD) for outputs, inputs in sizes)
 
     def branch_bytes(self, element: int, *, is_quantised: bool) -> int:
-        """The copies of low-rank branches that products use: those inside the room beside weights take nothing."""
-        each = (
-            group.num_ranks * group.num_inputs
-            + (group.num_ranks * group.num_outputs if is_quantised or not group.reads_norm else 0)
-            for group in self.groups
-        )
+        """The copies of low-rank branches that products use: those inside the room around weights take nothing."""
+        if not is_quantised:
+            return 0
+        each = (PAD * (group.num_inputs + group.num_outputs) for group in self.groups if group.num_ranks)
         return self.shape.num_layers * element * sum(each)

@@ -572,14 +572,17 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
     """Inside, training steps take hand-written blocks where the model and its adapter have them (`workers.blocks`)."""
     tokens, rows = run.data.tokens, run.data.train
     by_length = sorted(rows, key=tokens.length)
-    middle = len(by_length) // 2
+    middle, size = len(by_length) // 2, run.recipe.training.batch_size
     usual = by_length[max(0, middle - 1) : middle + 1]
     sample = collate(usual, tokens, packing=True, pad_id=0, most=SAMPLE_TOKENS).to(run.device)
     objective = get_objective(run.recipe.objective)
+    # One from each part of the rows by their lengths, as many as a step has.
+    step = by_length[len(by_length) // (2 * size) :: max(1, len(by_length) // size)]
     run.engine = hand_written(
         model,
         sample,
         lambda *given: objective.loss(*given)[0],
+        [tokens.length(row) for row in step],
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )

@@ -13,7 +13,7 @@ from tests.tiny import FAMILIES, make_tiny_base
 from workers.base_folders import read_base_folder
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import Engine, install
-from workers.blocks.families import NotByHandError
+from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import FILLING_TOKENS, MOST_TOKENS, SAFETY, token_budget, tokens_that_fit
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import StepTokens, held
@@ -56,6 +56,26 @@ def test_sizes_are_those_of_the_blocks_in_every_family(family: str, tmp_path: Pa
         assert (found.num_inputs, found.num_outputs, found.num_ranks) == (
             group.num_inputs, group.num_outputs, group.num_ranks,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_the_room_around_weights_is_what_making_it_takes(family: str, tmp_path: Path) -> None:
+    import torch
+
+    from workers import base_models
+
+    folder = make_tiny_base(tmp_path / "base", family=family)  # type: ignore[arg-type]
+    model = base_models.load(folder, "float32", torch.device("cpu")).model
+
+    def num_bytes() -> int:
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in model.model.layers.parameters()}
+        return sum(one.nbytes() for one in storages.values())
+
+    for parameter in model.model.layers.parameters():
+        parameter.data = parameter.data.clone()  # instead of a file's, which all share
+    before = num_bytes()
+    make_room(model)
+    assert num_bytes() - before == 2 * Blocks.room_of(read_base_folder(folder).shape), "float32 instead of 16 bits"
 
 
 @pytest.mark.parametrize("name", [name for name, method in methods().items() if "float32" in method.precisions])
@@ -120,7 +140,7 @@ def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_
     assert held_with(eight_b, 40, is_lean=True).activations_bytes < 0.2 * held_with(eight_b, 40).activations_bytes
     small, large = held_with(eight_b, 16, is_quantised=True), held_with(eight_b, 80, is_quantised=True)
     assert (small.has_copies, large.has_copies) == (False, True)
-    assert small.weights_bytes == 2 * 2 * 14336 * (4096 + 64)
+    assert small.weights_bytes == 2 * (2 * 14336 + 64) * (4096 + 64)
     assert large.weights_bytes > 2 * eight_b.num_weights
 
 

@@ -1,7 +1,7 @@
 """Causal attention of rows that stand one behind the other, each seeing itself alone, forward and backward.
 
-On a GPU it is the FlashAttention-2 (Dao 2023) that torch carries, which takes where rows begin and leaves no mask; on
-a CPU it is torch's flash attention row by row.
+On a GPU it is one of two kernels that are told where rows begin and need no mask: the FlashAttention-2 (Dao 2023) that
+torch carries, or our own (`row_attention`). On a CPU it is torch's flash attention row by row.
 
 Letters of shapes: T tokens of all rows, G query heads, H key heads, D features of a head.
 """
@@ -12,9 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from workers.blocks.pointwise import rotate
+from workers.blocks.room import with_room_behind
+
+Kernel = Literal["flash", "rows"]
+"""What computes attention on a GPU: torch's FlashAttention-2, or ours for packed rows."""
+MOST_FEATURES_OF_ROWS = 128
+"""Features of a head that our kernel takes: tiles of more do not fit the registers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,11 @@ class Rows:
         if device.type == "cuda":
             starts = starts.pin_memory().to(device, non_blocking=True)
         return cls(tuple(lengths), starts, sum(lengths), max(lengths))
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are, empty ones counted."""
+        return int(self.starts.shape[0]) - 1
 
     def behind(self, num_virtual: int) -> Rows:
         """The same rows with as many tokens more before each."""
@@ -75,10 +89,12 @@ class Attended:
 
 @dataclass(frozen=True)
 class Sight:
-    """How far attention looks and how it scales: `window` tokens back, the query itself counted, or all when None."""
+    """How far attention looks and how it scales: `window` tokens back, the query itself counted, or all when None; and
+    which kernel computes it on a GPU, where it can."""
 
     scale: float
     window: int | None = None
+    kernel: Kernel = "flash"
 
 
 @dataclass(frozen=True)
@@ -94,11 +110,28 @@ class Prefix:
 
 
 def attend(
-    query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, prefix: Prefix | None = None
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    rows: Rows,
+    sight: Sight,
+    prefix: Prefix | None = None,
+    *,
+    room: int = 0,
 ) -> Attended:
-    """softmax(q k^T x scale) v within each row, causal; the query heads share key heads in groups of G / H."""
+    """softmax(q k^T x scale) v within each row, causal; the query heads share key heads in groups of G / H.
+
+    There may be `room` behind each token's heads, where the kernel knows how to leave it.
+    """
+    if _is_by_rows(query_TGD, sight, prefix):
+        from workers.blocks import row_attention
+
+        out_TN = with_room_behind(query_TGD, query_TGD.shape[1] * query_TGD.shape[2], room)
+        return row_attention.attend(
+            query_TGD, key_THD, value_THD, rows, sight, out_TN.unflatten(1, query_TGD.shape[1:])
+        )
     if query_TGD.is_cuda:
-        return _attend_on_gpu(query_TGD, key_THD, value_THD, rows, sight, prefix)
+        return _flash(query_TGD, key_THD, value_THD, rows, sight, prefix)
     out_TGD = torch.empty_like(query_TGD, memory_format=torch.contiguous_format)
     sums = []
     num_virtual = 0 if prefix is None else prefix.num_tokens
@@ -121,12 +154,45 @@ def attend_backward(
     attended: Attended,
     rows: Rows,
     sight: Sight,
+    into: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
     prefix: Prefix | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Prefix | None]:
-    """The gradients by queries, keys, values and the prefix."""
-    if query_TGD.is_cuda:
-        return _attend_backward_on_gpu(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, prefix)
-    by_query, by_key, by_value = (torch.empty_like(one) for one in (query_TGD, key_THD, value_THD))
+) -> Prefix | None:
+    """Writes the gradients by queries, keys and values `into` three tensors of their shapes, which may lie apart by
+    token and head; gives that by the prefix.
+
+    Those of queries and keys are by what these were before they turned by `angles`, the cosines and sines, (T, E) each.
+    """
+    if _is_by_rows(query_TGD, sight, prefix):
+        from workers.blocks import row_attention
+
+        turns_back = row_attention.can_turn_back(query_TGD.shape[2], angles[0])
+        row_attention.attend_backward(
+            gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into, angles if turns_back else None
+        )
+        if turns_back:
+            return None
+        by_prefix = None
+    else:
+        backward = _flash_backward if query_TGD.is_cuda else _backward_row_by_row
+        by_prefix = backward(gradient_TGD, query_TGD, key_THD, value_THD, attended, rows, sight, into, prefix)
+    for heads in into[:2]:
+        rotate(heads, *angles, back=True)
+    return by_prefix
+
+
+def _backward_row_by_row(
+    gradient_TGD: Tensor,
+    query_TGD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    attended: Attended,
+    rows: Rows,
+    sight: Sight,
+    into: tuple[Tensor, Tensor, Tensor],
+    prefix: Prefix | None,
+) -> Prefix | None:
+    by_query, by_key, by_value = into
     num_virtual = 0 if prefix is None else prefix.num_tokens
     by_prefix = (
         None if prefix is None else Prefix(*(torch.zeros_like(one) for one in (prefix.key_PHD, prefix.value_PHD)))
@@ -145,10 +211,15 @@ def attend_backward(
             found_THD[part] = shared[num_virtual:]
             if by_prefix is not None:
                 getattr(by_prefix, place).add_(shared[:num_virtual])
-    return by_query, by_key, by_value, by_prefix
+    return by_prefix
 
 
-def _attend_on_gpu(
+def _is_by_rows(query_TGD: Tensor, sight: Sight, prefix: Prefix | None) -> bool:
+    fits = prefix is None and query_TGD.shape[2] <= MOST_FEATURES_OF_ROWS
+    return query_TGD.is_cuda and sight.kernel == "rows" and fits
+
+
+def _flash(
     query_TGD: Tensor, key_THD: Tensor, value_THD: Tensor, rows: Rows, sight: Sight, prefix: Prefix | None
 ) -> Attended:
     key, value, key_rows = _joined(key_THD, value_THD, rows, prefix)
@@ -160,7 +231,7 @@ def _attend_on_gpu(
     return Attended(out, (logsumexp, state, unused))
 
 
-def _attend_backward_on_gpu(
+def _flash_backward(
     gradient_TGD: Tensor,
     query_TGD: Tensor,
     key_THD: Tensor,
@@ -168,8 +239,9 @@ def _attend_backward_on_gpu(
     attended: Attended,
     rows: Rows,
     sight: Sight,
+    into: tuple[Tensor, Tensor, Tensor],
     prefix: Prefix | None,
-) -> tuple[Tensor, Tensor, Tensor, Prefix | None]:
+) -> Prefix | None:
     key, value, key_rows = _joined(key_THD, value_THD, rows, prefix)
     left, right = _window(sight)
     logsumexp, state, unused = attended.kept
@@ -178,13 +250,18 @@ def _attend_backward_on_gpu(
         rows.longest, key_rows.longest, 0.0, True, state, unused,
         scale=sight.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
+    by_query_TGD, by_key_THD, by_value_THD = into
+    by_query_TGD.copy_(by_query)
     if prefix is None:
-        return by_query, by_key, by_value, None
+        by_key_THD.copy_(by_key)
+        by_value_THD.copy_(by_value)
+        return None
     own, virtual = key_rows.places_behind(prefix.num_tokens, key.device)
-    of_prefix = (
-        one.index_select(0, virtual).unflatten(0, (len(rows.lengths), -1)).sum(0) for one in (by_key, by_value)
+    by_key_THD.copy_(by_key.index_select(0, own))
+    by_value_THD.copy_(by_value.index_select(0, own))
+    return Prefix(
+        *(one.index_select(0, virtual).unflatten(0, (len(rows.lengths), -1)).sum(0) for one in (by_key, by_value))
     )
-    return by_query, by_key.index_select(0, own), by_value.index_select(0, own), Prefix(*of_prefix)
 
 
 def _window(sight: Sight) -> tuple[int | None, int | None]:

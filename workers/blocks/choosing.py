@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ def hand_written(
     model: Any,
     sample: Batch,
     loss: Callable[[Any, Batch], Tensor],
+    lengths: Sequence[int],
     *,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> Engine | None:
-    """The hand-written blocks of a model with its adapter, tried on `sample`, a small packed batch.
+    """The hand-written blocks of a model with its adapter, tried on `sample`, a small packed batch; `lengths` are those
+    of a usual step's rows, in tokens.
 
     None where the model's own blocks do it: they are not among those written by hand, or the two do not agree, of
     which a warning is given.
@@ -43,6 +45,8 @@ def hand_written(
         warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {first_line(error)}")
         return None
     try:
+        if not engine.has_prefix:
+            engine.attend_by(engine.faster_attention(lengths))
         off = compare(engine, model, sample, loss)
     except Exception as error:
         # Of a compiler, a kernel or an operation of another version; the model's own blocks do without them.

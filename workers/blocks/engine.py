@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch, TokenBudget
-from workers.blocks.attention import Prefix, Rows
+from workers.blocks.attention import Kernel, Prefix, Rows
+from workers.blocks.attention_choice import faster_kernel
 from workers.blocks.budget import block_bytes
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
 from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
 from workers.blocks.linears import Group
 from workers.blocks.operands import Seed
-from workers.blocks.sublayers import Surroundings
+from workers.blocks.sublayers import Attention, Surroundings
 from workers.blocks.weights import Quantised
 from workers.layers.bottleneck import BottleneckLayer
 from workers.layers.prefix import MARK as PREFIX_MARK
@@ -130,7 +131,8 @@ class Engine:
         around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
-            result_BTH = run_block(part.block, hidden_BTH[0].contiguous(), around, keeping, seed)[None]
+            # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
+            result_BTH = run_block(part.block, hidden_BTH.flatten(0, 1), around, keeping, seed).unsqueeze(0)
             if part.adapter is not None:
                 result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
             hidden_BTH = result_BTH
@@ -144,6 +146,24 @@ class Engine:
         index = self.layers[place].self_attn.layer_idx
         slots = source.prefix_P2LHD[:, 2 * index : 2 * index + 2].to(hidden_BTH.device, hidden_BTH.dtype)
         return Prefix(slots[:, 0].contiguous(), slots[:, 1].contiguous())
+
+    def attend_by(self, kernel: Kernel) -> None:
+        """Has a kernel compute attention on a GPU, where it can."""
+        for attention in self._attentions():
+            attention.sight = replace(attention.sight, kernel=kernel)
+
+    def faster_attention(self, lengths: Sequence[int]) -> Kernel:
+        """The kernel that is faster for rows of such lengths on the model's device."""
+        first = next(self._attentions())
+        weight = _plain(self._model).get_input_embeddings().weight
+        return faster_kernel(
+            (first.num_heads, first.num_key_heads, first.head_size), first.sight, lengths, dtype=weight.dtype,
+            device=weight.device,
+        )  # fmt: skip
+
+    def _attentions(self) -> Iterator[Attention]:
+        for block in self.blocks:
+            yield from (half for half in block.sublayers if isinstance(half, Attention))
 
     @property
     def drops(self) -> bool:

@@ -91,7 +91,12 @@ def make_room(model: Any) -> None:
     for layer in getattr(model.get_decoder(), "layers", ()):
         if type(layer).__name__ in PRE_NORM | SANDWICH_NORM:
             with suppress(NotByHandError):
-                for modules in (_inputs_of(layer.self_attn), _inputs_of(layer.mlp), [layer.mlp.down_proj]):
+                for modules in (
+                    _inputs_of(layer.self_attn),
+                    [layer.self_attn.o_proj],
+                    _inputs_of(layer.mlp),
+                    [layer.mlp.down_proj],
+                ):
                     if all(type(module) is nn.Linear for module in modules):
                         widen(modules)
 
@@ -129,7 +134,7 @@ def _attention(layer: Any, how: Making, *, has_post_norm: bool) -> Attention:
     return Attention(
         norm=_norm(norm),
         inputs=_group(_inputs_of(module), how),
-        outputs=_group([module.o_proj], how, reads_norm=False),
+        outputs=_group([module.o_proj], how),
         num_heads=config.num_attention_heads,
         num_key_heads=config.num_key_value_heads,
         head_size=module.head_dim,
@@ -175,7 +180,7 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, float(module.eps if epsilon is None else epsilon), type(module).__name__ in ADDS_ONE)
 
 
-def _group(modules: Sequence[Any], how: Making, *, reads_norm: bool = True) -> Group:
+def _group(modules: Sequence[Any], how: Making) -> Group:
     bases: list[Any] = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
     for base in bases:
         if base.weight.requires_grad:
@@ -188,7 +193,7 @@ def _group(modules: Sequence[Any], how: Making, *, reads_norm: bool = True) -> G
         raise NotByHandError("its weights are float32, which no flash attention takes")
     kinds = {type(base) for base in bases}
     if kinds == {nn.Linear}:
-        weights: Weights = widen(bases) if how.is_wide and reads_norm else Apart(bases)
+        weights: Weights = widen(bases) if how.is_wide else Apart(bases)
         return Group(layers, weights, bases[0].weight.dtype)
     if all(_is_4_bit(base) for base in bases):
         dtype = bases[0].compute_dtype

@@ -66,7 +66,9 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
-        gradient_TH = gradients[0].contiguous()
+        gradient_TH = gradients[0]
+        if gradient_TH.stride(1) != 1:
+            gradient_TH = gradient_TH.contiguous()
         kept: list[Kept] | None = ctx.kept
         if ctx.input is None:
             raise RuntimeError("A block's gradient was asked for twice; what it had kept is gone.")

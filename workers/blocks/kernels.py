@@ -17,8 +17,7 @@ from workers.blocks.operands import Activation, Norm, Seed
 
 @triton.jit
 def _rms_norm(
-    x_at, weight_at, out_at, inverse_at, x_row, out_row, epsilon, width, padded,
-    ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    x_at, weight_at, out_at, inverse_at, x_row, out_row, epsilon, width, ADDS_ONE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -32,15 +31,11 @@ def _rms_norm(
     else:
         found = (x * inverse).to(out_at.dtype.element_ty).to(tl.float32) * weight
     tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
-    if REST:
-        rest = width + tl.arange(0, REST)
-        zeros = tl.zeros([REST], out_at.dtype.element_ty)
-        tl.store(out_at + row * out_row + rest, zeros, mask=rest < padded)
 
 
 @triton.jit
 def _rms_norm_backward(
-    gradient_at, x_at, weight_at, inverse_at, added_at, out_at, gradient_row, x_row, added_row, width,
+    gradient_at, x_at, weight_at, inverse_at, added_at, out_at, gradient_row, x_row, added_row, out_row, width,
     ADDS_ONE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -55,7 +50,7 @@ def _rms_norm_backward(
     found = (scaled - normed * (tl.sum(scaled * normed, 0) / width)) * inverse
     if ADDS:
         found += tl.load(added_at + row * added_row + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_at + row * width + column, found.to(out_at.dtype.element_ty), mask=inside)
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,28 +82,30 @@ def _tanh(x):
 
 
 @triton.jit
-def _gated(gate_up_at, out_at, out_row, width, padded, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate_up_at, out_at, gate_up_row, out_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    gate = tl.load(gate_up_at + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_at + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    at = gate_up_at + row * gate_up_row + column
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         found = gate * tl.sigmoid(gate)
     else:
         found = 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate)))
     found = found.to(out_at.dtype.element_ty).to(tl.float32) * up
-    found = tl.where(inside, found, 0.0)
-    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=column < padded)
+    tl.store(out_at + row * out_row + column, found.to(out_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gated_backward(gradient_at, gate_up_at, gradient_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_backward(
+    gradient_at, gate_up_at, gradient_row, gate_up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gradient = tl.load(gradient_at + row * gradient_row + column, mask=inside, other=0.0).to(tl.float32)
-    at = gate_up_at + row * 2 * width + column
+    at = gate_up_at + row * gate_up_row + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -207,28 +204,25 @@ def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     inverse_T = torch.empty(num_rows, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(width)
     _rms_norm[(num_rows,)](
-        x_TH, norm.weight_H, out_TK, inverse_T, x_TH.stride(0), out_TK.stride(0), norm.epsilon, width, out_TK.shape[1],
+        x_TH, norm.weight_H, out_TK, inverse_T, x_TH.stride(0), out_TK.stride(0), norm.epsilon, width,
         ADDS_ONE=norm.adds_one, BLOCK=block, num_warps=_warps(block),
-        REST=triton.next_power_of_2(out_TK.shape[1] - width) if out_TK.shape[1] > width else 0,
     )  # fmt: skip
     return inverse_T
 
 
 def rms_norm_backward(
-    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, added_to: Tensor | None
-) -> Tensor:
+    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, out_TH: Tensor, added_to: Tensor | None
+) -> None:
     """As `pointwise.rms_norm_backward`."""
     num_rows, width = x_TH.shape
-    assert x_TH.stride(1) == gradient_TK.stride(1) == 1
-    out_TH = torch.empty(num_rows, width, dtype=x_TH.dtype, device=x_TH.device)
+    assert x_TH.stride(1) == gradient_TK.stride(1) == out_TH.stride(1) == 1
     block = triton.next_power_of_2(width)
     added = x_TH if added_to is None else added_to
     _rms_norm_backward[(num_rows,)](
         gradient_TK, x_TH, norm.weight_H, inverse_T, added, out_TH,
-        gradient_TK.stride(0), x_TH.stride(0), added.stride(0), width,
+        gradient_TK.stride(0), x_TH.stride(0), added.stride(0), out_TH.stride(0), width,
         ADDS_ONE=norm.adds_one, ADDS=added_to is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return out_TH
 
 
 def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool) -> Tensor:
@@ -246,22 +240,29 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool) -> 
 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     """As `pointwise.gated`."""
-    assert gate_up_T2F.is_contiguous()
-    num_rows, width, padded = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, out_TK.shape[1]
-    block = min(2048, triton.next_power_of_2(padded))
-    _gated[(num_rows, triton.cdiv(padded, block))](
-        gate_up_T2F, out_TK, out_TK.stride(0), width, padded, SILU=activation == "silu", BLOCK=block, num_warps=4
-    )
+    assert gate_up_T2F.stride(1) == out_TK.stride(1) == 1
+    num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    block = min(2048, triton.next_power_of_2(width))
+    _gated[(num_rows, triton.cdiv(width, block))](
+        gate_up_T2F, out_TK, gate_up_T2F.stride(0), out_TK.stride(0), width,
+        SILU=activation == "silu", BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
     """As `pointwise.gated_backward`."""
-    assert gate_up_T2F.is_contiguous()
-    assert gradient_TK.stride(1) == 1
+    assert gate_up_T2F.stride(1) == gradient_TK.stride(1) == 1
     num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     block = min(2048, triton.next_power_of_2(width))
     _gated_backward[(num_rows, triton.cdiv(width, block))](
-        gradient_TK, gate_up_T2F, gradient_TK.stride(0), width, SILU=activation == "silu", BLOCK=block, num_warps=4
+        gradient_TK,
+        gate_up_T2F,
+        gradient_TK.stride(0),
+        gate_up_T2F.stride(0),
+        width,
+        SILU=activation == "silu",
+        BLOCK=block,
+        num_warps=4,
     )
     return gate_up_T2F
 

@@ -1,8 +1,9 @@
 """Frozen linear layers that read the same input, as one product, with their low-rank branches inside it.
 
 y = x W^T + s (x A^T) B^T is also [x, x A^T] [W, s B]^T: with the columns of s B beside those of W, the branch costs
-only the thin product x A^T (the frozen weights stay as they are). Layers that read the same input (queries, keys and
-values; gate and up) stand below one another and are one product.
+only the thin product x A^T (the frozen weights stay as they are). So does its way back, g W + (g s B) A, which is also
+[g, g s B] times W with A below it: the thin product g s B stands behind g, where there is room for it. Layers that read
+the same input (queries, keys and values; gate and up) stand below one another and are one product.
 """
 
 from __future__ import annotations
@@ -15,12 +16,9 @@ from torch import Tensor, nn
 
 from workers.blocks.operands import Seed
 from workers.blocks.pointwise import add_dropped, dropped
+from workers.blocks.room import lying_wide, widened, with_room_behind
 from workers.blocks.sizes import PAD
-from workers.blocks.weights import Weights
-
-WIDE_OUTPUTS = 16384
-"""Outputs of a group from which the way back is faster without the branches' columns: on an H200, of 28,672 outputs and
-4,096 inputs, 1.63 ms against 1.67; of 6,144 or fewer, it is slower."""
+from workers.blocks.weights import Weights, Wide
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class Group:
         self._bias_N = _joined_bias(layers)
         self._down_RK: Tensor | None = None
         self._ups: list[Tensor] = []
-        self._side_NR: Tensor | None = None
+        self._side_NP: Tensor | None = None
+        self._below_PK: Tensor | None = None
         self.weights = weights
 
     @property
@@ -89,18 +88,17 @@ class Group:
         if not self.branches:
             return
         device = self.branches[0].down.device
-        self._down_RK = torch.zeros(self.num_ranks, self.num_inputs, dtype=self._dtype, device=device)
-        self._side_NR = None
         if not self.is_folded:
+            self._down_RK = torch.zeros(self.num_ranks, self.num_inputs, dtype=self._dtype, device=device)
             self._ups = [torch.zeros_like(branch.up, dtype=self._dtype) for branch in self.branches]
             return
-        side = getattr(weights, "side", None)
-        if side is None:
-            side = torch.zeros(self.num_outputs, self.num_ranks, dtype=self._dtype, device=device)
+        if isinstance(weights, Wide):
+            self._side_NP, self._below_PK = weights.side_NP.zero_(), weights.below_PK.zero_()  # of an earlier adapter
         else:
-            side.zero_()  # an earlier adapter may have left its own
-        self._side_NR = side
-        self._ups = [side[outputs, ranks] for outputs, ranks in self._places()]
+            self._side_NP = torch.zeros(self.num_outputs, PAD, dtype=self._dtype, device=device)
+            self._below_PK = torch.zeros(PAD, self.num_inputs, dtype=self._dtype, device=device)
+        self._down_RK = self._below_PK[: self.num_ranks]
+        self._ups = [self._side_NP[outputs, ranks] for outputs, ranks in self._places()]
 
     @property
     def is_folded(self) -> bool:
@@ -109,8 +107,13 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Columns that an input should have, so that the branches ride in the product; those behind K at zero."""
-        return self.num_inputs + PAD if self.is_folded else self.num_inputs
+        """Columns that an input should have, so that the branches ride in the product."""
+        return self.num_inputs + self.room
+
+    @property
+    def room(self) -> int:
+        """Columns that inputs and gradients should have behind their own, so that the branches ride in the products."""
+        return PAD if self.is_folded else 0
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, A before B, layer by layer: the order of the gradients of `backward`."""
@@ -136,20 +139,27 @@ class Group:
                 first_rank = last_rank
             first_output += layer.num_outputs
 
-    def forward(self, x_TK: Tensor, *, seed: Seed | None = None, added_to: Tensor | None = None) -> tuple[Tensor, Read]:
-        """(T, N), plus `added_to`; and what `backward` needs besides the input.
+    def forward(
+        self, x_TK: Tensor, *, seed: Seed | None = None, added_to: Tensor | None = None, has_room: bool = False
+    ) -> tuple[Tensor, Read]:
+        """(T, N), plus `added_to`, with `room` behind it on request; and what `backward` needs besides the input.
 
-        `x_TK` has `width` columns, or K.
+        `x_TK` has `width` columns, or K with room behind them or without; what is there is written over.
         """
         columns = self.num_inputs
         if not self.branches:
             return self._frozen(x_TK[:, :columns], added_to), Read(None, None)
+        wide_TK = x_TK if x_TK.shape[1] > columns else lying_wide(x_TK, self.room)
+        if self.is_folded and wide_TK is not None:
+            assert self._below_PK is not None
+            room_TP = wide_TK[:, columns:]
+            torch.mm(self._dropped(x_TK[:, :columns], seed), self._below_PK.T, out=room_TP)
+            # A copy, because whoever keeps it does not keep the whole input.
+            thin_TR = room_TP[:, : self.num_ranks].clone()
+            beside_NK = self._weights.beside(self._side_NP)
+            assert beside_NK is not None
+            return self._product(wide_TK, beside_NK, added_to, has_room=has_room), Read(x_TK, thin_TR, seed)
         thin_TR = self.thin(x_TK, seed=seed)
-        if self.is_folded and x_TK.shape[1] > columns:
-            x_TK[:, columns : columns + self.num_ranks] = thin_TR
-            joined_NK = self._weights.joined(self._side_NR)
-            assert joined_NK is not None
-            return self._product(x_TK, joined_NK, added_to), Read(x_TK, thin_TR, seed)
         out_TN = self._frozen(x_TK[:, :columns], added_to)
         for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
             out_TN[:, outputs].addmm_(thin_TR[:, ranks], up.T)
@@ -163,19 +173,20 @@ class Group:
     def _dropped(self, x_TK: Tensor, seed: Seed | None) -> Tensor:
         return dropped(x_TK, self.dropout, seed) if self.dropout and seed is not None else x_TK
 
-    def _product(self, x_TK: Tensor, weight_NK: Tensor, added_to: Tensor | None) -> Tensor:
+    def _product(self, x_TK: Tensor, weight_NK: Tensor, added_to: Tensor | None, *, has_room: bool = False) -> Tensor:
         if added_to is not None:
             found = torch.addmm(added_to, x_TK, weight_NK.T)
             return found if self._bias_N is None else found.add_(self._bias_N)
+        out_TN = with_room_behind(x_TK, self.num_outputs, self.room if has_room else 0)
         if self._bias_N is not None:
-            return torch.addmm(self._bias_N, x_TK, weight_NK.T)
-        return x_TK @ weight_NK.T
+            return torch.addmm(self._bias_N, x_TK, weight_NK.T, out=out_TN)
+        return torch.mm(x_TK, weight_NK.T, out=out_TN)
 
     def _frozen(self, x_TK: Tensor, added_to: Tensor | None) -> Tensor:
         """x W^T of all layers, with biases."""
-        joined_NK = self._weights.joined(None)
-        if joined_NK is not None:
-            return self._product(x_TK, joined_NK[:, : self.num_inputs], added_to)
+        beside_NK = self._weights.beside(None)
+        if beside_NK is not None:
+            return self._product(x_TK, beside_NK[:, : self.num_inputs], added_to)
         weights = self._weights.parts()
         if len(weights) == 1:
             return self._product(x_TK, weights[0], added_to)
@@ -206,28 +217,31 @@ class Group:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient by the first K columns of the input, in a tensor that may have more, and by x A^T, (T, R); the
         first is None where not needed, the second without branches."""
-        columns = self.num_inputs
+        columns, is_dropping = self.num_inputs, self.dropout > 0 and seed is not None
         by_input: Tensor | None = None
         by_thin: Tensor | None = None
-        if self.is_folded and needs_input and self.num_outputs < WIDE_OUTPUTS:
-            joined_NK = self._weights.joined(self._side_NR)
-            assert joined_NK is not None
-            by_input = gradient_TN @ joined_NK
-            by_thin = by_input[:, columns : columns + self.num_ranks]
-        elif self.is_folded:
-            assert self._side_NR is not None
-            by_thin = gradient_TN @ self._side_NR[:, : self.num_ranks]
+        if self.is_folded:
+            assert self._side_NP is not None
+            wide_TN = widened(gradient_TN, self.room)
+            torch.mm(gradient_TN, self._side_NP, out=wide_TN[:, self.num_outputs :])
+            by_thin = wide_TN[:, self.num_outputs : self.num_outputs + self.num_ranks]
+            if needs_input and not is_dropping:
+                above_NK = self._weights.above(self._below_PK)
+                assert above_NK is not None
+                return wide_TN @ above_NK, by_thin
         elif self.branches:
             by_thin = torch.empty(
                 gradient_TN.shape[0], self.num_ranks, dtype=gradient_TN.dtype, device=gradient_TN.device
             )
             for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
                 torch.mm(gradient_TN[:, outputs], up, out=by_thin[:, ranks])
-        if needs_input and by_input is None:
-            by_input = self._frozen_backward(gradient_TN)
-        if by_input is not None and by_thin is not None:
+        if not needs_input:
+            return None, by_thin
+        by_input = self._frozen_backward(gradient_TN)
+        if by_thin is not None:
             assert self._down_RK is not None
-            if self.dropout and seed is not None:
+            if is_dropping:
+                assert seed is not None
                 # The same mask and scale as on the way forward.
                 add_dropped(by_input, by_thin @ self._down_RK, self.dropout, seed)
             else:
@@ -254,9 +268,9 @@ class Group:
         return gradients
 
     def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
-        joined_NK = self._weights.joined(None)
-        if joined_NK is not None:
-            return gradient_TN @ joined_NK[:, : self.num_inputs]
+        above_NK = self._weights.above(None)
+        if above_NK is not None:
+            return gradient_TN @ above_NK[: self.num_outputs]
         (first_TN, first_NK), *others = zip(self._parts(gradient_TN), self._weights.parts(), strict=True)
         found_TK = first_TN @ first_NK
         for part_TN, weight_NK in others:

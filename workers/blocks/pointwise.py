@@ -48,7 +48,7 @@ def _kernels_work(device: torch.device) -> bool:
 
 
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
-    """Writes the normalised rows into the first H columns of `out_TK`, zeros into the others; gives 1 / rms, (T,)."""
+    """Writes the normalised rows into the first H columns of `out_TK`; gives 1 / rms, (T,)."""
     if _has_kernels(x_TH):
         from workers.blocks import kernels
 
@@ -57,8 +57,6 @@ def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     inverse_T = torch.rsqrt(x.square().mean(-1) + norm.epsilon)
     width = x_TH.shape[1]
     out_TK[:, :width] = _scaled(x * inverse_T[:, None], norm, x_TH.dtype)
-    if out_TK.shape[1] > width:
-        out_TK[:, width:] = 0
     return inverse_T
 
 
@@ -69,13 +67,15 @@ def _scaled(normed_TH: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
 
 
 def rms_norm_backward(
-    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, added_to: Tensor | None = None
+    gradient_TK: Tensor, x_TH: Tensor, norm: Norm, inverse_T: Tensor, out_TH: Tensor, added_to: Tensor | None = None
 ) -> Tensor:
-    """The gradient by `x_TH` from that of the first H columns of the norm's output, plus `added_to`."""
+    """Writes the gradient by `x_TH` from that of the first H columns of the norm's output, plus `added_to`, into
+    `out_TH`, whose rows may lie apart, and gives that."""
     if _has_kernels(x_TH):
         from workers.blocks import kernels
 
-        return kernels.rms_norm_backward(gradient_TK, x_TH, norm, inverse_T, added_to)
+        kernels.rms_norm_backward(gradient_TK, x_TH, norm, inverse_T, out_TH, added_to)
+        return out_TH
     width = x_TH.shape[1]
     normed_TH = x_TH.float() * inverse_T[:, None]
     weight_H = norm.weight_H.float() + 1.0 if norm.adds_one else norm.weight_H.float()
@@ -84,7 +84,7 @@ def rms_norm_backward(
     found = scaled_TH.addcmul_(normed_TH, shared_T, value=-1.0).mul_(inverse_T[:, None])
     if added_to is not None:
         found += added_to
-    return found.to(x_TH.dtype)
+    return out_TH.copy_(found)
 
 
 def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = False) -> Tensor:
@@ -110,7 +110,7 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = Fa
 
 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
-    """Writes activation(gate) x up into the first F columns of `out_TK`, zeros into the others."""
+    """Writes activation(gate) x up into the first F columns of `out_TK`. Rows may lie apart."""
     if _has_kernels(gate_up_T2F):
         from workers.blocks import kernels
 
@@ -120,8 +120,6 @@ def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     width = gate_TF.shape[1]
     act_TF = functional.silu(gate_TF) if activation == "silu" else functional.gelu(gate_TF, approximate="tanh")
     torch.mul(act_TF, up_TF, out=out_TK[:, :width])
-    if out_TK.shape[1] > width:
-        out_TK[:, width:] = 0
 
 
 def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activation) -> Tensor:

@@ -18,6 +18,7 @@ from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, atte
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
+from workers.blocks.room import with_room_behind
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Sublayer(ABC):
             return gradient_TH
         assert body.out_TH is not None
         assert body.out_inverse_T is not None
-        return rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T)
+        out_TH = with_room_behind(gradient_TH, gradient_TH.shape[1], self.outputs.room)
+        return rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T, out_TH)
 
     def _out_of_norm(
         self, gradient_TK: Tensor | None, kept: Kept, inverse_T: Tensor, gradient_TH: Tensor
@@ -121,7 +123,9 @@ class Sublayer(ABC):
         if gradient_TK is None:
             return None
         added_to = gradient_TH if self.adds_input else None
-        return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, added_to)
+        # With room for the sublayer before this one, whose last product it is the gradient of.
+        out_TH = with_room_behind(kept.x_TH, kept.x_TH.shape[1], self.outputs.room)
+        return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, out_TH, added_to)
 
 
 @dataclass
@@ -186,13 +190,10 @@ class Attention(Sublayer):
                 _norm_heads(raw_key, self.head_norms.key, key),
             )
             value = turned_value
-        self._turn(query, key, around)
-        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix)
+        for heads in (query, key):
+            rotate(heads, around.cos_TE, around.sin_TE)
+        body.attended = attend(query, key, value, around.rows, self.sight, around.prefix, room=self.outputs.room)
         return body
-
-    def _turn(self, query: Tensor, key: Tensor, around: Surroundings, *, back: bool = False) -> None:
-        rotate(query, around.cos_TE, around.sin_TE, back=back)
-        rotate(key, around.cos_TE, around.sin_TE, back=back)
 
     def forward(
         self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
@@ -217,16 +218,18 @@ class Attention(Sublayer):
         assert by_attended_TN is not None
         by_attended = by_attended_TN[:, : self._sizes[0]].unflatten(1, (-1, self.head_size))
         turned_TQ = body.qkv_TQ if body.turned_TQ is None else body.turned_TQ
-        by_query, by_key, by_value, by_prefix = attend_backward(
-            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, around.prefix
-        )
-        self._turn(by_query, by_key, around, back=True)
+        by_qkv_TQ = with_room_behind(body.qkv_TQ, self.inputs.num_outputs, self.inputs.room)
+        into = self._heads(by_qkv_TQ)
+        by_prefix = attend_backward(
+            by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, into,
+            (around.cos_TE, around.sin_TE), around.prefix,
+        )  # fmt: skip
+        by_query, by_key, _ = into
         if self.head_norms is not None:
             assert body.inverses is not None
             raw_query, raw_key, _ = self._heads(body.qkv_TQ)
-            by_query = _norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0])
-            by_key = _norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1])
-        by_qkv_TQ = torch.cat([by_query.flatten(1), by_key.flatten(1), by_value.flatten(1)], dim=1)
+            by_query.copy_(_norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0]))
+            by_key.copy_(_norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1]))
         by_normed_TK, of_inputs = self.inputs.backward(
             by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
@@ -265,7 +268,7 @@ class FeedForward(Sublayer):
         self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
     ) -> tuple[Tensor, Kept]:
         normed_TK, _ = self._normed(x_TH, self.inputs.width)
-        gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed)
+        gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed, has_room=True)
         body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
         del normed_TK, read
         result_TH = self._finish(x_TH, body, self._gated(body), seed)
@@ -283,7 +286,7 @@ class FeedForward(Sublayer):
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
         body = kept.body
         if body is None:
-            gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed)
+            gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed, has_room=True)
             body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
             if self.post_norm is not None:
                 self._finish(kept.x_TH, body, self._gated(body), kept.seed)
@@ -320,5 +323,6 @@ def _norm_heads(heads_TGD: Tensor, norm: Norm, out_TGD: Tensor) -> Tensor:
 
 def _norm_heads_backward(gradient_TGD: Tensor, heads_TGD: Tensor, norm: Norm, inverse: Tensor) -> Tensor:
     size = heads_TGD.shape[-1]
-    found = rms_norm_backward(gradient_TGD.reshape(-1, size), heads_TGD.reshape(-1, size), norm, inverse)
+    heads = heads_TGD.reshape(-1, size)
+    found = rms_norm_backward(gradient_TGD.reshape(-1, size), heads, norm, inverse, torch.empty_like(heads))
     return found.view(gradient_TGD.shape)

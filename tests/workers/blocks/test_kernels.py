@@ -46,8 +46,11 @@ def test_norms(width: int, padded: int, adds_one: bool, dtype: torch.dtype, monk
     assert_close(found, expected, dtype)
     gradient, added = random(7, padded, dtype=dtype), random(7, width, dtype=dtype)
     for one in (None, added):
-        expected = pointwise.rms_norm_backward(gradient, x, norm, inverse, one)
-        assert_close(kernels.rms_norm_backward(gradient, x, norm, inverse, one), expected, dtype)
+        # Rows with something behind them, which is left alone.
+        expected, found = (torch.full((7, width + 8), 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+        pointwise.rms_norm_backward(gradient, x, norm, inverse, expected[:, :width], one)
+        kernels.rms_norm_backward(gradient, x, norm, inverse, found[:, :width], one)
+        assert_close(found, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,14 +81,18 @@ def test_gates(
     from workers.blocks import kernels
 
     plain(monkeypatch)
-    gate_up = 3 * random(5, 2 * width, dtype=dtype)
+    # Rows with something behind them, which is left alone.
+    whole = 3 * random(5, 2 * width + 8, dtype=dtype)
+    gate_up = whole[:, : 2 * width]
     expected, found = (torch.full((5, padded), 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
     pointwise.gated(gate_up, activation, expected)
     kernels.gated(gate_up, activation, found)
     assert_close(found, expected, dtype)
     for backward in (pointwise.gated_backward, kernels.gated_backward):
         gradient = random(5, padded, dtype=dtype)
-        found_backward = backward(gradient, gate_up.clone(), activation)
+        written = whole.clone()
+        found_backward = backward(gradient, written[:, : 2 * width], activation)
+        assert torch.equal(written[:, 2 * width :], whole[:, 2 * width :])
         assert_close(gradient[:, :width], expected[:, :width], dtype)
         assert torch.equal(gradient[:, width:], random(5, padded, dtype=dtype)[:, width:])
         if backward is pointwise.gated_backward:

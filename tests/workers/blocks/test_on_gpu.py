@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_lora
 from workers.batching import Batch
 from workers.blocks import attention
-from workers.blocks.attention import Prefix, Rows, Sight, attend, attend_backward
+from workers.blocks.attention import Kernel, Prefix, Rows, Sight, attend, attend_backward
 from workers.blocks.engine import Engine, install
 from workers.blocks.linears import _product_float
 from workers.layers.bottleneck import BottleneckConfig
@@ -172,9 +172,12 @@ def test_products_of_16_bits_are_summed_in_32() -> None:
 
 
 @pytest.mark.parametrize("num_virtual", [0, 3])
+@pytest.mark.parametrize("kernel", ["flash", "rows"])
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (8, 2, 128), (4, 1, 256), (6, 3, 96), (3, 1, 40)])
-def test_attention_of_packed_rows(heads: int, key_heads: int, size: int, window: int | None, num_virtual: int) -> None:
+def test_attention_of_packed_rows(
+    heads: int, key_heads: int, size: int, window: int | None, kernel: Kernel, num_virtual: int
+) -> None:
     torch.manual_seed(1)
     lengths = (100, 1, 37, 250)
     total = sum(lengths)
@@ -185,9 +188,11 @@ def test_attention_of_packed_rows(heads: int, key_heads: int, size: int, window:
     joined = some(total, heads + 2 * key_heads, size)
     query, key, value = joined.split((heads, key_heads, key_heads), dim=1)
     prefix = Prefix(some(num_virtual, key_heads, size), some(num_virtual, key_heads, size)) if num_virtual else None
-    rows, sight, gradient = Rows.of(lengths, query.device), Sight(size**-0.5, window), some(total, heads, size)
+    rows, sight, gradient = Rows.of(lengths, query.device), Sight(size**-0.5, window, kernel), some(total, heads, size)
+    by_inputs = torch.empty_like(joined).split((heads, key_heads, key_heads), dim=1)
     own = attend(query, key, value, rows, sight, prefix)
-    *by_inputs, by_prefix = attend_backward(gradient, query, key, value, own, rows, sight, prefix)
+    unturned = torch.ones(total, size, device="cuda"), torch.zeros(total, size, device="cuda")
+    by_prefix = attend_backward(gradient, query, key, value, own, rows, sight, by_inputs, unturned, prefix)
 
     def exact(*given: Tensor) -> Tensor:
         query, key, value, *of_prefix = given

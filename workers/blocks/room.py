@@ -1,0 +1,33 @@
+"""Memory behind the rows of a tensor, in which a product finds the columns of low-rank branches (`linears`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def with_room_behind(like: Tensor, width: int, room: int) -> Tensor:
+    """(T, width) of T rows like those of another, each with `room` behind it."""
+    whole = torch.empty(like.shape[0], width + room, dtype=like.dtype, device=like.device)
+    return whole[:, :width]
+
+
+def lying_wide(tensor_TN: Tensor, room: int) -> Tensor | None:
+    """(T, N + room), the tensor with the room behind its rows; None where `with_room_behind` did not make it so."""
+    num_rows, width = tensor_TN.shape
+    row = width + room
+    nbytes = tensor_TN.element_size() * num_rows * row
+    if tensor_TN.stride() != (row, 1) or tensor_TN.untyped_storage().nbytes() != nbytes:
+        return None
+    return tensor_TN.as_strided((num_rows, row), (row, 1), 0)
+
+
+def widened(tensor_TN: Tensor, room: int) -> Tensor:
+    """(T, N + room), the tensor with the room behind its rows, or a copy with such."""
+    found = lying_wide(tensor_TN, room)
+    if found is None:
+        found = torch.empty(
+            tensor_TN.shape[0], tensor_TN.shape[1] + room, dtype=tensor_TN.dtype, device=tensor_TN.device
+        )
+        found[:, : tensor_TN.shape[1]] = tensor_TN
+    return found
