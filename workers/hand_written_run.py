@@ -82,16 +82,21 @@ def run_of(
     is_quantised = precision == "nf4"
     on_gpu = device.kind == "cuda"
     is_lean = training.gradient_checkpointing is True
-    usual = asked * dataset.mean_after_cut(length)
-    is_small = launches_take_longer(blocks.num_weights / blocks.shape.num_layers, usual)
-    is_recorded = on_gpu and not training.neftune_alpha and not has_virtual_tokens and is_small
-    found = held(
-        blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
-        is_lean=is_lean, is_recorded=is_recorded,
-        free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
-    )  # fmt: skip
+
+    def held_with(*, is_recorded: bool) -> Held:
+        return held(
+            blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
+            is_lean=is_lean, is_recorded=is_recorded,
+            free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
+        )  # fmt: skip
+
+    found = held_with(is_recorded=False)
     if not on_gpu:
         return HandWrittenRun(found, None, asked, None, None)
+    gpu, layer_weights = gpu_named(device.name), blocks.num_weights / blocks.shape.num_layers
+    is_small = launches_take_longer(layer_weights, found.tokens, peak_flops=gpu.flops)
+    if is_small and not training.neftune_alpha and not has_virtual_tokens:
+        found = held_with(is_recorded=True)
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )

@@ -31,8 +31,9 @@ ROW_STEP = 16
 """Numbers of rows are multiples of it."""
 
 
-def is_worth_recording(engine: Engine, num_tokens: int) -> bool:
-    """Whether layers are so small, for batches of so many tokens, that launching them takes longer than running them.
+def is_worth_recording(engine: Engine, num_tokens: float, *, peak_flops: float) -> bool:
+    """Whether layers are so small, for batches of so many tokens, that launching them takes longer than running them
+    on a GPU of such a peak, in FLOP/s.
 
     Not for adapters that put tokens before each row: where these go is settled by the host.
     """
@@ -40,7 +41,7 @@ def is_worth_recording(engine: Engine, num_tokens: int) -> bool:
         return False
     groups = [group for block in engine.blocks for half in block.sublayers for group in (half.inputs, half.outputs)]
     weights = sum(group.num_inputs * group.num_outputs for group in groups) / len(engine.layers)
-    return launches_take_longer(weights, num_tokens)
+    return launches_take_longer(weights, num_tokens, peak_flops=peak_flops)
 
 
 @dataclass(frozen=True)
