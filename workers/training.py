@@ -899,6 +899,8 @@ def _plan(run: Run) -> Plan:
 
 def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
     data = run.data
+    rows = [data.train[row] for row in plan.rows(0)]
+    micro_batches = split_step(rows, data.tokens, position.micro_batch_size, run.budget)
     return PlanEvent(
         device=devices.device_name(run.device),
         num_steps=plan.num_steps,
@@ -910,8 +912,9 @@ def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], posi
         num_trainable=sum(parameter.numel() for parameter in parameters),
         num_parameters=run.base.shape.num_parameters,
         resumed_from_step=position.step,
-        micro_batch_size=position.micro_batch_size,
-        accumulation=math.ceil(run.recipe.training.batch_size / position.micro_batch_size),
+        micro_batch_size=max(map(len, micro_batches)),
+        accumulation=len(micro_batches),
+        micro_batch_tokens=position.micro_batch_tokens,
     )
 
 
