@@ -23,7 +23,7 @@ from workers.blocks.sizes import RESERVED_LOGIT_BYTES
 from workers.facts import DeviceFacts
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, StepTokens, held
-from workers.hand_written_run import run_of
+from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
 from workers.methods import get_method, methods
 from workers.recipe import Precision, Recipe
 
@@ -188,6 +188,41 @@ def test_launches_are_recorded_where_the_estimate_says_so(
         assert not found["NVIDIA H200", 5000, True, 8]
         assert not found["NVIDIA A100", 200, True, 8], "which takes longer than its host"
         assert found["NVIDIA A100", 50, True, 8]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("size", ["135m", "1b", "8b"])
+def test_with_memory_that_is_enough_a_step_takes_at_most_so_many_times_as_long_as_in_a_whole_device(
+    size: str, gpu: str, method: str
+) -> None:
+    from tests.bench.estimate_error import shape_of
+    from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    shape, chosen = shape_of(ALL_SHAPES[size]), get_method(method)
+    blocks = Blocks.of(shape, chosen, chosen.read_settings({}))
+    facts = dataset_facts(row_lengths(2000, None))
+
+    def run_in(free_bytes: float, rows: int) -> tuple[HandWrittenRun, float]:
+        device = DeviceFacts("cuda", gpu, int(free_bytes) + CONTEXT_BYTES, 8)
+        recipe = recipe_of(batch_size=rows, micro_batch_size=rows, max_length=MAX_LENGTH)
+        found = run_of(
+            recipe, blocks, facts, device, num_steps=100, num_trainable=10**7, element=2, has_virtual_tokens=False,
+            precision="nf4" if method == "qlora" else "bfloat16", fixed_bytes=0,
+        )  # fmt: skip
+        return found, found.step_seconds(device)
+
+    for rows in (4, 16, 64):
+        whole, seconds = run_in(100 * 2**30, rows)
+        assert whole.enough is not None
+        assert whole.least is not None
+        liked = whole.held.weights_bytes + whole.held.activations_bytes
+        assert whole.least <= whole.enough
+        if size == "8b":
+            assert whole.enough < 0.4 * liked
+        assert run_in(whole.enough, rows)[1] <= ENOUGH_SLOWDOWN * seconds
 
 
 def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_with_room(eight_b: Blocks) -> None:
