@@ -375,6 +375,10 @@ class EstimateOut(Out):
         description="Where the run chooses by the memory there is what it keeps: the least with which it works, and "
         "which the verdict is about. null: it chooses nothing."
     )
+    enough_bytes: int | None = Field(
+        description="There, too: what must be free for the job to start, as with more it would not be much faster. "
+        "null: `total_bytes` must be."
+    )
     kept_share: float | None = Field(
         description="Of its blocks, those that keep what they computed; the others compute it twice."
     )

@@ -125,7 +125,7 @@ class Plan:
     def waits_for_memory(self) -> bool:
         """Whether it fits the device, and not beside what others hold on each of them now."""
         free = self.device.free_bytes
-        return self.estimate.verdict != "too_large" and free is not None and self.estimate.total_bytes > free
+        return self.estimate.verdict != "too_large" and free is not None and self.estimate.starting_bytes > free
 
     @property
     def cost_range(self) -> tuple[Decimal, Decimal] | None:
@@ -229,7 +229,7 @@ def make_plan(
     target = device.facts
     if needed.verdict != "too_large" and device.free_bytes is not None:
         target = replace(target, memory_bytes=min(target.memory_bytes, device.free_bytes))
-    fits = needed.verdict == "fits" and needed.total_bytes <= target.memory_bytes
+    fits = needed.verdict == "fits" and needed.starting_bytes <= target.memory_bytes
     training = resolved.training
     rows_per_epoch = sum(one.per_epoch for one in parts)
     rows_seen = min(needed.num_steps * training.batch_size, training.epochs * rows_per_epoch)

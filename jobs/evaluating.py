@@ -120,4 +120,4 @@ def _needs(training: Estimate) -> dict[str, Any]:
     """The estimate of a training of the same rows without what only training needs."""
     total = training.total_bytes - training.optimizer_bytes
     unknown = {"seconds_low": None, "seconds_high": None, "num_steps": 0}
-    return {**asdict(training), "total_bytes": total, "optimizer_bytes": 0, **unknown}
+    return {**asdict(training), "total_bytes": total, "enough_bytes": None, "optimizer_bytes": 0, **unknown}

@@ -522,10 +522,13 @@ def _queue_again(
         values["micro_batch_size"] = micro_batch_size
         batch_size = int(job.recipe["training"]["batch_size"])
         rows = "1 row" if micro_batch_size == 1 else f"{micro_batch_size} rows"
-        changed = (
-            f" with {rows} in memory at once and {math.ceil(batch_size / micro_batch_size)} such"
-            f" micro-batches to a step; the batch stays {batch_size}, and so does what is learned"
+        # Where memory has bounded the tokens, it does so again, with a plan for half of it.
+        micro_batches = (
+            f"at most {rows} in memory at once, and fewer tokens"
+            if job.plan.get("micro_batch_tokens")
+            else f"{rows} in memory at once and {math.ceil(batch_size / micro_batch_size)} such micro-batches to a step"
         )
+        changed = f" with {micro_batches}; the batch stays {batch_size}, and so does what is learned"
     Job.objects.filter(pk=job.pk).update(**values, state=JobState.RETRY_WAIT, not_before=Now() + wait)
     add_event(
         job.pk, job.attempt, level="warning",
@@ -606,6 +609,7 @@ def note_attempt(
     peak_memory_bytes: int,
     micro_batch_size: int = 0,
     accumulation: int = 0,
+    micro_batch_tokens: int | None = None,
 ) -> None:
     """Remember from which step an attempt went on, the most memory that it used and how it divides a batch."""
     JobAttempt.objects.filter(job_id=job_id, number=attempt, ended_at=None).update(
@@ -613,6 +617,7 @@ def note_attempt(
         peak_memory_bytes=peak_memory_bytes,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
+        micro_batch_tokens=micro_batch_tokens,
     )
 
 

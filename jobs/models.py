@@ -287,8 +287,14 @@ class JobAttempt(models.Model):
     peak_memory_bytes = models.BigIntegerField(default=0)
     exit_status = models.PositiveIntegerField(null=True, help_text="With which its trainer ended by itself.")
     signal = models.PositiveIntegerField(null=True, help_text="Number of the signal that ended its trainer.")
-    micro_batch_size = models.PositiveIntegerField(default=0, help_text="Rows in memory at once; 0 before it is known.")
+    micro_batch_size = models.PositiveIntegerField(
+        default=0, help_text="Most rows in memory at once; 0 before it is known."
+    )
     accumulation = models.PositiveIntegerField(default=0, help_text="Micro-batches whose gradients make a step.")
+    micro_batch_tokens = models.PositiveIntegerField(
+        null=True,
+        help_text="Most tokens of a micro-batch, where they bound it: the above are of the first step.",
+    )
     # As they were when it began: later prices do not change what was paid.
     price_per_gpu_hour = models.DecimalField(max_digits=10, decimal_places=4, null=True)
     currency = models.CharField(max_length=8, blank=True, default="")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 from django.db import IntegrityError, transaction
@@ -105,7 +106,7 @@ def queue_job(
                 asked_recipe=asked, base_model=base_model, kind=kind, scored_adapter=scored_adapter, suite=suite,
                 dataset_version=dataset_version, num_mixed=len(mixed), idempotency_key=idempotency_key,
                 not_before=Now(), parent=parent,
-                needs={"gpus": 1, "memory_bytes": (estimate or {}).get("total_bytes", 0)}, estimate=estimate or {},
+                needs={"gpus": 1, "memory_bytes": _starting_bytes(estimate or {})}, estimate=estimate or {},
                 expected_seconds=expected_seconds(
                     team, estimate or {}, method=recipe.method, base_model=base_model.name
                 ),
@@ -143,6 +144,12 @@ def queue_job(
         raise
     job.refresh_from_db()
     return job
+
+
+def _starting_bytes(estimate: Mapping[str, Any]) -> int:
+    """What must be free of a device's memory for the job to start there, by its stored estimate; 0: nobody knows."""
+    enough = estimate.get("enough_bytes")
+    return int(estimate.get("total_bytes", 0) if enough is None else enough)
 
 
 def _refuse_blocked_mix(version: DatasetVersion, team: Team, *, field: str) -> None:

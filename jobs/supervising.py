@@ -119,6 +119,7 @@ class _Shared:
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
     accumulation: int = 0
+    micro_batch_tokens: int | None = None
     renewed_at: float = field(default_factory=boot_clock)
     answer: HeartbeatAnswer | None = None
     is_fenced: bool = False
@@ -137,7 +138,7 @@ class Link(threading.Thread):
         self.shared = _Shared()
         self.rows: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._waiting: list[Told] = []
-        self._noted = (0, 0, 0, 0)
+        self._noted: tuple[int, int, int, int, int | None] = (0, 0, 0, 0, None)
         self._noted_checkpoint: int | None = None
         self._hurry, self._done = threading.Event(), threading.Event()
         self._wants_flush, self._is_flushed = threading.Event(), threading.Event()
@@ -209,11 +210,14 @@ class Link(threading.Thread):
         while not self.rows.empty():
             self._waiting.append(self.rows.get())
         shared = self.shared
-        reached = (shared.from_step, shared.peak_memory_bytes, shared.micro_batch_size, shared.accumulation)
+        reached = (
+            shared.from_step, shared.peak_memory_bytes, shared.micro_batch_size, shared.accumulation,
+            shared.micro_batch_tokens,
+        )  # fmt: skip
         if reached != self._noted:
             lifecycle.note_attempt(
                 self.job_id, self.attempt, from_step=reached[0], peak_memory_bytes=reached[1],
-                micro_batch_size=reached[2], accumulation=reached[3],
+                micro_batch_size=reached[2], accumulation=reached[3], micro_batch_tokens=reached[4],
             )  # fmt: skip
             self._noted = reached
         checkpoint_step = self.shared.checkpoint_step
@@ -378,6 +382,7 @@ def _take(event: object, outcome: Outcome, link: Link) -> None:
             shared.plan, shared.num_steps = event.model_dump(), event.num_steps
             shared.step = shared.from_step = event.resumed_from_step
             shared.micro_batch_size, shared.accumulation = event.micro_batch_size, event.accumulation
+            shared.micro_batch_tokens = event.micro_batch_tokens
             # A damaged checkpoint is passed over, so it may be an earlier one than was known.
             shared.checkpoint_step = event.resumed_from_step
             link.rows.put(("info", _describe_plan(event)))
@@ -425,8 +430,14 @@ def _point(link: Link, step: int, **values: float | None) -> MetricPoint:
 
 def _describe_plan(plan: PlanEvent) -> str:
     resumed = f" Goes on from step {plan.resumed_from_step}." if plan.resumed_from_step else ""
+    split = (
+        f" A step's rows are taken in micro-batches of at most {plan.micro_batch_tokens:,} tokens, or of one longer"
+        f" row, as the memory that is free allows: {plan.accumulation} in the first step."
+        if plan.micro_batch_tokens
+        else ""
+    )
     return (
         f"{plan.num_steps} steps over {plan.num_train_rows} rows ({plan.num_train_tokens:,} tokens) on {plan.device};"
         f" {plan.num_held_out_rows} rows held out, {plan.num_skipped_rows} set aside, {plan.num_cut_rows} cut."
-        f" Trains {plan.num_trainable:,} of {plan.num_parameters:,} parameters.{resumed}"
+        f" Trains {plan.num_trainable:,} of {plan.num_parameters:,} parameters.{split}{resumed}"
     )

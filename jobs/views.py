@@ -257,6 +257,7 @@ def _form_context(request: TeamRequest, form: JobForm, plan: Plan | None, *, sho
             "memory_parts": _memory_parts(plan),
             "memory_needed": showing.gibibytes(plan.estimate.total_bytes),
             "memory_least": showing.gibibytes(plan.estimate.least_bytes),
+            "memory_starting": showing.gibibytes(plan.estimate.starting_bytes),
             "slower_percent": significant(100 * ((plan.estimate.slowdown or 1) - 1), 2),
             "memory_there": showing.gibibytes(plan.device.facts.memory_bytes),
             "trainable_percent": significant(100 * plan.estimate.trainable_share),

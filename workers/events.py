@@ -38,7 +38,9 @@ class PhaseEvent(_Event):
 class PlanEvent(_Event):
     """What this attempt will do, once the data is read and the adapter attached.
 
-    `micro_batch_size` rows are in memory at once, and the gradients of `accumulation` such micro-batches make a step.
+    At most `micro_batch_size` rows are in memory at once, and the gradients of `accumulation` micro-batches make a
+    step. Where a micro-batch has at most `micro_batch_tokens` tokens, or one longer row, both are of the run's first
+    step, and others differ.
     """
 
     type: Literal["plan"] = "plan"
@@ -54,6 +56,7 @@ class PlanEvent(_Event):
     resumed_from_step: int = 0
     micro_batch_size: int = 0
     accumulation: int = 0
+    micro_batch_tokens: int | None = None
 
 
 class StepEvent(_Event):

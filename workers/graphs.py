@@ -32,7 +32,8 @@ def record(
 
     Args:
         stream: where it is recorded; one of torch's own for None.
-        mode: as torch's `capture_error_mode`: whose calls may break the recording off.
+        mode: as torch's `capture_error_mode`: whose calls may break the recording off, such as to load a kernel or
+            allocate memory; in "relaxed" nobody's.
 
     Raises:
         NotRecordedError: the recording broke off. Everything else is as before. Of a GPU that has failed whatever

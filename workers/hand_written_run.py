@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import Keeping
-from workers.blocks.sizes import launches_take_longer
+from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping
+from workers.blocks.sizes import RESERVED_LOGIT_BYTES, launches_take_longer
 from workers.facts import DatasetFacts, DeviceFacts
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
@@ -16,6 +16,10 @@ from workers.hand_written_time import StepWork, step_work
 from workers.methods import Method
 from workers.recipe import Precision, Recipe
 from workers.shapes import ModelShape
+
+ENOUGH_SLOWDOWN = 1.4
+"""How many times as long a step may take in memory that is enough as in a whole device: about what it costs to compute
+every block twice, in micro-batches that just fill the device."""
 
 
 def blocks_of(method: Method, settings: Any, precision: Precision, shape: ModelShape, kind: str) -> Blocks | None:
@@ -33,11 +37,12 @@ def room_beside_weights(shape: ModelShape, precision: Precision, device: DeviceF
 
 @dataclass(frozen=True)
 class HandWrittenRun:
-    """What steps hold, and on a GPU the least with which they work (None on a CPU, where nothing is chosen by memory)
-    and what they do."""
+    """What steps hold, and on a GPU the least with which they work, what is enough not to be much slower (both None on
+    a CPU, where nothing is chosen by memory), and what they do."""
 
     held: Held
     least: int | None
+    enough: int | None
     rows_at_once: int
     work: StepWork | None
     work_with_memory: StepWork | None
@@ -82,19 +87,26 @@ def run_of(
     is_quantised = precision == "nf4"
     on_gpu = device.kind == "cuda"
     is_lean = training.gradient_checkpointing is True
-    usual = asked * dataset.mean_after_cut(length)
-    is_small = launches_take_longer(blocks.num_weights / blocks.shape.num_layers, usual)
-    is_recorded = on_gpu and not training.neftune_alpha and not has_virtual_tokens and is_small
-    found = held(
-        blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
-        is_lean=is_lean, is_recorded=is_recorded,
-        free_bytes=device.memory_bytes - CONTEXT_BYTES - fixed_bytes if on_gpu else None,
-    )  # fmt: skip
+
+    def held_with(free_bytes: int | None, *, is_recorded: bool = False) -> Held:
+        return held(
+            blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
+            is_lean=is_lean, is_recorded=is_recorded, free_bytes=free_bytes,
+        )  # fmt: skip
+
     if not on_gpu:
-        return HandWrittenRun(found, None, asked, None, None)
+        return HandWrittenRun(held_with(None), None, None, asked, None, None)
+    gpu, layer_weights = gpu_named(device.name), blocks.num_weights / blocks.shape.num_layers
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
+
+    def held_in(free_bytes: int) -> Held:
+        found = held_with(free_bytes)
+        is_small = launches_take_longer(layer_weights, found.tokens, peak_flops=gpu.flops)
+        if is_small and not training.neftune_alpha and not has_virtual_tokens:
+            return held_with(free_bytes, is_recorded=True)
+        return found
 
     def work_of(held: Held) -> StepWork:
         return step_work(
@@ -102,7 +114,26 @@ def run_of(
             element=element, weighted_length=dataset.weighted_after_cut(length),
         )  # fmt: skip
 
+    def seconds_in(free_bytes: int) -> float:
+        return work_of(held_in(free_bytes)).seconds(gpu, device.pace)
+
+    free_bytes = device.memory_bytes - CONTEXT_BYTES - fixed_bytes
+    enough = _filling_bytes(blocks, step, element=element, is_quantised=is_quantised)
+    longest_wait = ENOUGH_SLOWDOWN * seconds_in(free_bytes)
+    while enough < free_bytes and seconds_in(enough) > longest_wait:
+        enough = math.ceil(1.25 * enough)
+    found = held_in(free_bytes)
     all_kept: list[Keeping] = ["all"] * len(found.keeping)
     everything = replace(found, keeping=tuple(all_kept))
     rows = min(asked, math.ceil(batch / found.num_micro))
-    return HandWrittenRun(found, least, rows, work_of(found), work_of(everything))
+    return HandWrittenRun(found, least, max(least, enough), rows, work_of(found), work_of(everything))
+
+
+def _filling_bytes(blocks: Blocks, step: StepTokens, *, element: int, is_quantised: bool) -> int:
+    """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input, by
+    the rule of `workers.blocks.keeping.tokens_that_fit`."""
+    costs = blocks.costs(element)
+    per_token = sum(cost.input for cost in costs) + max(cost.working for cost in costs)
+    tokens = min(FILLING_TOKENS, math.ceil(step.most) + step.num_rows * blocks.num_virtual_tokens)
+    scratch = blocks.scratch_bytes() if is_quantised else 0
+    return math.ceil(tokens * per_token / SAFETY) + RESERVED_LOGIT_BYTES + scratch

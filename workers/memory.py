@@ -80,6 +80,8 @@ class Estimate:
     num_measured: int = 0
     least_bytes: int | None = None
     """Where the run chooses by the memory there is what it keeps for the way back: the least with which it works."""
+    enough_bytes: int | None = None
+    """There, too: with which it starts, as with more it would not be much faster (`workers.hand_written_run`)."""
     kept_share: float | None = None
     """Of its blocks, those that will keep what they computed; the others compute it again."""
     slowdown: float | None = None
@@ -91,6 +93,11 @@ class Estimate:
     def computes_again(self) -> bool:
         """Whether the run is slower than with more memory."""
         return self.kept_share is not None and self.kept_share < 1
+
+    @property
+    def starting_bytes(self) -> int:
+        """What must be free of a device's memory for the run to start there."""
+        return self.total_bytes if self.enough_bytes is None else self.enough_bytes
 
     @property
     def arithmetic_bytes(self) -> int:
@@ -177,8 +184,12 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         correction = device.measured.correction(shape_key(shape), recipe.method, precision)
     total = correction.total(sums)
     least: int | None = None
-    if by_hand is not None and by_hand.least is not None:
+    enough: int | None = None
+    if by_hand is not None and by_hand.least is not None and by_hand.enough is not None:
         least = min(total, correction.total(MemoryParts(fixed_least, by_hand.least, runtime)))
+        enough = min(total, correction.total(MemoryParts(fixed_least, by_hand.enough, runtime)))
+        # Of a device that is small for it, the desktop's part and the like are not waited for.
+        enough = max(least, min(enough, int(TIGHT_SHARE * device.memory_bytes)))
         # What is kept is chosen by the memory that there is, whatever the arithmetic is off by.
         total = min(total, max(least, device.memory_bytes))
     needed = total if least is None else least
@@ -207,6 +218,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
         measured=correction.basis,
         num_measured=correction.num_runs,
         least_bytes=least,
+        enough_bytes=enough,
         kept_share=None if least is None or by_hand is None else by_hand.held.kept_share,
         slowdown=None if least is None or by_hand is None else by_hand.slowdown(device),
         rows_at_once=None if by_hand is None else by_hand.rows_at_once,

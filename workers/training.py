@@ -50,6 +50,7 @@ from workers.fitting import advice, remedies
 from workers.fixed_prompts import FixedPrompts
 from workers.forgetting import general_scores, score_general
 from workers.general import MAX_LENGTH, general_rows
+from workers.gpus import gpu_named
 from workers.hand_written import is_hand_written
 from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
@@ -604,16 +605,23 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     training, tokens = run.recipe.training, run.data.tokens
     assert training.micro_batch_size != "auto"
     size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
-    usual = size * sum(map(tokens.length, by_length)) // len(by_length)
-    records = run.device.type == "cuda" and not training.neftune_alpha and is_worth_recording(engine, usual)
+    is_lean = training.gradient_checkpointing is True
+    longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
     room = _room(run, model)
     run.plans_by_memory = room is not None
+    records = False
+    if room is not None and run.device.type == "cuda" and not training.neftune_alpha:
+        # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
+        budget = engine.tokens_at_once(free_bytes=room, num_tokens=longest_step, is_lean=is_lean)
+        mean = training.batch_size * sum(map(tokens.length, by_length)) / len(by_length)
+        num_micro = max(math.ceil(training.batch_size / size), min(training.batch_size, math.ceil(mean / budget)))
+        peak_flops = gpu_named(run.device_facts.name).flops
+        records = is_worth_recording(engine, mean / num_micro, peak_flops=peak_flops)
     if room is not None and records:
         room = int(room * RECORDING_SHARE)
-    if training.gradient_checkpointing is True:
+    if is_lean:
         run.budget = engine.keep_least(free_bytes=room)
     elif room is not None:
-        longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
         run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
     if records:
         run.recorder = Recorder(
@@ -894,6 +902,8 @@ def _plan(run: Run) -> Plan:
 
 def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], position: Position) -> PlanEvent:
     data = run.data
+    rows = [data.train[row] for row in plan.rows(0)]
+    micro_batches = split_step(rows, data.tokens, position.micro_batch_size, run.budget)
     return PlanEvent(
         device=devices.device_name(run.device),
         num_steps=plan.num_steps,
@@ -905,8 +915,9 @@ def _plan_event(run: Run, plan: Plan, parameters: list[torch.nn.Parameter], posi
         num_trainable=sum(parameter.numel() for parameter in parameters),
         num_parameters=run.base.shape.num_parameters,
         resumed_from_step=position.step,
-        micro_batch_size=position.micro_batch_size,
-        accumulation=math.ceil(run.recipe.training.batch_size / position.micro_batch_size),
+        micro_batch_size=max(map(len, micro_batches)),
+        accumulation=len(micro_batches),
+        micro_batch_tokens=position.micro_batch_tokens,
     )
 
 

@@ -16,6 +16,7 @@ from pytest_django import DjangoAssertNumQueries
 
 from jobs.estimating import Plan, estimate_values, plan_for
 from jobs.models import Job, JobAttempt, JobState, TeamQuota, Worker
+from jobs.scheduling import explain_wait, next_job
 from studio.accounts.models import ApiToken, Role, Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
@@ -23,7 +24,7 @@ from tests.conftest import make_member, signed_in
 from tests.factories import make_adapter, make_base_model, make_dataset_version, make_recipe
 from tests.jobs.test_views import form_data
 from tests.workers.test_resolving import SEVEN_B
-from workers.memory import GIB
+from workers.memory import GIB, TIGHT_SHARE
 
 DEVICE = "NVIDIA L4"
 
@@ -247,6 +248,42 @@ def test_memory_that_others_hold_makes_a_job_wait_and_the_form_says_what_would_f
     assert changes_in(panel)
     Worker.objects.update(free_memory_bytes=24 * GIB)
     assert "What would fit" not in alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
+
+
+def test_a_job_starts_as_soon_as_it_would_not_be_much_slower_and_page_and_form_say_the_same_number(
+    alice_client: Client, client: Client, team: Team, bob: User, large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    _token, secret = ApiToken.issue(team=team, user=bob, name="jobs", scopes=["read", "write"])
+    answer = client.post(
+        "/api/v1/jobs/", {"name": "x", "base_model": large.pk, "dataset_version": version.pk},
+        content_type="application/json", headers={"Authorization": f"Bearer {secret}"},
+    )  # fmt: skip
+    assert answer.status_code == 201, answer.text
+    job = Job.objects.get()
+    least, enough, liked = (job.estimate[name] for name in ("least_bytes", "enough_bytes", "total_bytes"))
+    assert least < enough < 0.95 * liked
+    assert job.memory_bytes == enough
+
+    Worker.objects.update(free_memory_bytes=enough - 1, last_seen=timezone.now())
+    assert next_job(card) is None
+    assert explain_wait(job).startswith(f"Needs about {enough / GIB:.1f} GiB, and NVIDIA L4 (box#0) has")
+    panel = alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
+    assert f"It waits until {enough / GIB:.1f} GiB are free." in panel
+
+    Worker.objects.update(free_memory_bytes=enough)
+    assert "It waits until" not in alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
+    assert next_job(card) == job
+
+
+def test_a_run_that_hardly_fits_a_device_does_not_wait_for_all_of_it(
+    large: BaseModel, version: DatasetVersion, card: Worker
+) -> None:
+    for gib in (24, 18, 16, 15, 14):
+        Worker.objects.update(memory_bytes=gib * GIB)
+        found = make_plan(large, version).estimate
+        assert found.least_bytes is not None
+        assert found.enough_bytes is not None
+        assert found.least_bytes <= found.enough_bytes <= max(found.least_bytes, TIGHT_SHARE * gib * GIB)
 
 
 def test_the_api_estimates_as_the_form_does_and_queues_nothing(

@@ -385,6 +385,31 @@ def test_the_page_says_which_attempt_and_from_which_step(team: Team, bob: User, 
     budget = settings.MAX_ATTEMPTS
     assert f"Attempt 2 of {budget}, resumed at step 400, with 2 rows in memory at once." in page
     assert "2 \N{MULTIPLICATION SIGN} 4" in page
+    assert "in the first step" not in page
+
+
+def test_the_page_says_what_bounds_the_tokens_of_a_micro_batch(team: Team, bob: User, bob_client: Client) -> None:
+    job = make_running_job(team, bob)
+    lifecycle.note_attempt(
+        job.pk, job.attempt, from_step=0, peak_memory_bytes=1, micro_batch_size=6, accumulation=3,
+        micro_batch_tokens=4096,
+    )  # fmt: skip
+    page = bob_client.get(job.get_absolute_url()).content.decode()
+    assert "≤ 6 \N{MULTIPLICATION SIGN} 3" in page
+    assert "in the first step, of ≤ 4,096 tokens" in page
+
+
+def test_another_try_of_a_job_whose_tokens_are_bounded_does_not_say_how_it_will_be_divided(
+    team: Team, bob: User
+) -> None:
+    job = make_running_job(team, bob)
+    Job.objects.filter(pk=job.pk).update(plan={"micro_batch_tokens": 4096})
+    lifecycle.retry_later(
+        job.pk, job.attempt, code="out_of_memory", message="It held 20.0 GiB.", counted=True, micro_batch_size=2
+    )
+    text = job.events.order_by("-sequence").values_list("text", flat=True)[0]
+    assert "with at most 2 rows in memory at once, and fewer tokens; the batch stays" in text
+    assert "such micro-batches" not in text
 
 
 def test_a_first_attempt_is_not_counted_out(team: Team, bob: User, bob_client: Client) -> None:

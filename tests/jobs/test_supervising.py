@@ -18,12 +18,13 @@ from django.conf import settings
 from django.db import connection
 from django.db.models import F
 from django.db.models.functions import Now
+from django.test import Client
 
 from jobs import lifecycle
 from jobs.models import Job
 from jobs.progress import stream_key
 from jobs.supervising import Link, Outcome, supervise
-from studio.accounts.models import Team, User
+from studio.accounts.models import ApiToken, Team, User
 from tests.jobs.making import make_running_job
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -93,17 +94,36 @@ def test_what_a_trainer_says_badly_is_noted_and_not_fatal(run: Callable[..., Out
     assert running.events.filter(level="warning", text__contains="unknown").count() == 2
 
 
+PLAN = {
+    "type": "plan", "device": "cpu", "num_steps": 9, "num_train_rows": 1, "num_held_out_rows": 1,
+    "num_skipped_rows": 0, "num_cut_rows": 0, "num_train_tokens": 1, "num_trainable": 1, "num_parameters": 2,
+}  # fmt: skip
+
+
 def test_the_attempt_knows_where_it_went_on_and_how_much_memory_it_took(
     run: Callable[..., Outcome], running: Job
 ) -> None:
-    plan = {
-        "type": "plan", "device": "cpu", "num_steps": 9, "num_train_rows": 1, "num_held_out_rows": 1,
-        "num_skipped_rows": 0, "num_cut_rows": 0, "num_train_tokens": 1, "num_trainable": 1, "num_parameters": 2,
-        "resumed_from_step": 5,
-    }  # fmt: skip
+    plan = PLAN | {"resumed_from_step": 5, "micro_batch_size": 2, "accumulation": 4}
     run(f"say(**{plan!r}); step(6); say(type='result', folder='/x')")
     attempt = running.attempts.get()
     assert (attempt.from_step, attempt.peak_memory_bytes) == (5, 1000)
+    assert (attempt.micro_batch_size, attempt.accumulation, attempt.micro_batch_tokens) == (2, 4, None)
+    assert not running.events.filter(text__contains="micro-batches").exists()
+
+
+def test_a_bound_on_the_tokens_of_a_micro_batch_is_told_and_stored(
+    run: Callable[..., Outcome], running: Job, team: Team, bob: User, client: Client
+) -> None:
+    plan = PLAN | {"micro_batch_size": 6, "accumulation": 3, "micro_batch_tokens": 4096}
+    run(f"say(**{plan!r}); step(6); say(type='result', folder='/x')")
+    attempt = running.attempts.get()
+    assert (attempt.micro_batch_size, attempt.accumulation, attempt.micro_batch_tokens) == (6, 3, 4096)
+    text = running.events.get(text__contains="micro-batches").text
+    assert "in micro-batches of at most 4,096 tokens, or of one longer row" in text
+    assert "3 in the first step." in text
+    _, secret = ApiToken.issue(team=team, user=bob, name="ci", scopes=["read"])
+    found = client.get(f"/api/v1/jobs/{running.pk}/", headers={"Authorization": f"Bearer {secret}"}).json()["plan"]
+    assert (found["micro_batch_size"], found["accumulation"], found["micro_batch_tokens"]) == (6, 3, 4096)
 
 
 def test_a_wish_to_stop_reaches_the_trainer(run: Callable[..., Outcome], running: Job, bob: User) -> None:

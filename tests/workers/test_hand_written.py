@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.tiny import FAMILIES, make_tiny_base
 from workers.base_folders import read_base_folder
+from workers.blocks import sizes
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import Engine, install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import FILLING_TOKENS, MOST_TOKENS, SAFETY, token_budget, tokens_that_fit
+from workers.blocks.sizes import RESERVED_LOGIT_BYTES
+from workers.facts import DeviceFacts
 from workers.hand_written import Blocks, is_hand_written
-from workers.hand_written_memory import StepTokens, held
+from workers.hand_written_memory import CONTEXT_BYTES, StepTokens, held
+from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
 from workers.methods import get_method, methods
-from workers.recipe import Precision
+from workers.recipe import Precision, Recipe
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4}, "lora_plus": {"rank": 4, "target_modules": ["down_proj"]}, "rslora": {"rank": 4},
@@ -134,6 +141,108 @@ def test_a_run_whose_launches_are_recorded_plans_with_less(eight_b: Blocks) -> N
     plain, recorded = held_with(eight_b, 20), held_with(eight_b, 20, is_recorded=True)
     assert (plain.kept_share, plain.num_micro) == (1, 1)
     assert recorded.activations_bytes < plain.activations_bytes
+
+
+LENGTHS = [20, 60, 100, 140, 180] * 16
+
+
+class OfLengths:
+    """Rows by their lengths alone."""
+
+    def length(self, row: int) -> int:
+        return LENGTHS[row]
+
+
+def settled(engine: Engine, recipe: Recipe, device: DeviceFacts, room: int) -> Any:
+    """A run on a GPU as `_settle` leaves it."""
+    import torch
+
+    from workers import training
+
+    run = SimpleNamespace(
+        recipe=recipe, data=SimpleNamespace(tokens=OfLengths()), device=torch.device("cuda"), device_facts=device,
+        max_micro_batch_size=None, recorder=None, budget=None,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_room", lambda _run, _model: room)
+        by_length = sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__)
+        training._settle(run, engine._model, engine, by_length)  # type: ignore[arg-type]
+    return run
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "lora"), ("gemma", "bottleneck"), ("llama", "prompt_tuning")])
+def test_launches_are_recorded_where_the_estimate_says_so(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    engine, blocks = installed(family, name, tmp_path / "base")
+    assert engine is not None
+    assert blocks is not None
+    facts, costs = dataset_facts(LENGTHS), engine._costs
+    # The tiny layers of 400 tokens keep an H200 as busy as its host.
+    layer_weights = blocks.num_weights / blocks.shape.num_layers
+    monkeypatch.setattr(sizes, "LAUNCH_SECONDS", 4 * layer_weights * 400 / 989e12)
+    found = {}
+    for gpu, tokens, is_lean, rows in product(
+        ("NVIDIA H200", "NVIDIA A100"), (50, 200, 400, 1000, 5000), (False, True), (1, 4, 8)
+    ):
+        per_token = sum(cost.input if is_lean else cost.all for cost in costs) + max(cost.working for cost in costs)
+        room = round(tokens * per_token / SAFETY)
+        device = DeviceFacts("cuda", gpu, room + RESERVED_LOGIT_BYTES + CONTEXT_BYTES, 8)
+        recipe = recipe_of(batch_size=8, micro_batch_size=rows, gradient_checkpointing=is_lean, max_length=256)
+        run = settled(engine, recipe, device, room)
+        expected = run_of(
+            recipe, blocks, facts, device, num_steps=10, num_trainable=1000, element=4, precision="float32",
+            has_virtual_tokens=name == "prompt_tuning", fixed_bytes=0,
+        ).held  # fmt: skip
+        assert (run.recorder is not None) == expected.is_recorded, (gpu, tokens, is_lean, rows)
+        mean = 8 * (facts.mean_after_cut(256) + run.budget.beside)
+        assert max(8 // rows, min(8, math.ceil(mean / run.budget.tokens))) == expected.num_micro
+        found[gpu, tokens, is_lean, rows] = expected.is_recorded
+    if name == "prompt_tuning":
+        assert not any(found.values())
+    else:
+        assert found["NVIDIA H200", 200, True, 8], "memory leaves it few tokens at once"
+        assert not found["NVIDIA H200", 5000, True, 8]
+        assert not found["NVIDIA A100", 200, True, 8], "which takes longer than its host"
+        assert found["NVIDIA A100", 50, True, 8]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("size", ["135m", "1b", "8b"])
+def test_with_memory_that_is_enough_a_step_takes_at_most_so_many_times_as_long_as_in_a_whole_device(
+    size: str, gpu: str, method: str
+) -> None:
+    from tests.bench.estimate_error import shape_of
+    from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    shape, chosen = shape_of(ALL_SHAPES[size]), get_method(method)
+    blocks = Blocks.of(shape, chosen, chosen.read_settings({}))
+    facts = dataset_facts(row_lengths(2000, None))
+
+    def run_in(free_bytes: float, rows: int) -> tuple[HandWrittenRun, float]:
+        device = DeviceFacts("cuda", gpu, int(free_bytes) + CONTEXT_BYTES, 8)
+        recipe = recipe_of(batch_size=rows, micro_batch_size=rows, max_length=MAX_LENGTH)
+        found = run_of(
+            recipe, blocks, facts, device, num_steps=100, num_trainable=10**7, element=2, has_virtual_tokens=False,
+            precision="nf4" if method == "qlora" else "bfloat16", fixed_bytes=0,
+        )  # fmt: skip
+        return found, found.step_seconds(device)
+
+    for rows in (4, 16, 64):
+        whole, seconds = run_in(100 * 2**30, rows)
+        assert whole.enough is not None
+        assert whole.least is not None
+        liked = whole.held.weights_bytes + whole.held.activations_bytes
+        assert whole.least <= whole.enough
+        if size == "8b":
+            assert whole.enough < 0.4 * liked
+        assert run_in(whole.enough, rows)[1] <= ENOUGH_SLOWDOWN * seconds
 
 
 def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_with_room(eight_b: Blocks) -> None:

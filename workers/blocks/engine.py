@@ -257,6 +257,15 @@ class Engine:
         self._free_bytes = free_bytes
         return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self.num_virtual_tokens)
 
+    def tokens_at_once(self, *, free_bytes: int, num_tokens: int, is_lean: bool) -> int:
+        """Tokens of a micro-batch as `keep_least` or `keep_what_fits` would give them; nothing is chosen yet."""
+        if is_lean:
+            return lean_token_budget(self._costs, free_bytes=free_bytes)
+        copies = sum(group.weights.copy_bytes() for group in self._groups())
+        if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
+            free_bytes -= copies
+        return token_budget(self._costs, free_bytes=free_bytes)
+
     @property
     def has_prefix(self) -> bool:
         """Whether trained keys and values stand before those of each row."""

@@ -7,9 +7,9 @@ PAD = 64
 rank 16 and for two layers at rank 32."""
 MAX_HEAD_FEATURES = 256
 """Features of a head that flash attention takes."""
-BUSY_OPERATIONS = 3.0e12
-"""Operations of a layer and batch, forward and back, that keep a GPU of today as busy as the host is with launching
-them, some 5 ms."""
+LAUNCH_SECONDS = 3.0e-3
+"""Seconds at a GPU's peak of the operations of a layer and batch, forward and back, that take it as long as launching
+them takes the host, some 5 ms."""
 RECORDING_SHARE = 1 / (2 * 1.125)
 """Of free memory, what a run may plan with whose launches are recorded: recordings have memory of their own, and
 batches are filled up."""
@@ -18,7 +18,7 @@ RESERVED_LOGIT_BYTES = 3 * 2**28
 """What a run on a GPU leaves free for the loss when it plans: three chunks of logits (workers.losses)."""
 
 
-def launches_take_longer(layer_weights: float, num_tokens: float) -> bool:
+def launches_take_longer(layer_weights: float, num_tokens: float, *, peak_flops: float) -> bool:
     """Whether a layer of so many weights is so small, for batches of so many tokens, that launching it takes longer
-    than running it."""
-    return 4 * layer_weights * num_tokens < BUSY_OPERATIONS
+    than running it on a GPU of such a peak, in FLOP/s."""
+    return 4 * layer_weights * num_tokens < LAUNCH_SECONDS * peak_flops

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.bench.workload import BATCH, MASKED_SHARE, MAX_LENGTH, row_lengths
 from tests.workers.blocks.models import make_batch, make_model, with_lora
-from workers.batching import Batch
+from workers.batching import Batch, TokenBudget, split_step
 from workers.blocks import recording
 from workers.blocks.engine import install
-from workers.blocks.recording import Recorder, Shape, filled, is_worth_recording
+from workers.blocks.recording import ROW_STEP, Recorder, Shape, filled, is_worth_recording
+from workers.graphs import NO_MEMORY, NotRecordedError
 from workers.layers.prefix import PrefixTunedModel
 from workers.objectives import get_objective
 
@@ -45,17 +49,56 @@ def recorder_of(model: Any, longest: int = 40) -> Recorder:
     return Recorder(install(model, is_wide=True), model, SFT, longest=longest, warn=refuse)
 
 
-def test_there_are_few_shapes_and_each_has_room() -> None:
-    seen = {Shape.of(make_batch((length, 5), seed=length), 600) for length in range(10, 1000)}
-    assert len(seen) < 60
-    for length in (58, 59, 123, 507, 1000):
+class OfLengths:
+    """Rows by their lengths alone."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+
+    def length(self, row: int) -> int:
+        return self._lengths[row]
+
+
+def workload_batches(most_tokens: int | None) -> list[Batch]:
+    """Those of 480 steps of the training benchmark: sizes without tokens."""
+    lengths = row_lengths(480 * BATCH, None)
+    budget = None if most_tokens is None else TokenBudget(most_tokens)
+    found = []
+    for first in range(0, len(lengths), BATCH):
+        for group in split_step(range(first, first + BATCH), OfLengths(lengths), BATCH, budget):  # type: ignore[arg-type]
+            own = tuple(lengths[row] for row in group)
+            num_loss = sum(length - max(1, int(MASKED_SHARE * length)) for length in own)
+            nothing = torch.zeros(num_loss)
+            found.append(Batch(nothing, None, nothing, nothing, nothing, own))
+    return found
+
+
+@pytest.mark.parametrize(("most_tokens", "most_shapes"), [(None, 18), (4096, 19), (2048, 9)])
+def test_steps_of_the_training_benchmark_have_few_shapes(most_tokens: int | None, most_shapes: int) -> None:
+    batches = workload_batches(most_tokens)
+    shapes = [Shape.of(batch, MAX_LENGTH) for batch in batches]
+    assert len(set(shapes)) <= most_shapes
+    assert sum(one.num_tokens for one in shapes) <= 1.052 * sum(one.num_tokens for one in batches)
+    assert sum(one.num_loss_tokens for one in shapes) <= 1.25 * sum(one.num_loss_tokens for one in batches)
+
+
+def test_each_shape_has_room() -> None:
+    for length in (1, 44, 58, 59, 123, 507, 1000, 5000):
         batch = make_batch((length, 5))
         shape = Shape.of(batch, 600)
-        assert batch.num_tokens < shape.num_tokens <= max(batch.num_tokens + 64, batch.num_tokens * 1.13 + 1)
-        assert shape.longest >= max(*batch.lengths, shape.num_tokens - batch.num_tokens)
+        with_rows = batch.num_tokens + ROW_STEP
+        assert batch.num_tokens < shape.num_tokens <= max(with_rows + 64, 1.13 * with_rows)
+        assert batch.num_loss_tokens <= shape.num_loss_tokens <= shape.num_tokens
         full = filled(batch, shape)
         assert (full.num_tokens, full.num_loss_tokens) == (shape.num_tokens, shape.num_loss_tokens)
+        assert len(full.lengths) == shape.num_rows
+        assert 1 <= min(full.lengths) <= max(full.lengths) <= shape.longest
         assert full.loss_weight == batch.num_loss_tokens
+        assert full.position_ids is not None
+        assert torch.equal(full.position_ids[0], torch.cat([torch.arange(one) for one in full.lengths]))
+        added = full.positions_N[batch.num_loss_tokens :]
+        assert len(set(added.tolist())) == len(added)
+        assert ((added >= 0) & (added < shape.num_tokens)).all()
 
 
 def test_what_is_filled_in_teaches_nothing() -> None:
@@ -113,13 +156,125 @@ def test_tokens_before_each_row_are_not_recorded() -> None:
     from peft import PrefixTuningConfig
 
     engine = install(model_of(), is_wide=True)
-    assert is_worth_recording(engine, 5000)
-    assert not is_worth_recording(engine, 10**9)
+    assert is_worth_recording(engine, 5000, peak_flops=989e12)
+    assert not is_worth_recording(engine, 10**9, peak_flops=989e12)
+    assert is_worth_recording(engine, 10**7, peak_flops=989e12)
+    assert not is_worth_recording(engine, 10**7, peak_flops=65e12), "a slow GPU takes as long as its host"
     config = PrefixTuningConfig(num_virtual_tokens=4, num_layers=3, task_type="CAUSAL_LM")
     prefixed = PrefixTunedModel(
         make_model("llama", dtype=DTYPE, device=DEVICE, hidden_size=64, intermediate_size=128, head_dim=32), config
     )
-    assert not is_worth_recording(install(prefixed, is_wide=True), 5000)
+    assert not is_worth_recording(install(prefixed, is_wide=True), 5000, peak_flops=989e12)
+
+
+class Recordings:
+    """Stands in for recording on a CPU: what would be recorded runs when it is replayed. `errors` come first."""
+
+    def __init__(self, *errors: str | None) -> None:
+        self._errors = list(errors)
+        self.modes: list[str] = []
+        self.pools: list[object] = []
+
+    def record(self, launch: Callable[[], None], *, pool: object, mode: str, **_how: Any) -> Any:
+        self.modes.append(mode)
+        self.pools.append(pool)
+        if self._errors and (error := self._errors.pop(0)) is not None:
+            raise NotRecordedError(error)
+        return SimpleNamespace(replay=launch)
+
+    def installed(self, monkeypatch: pytest.MonkeyPatch, model: Any, warnings: list[str]) -> Recorder:
+        """A recorder on a CPU that records by it."""
+        monkeypatch.setattr(recording, "record", self.record)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+        recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, warn=warnings.append)
+        recorder._can_record = True
+        return recorder
+
+
+def taught_by(recorder: Recorder, model: Any, batch: Batch) -> None:
+    """One step, which teaches what the model itself would."""
+    model.zero_grad(set_to_none=False)
+    loss_sum, _ = recorder.run(batch, 17.0)
+    loss, _, expected = of_the_model(model, batch, 17.0)
+    torch.testing.assert_close(loss_sum, loss, rtol=1e-4, atol=0)
+    for one, other in zip(gradients_of(model), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+def test_a_shape_is_recorded_at_its_first_use_once_any_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    model, recordings = model_of(), Recordings()
+    recorder = recordings.installed(monkeypatch, model, warnings)
+    small, large = small_and_large()
+    recorder.refresh()
+    counts = []
+    for batch in (small, large, small, large):
+        taught_by(recorder, model, batch)
+        counts.append(recorder.num_recorded)
+    assert counts == [0, 1, 2, 2]
+    assert recordings.modes == ["relaxed", "global"], "only what was launched before has nothing to load"
+    assert not warnings
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+def test_what_cannot_be_recorded_at_once_is_launched_and_recorded_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warnings: list[str] = []
+    model, recordings = model_of(), Recordings("a kernel was loaded.")
+    recorder = recordings.installed(monkeypatch, model, warnings)
+    small, large = small_and_large()
+    recorder.refresh()
+    for batch in (small, large, large, small):
+        taught_by(recorder, model, batch)
+    assert recorder.num_recorded == 2
+    assert recordings.modes == ["relaxed", "global", "global"]
+    broken_off, *others = recordings.pools
+    assert others[0] is others[1]
+    assert broken_off is not others[0], "torch does not go on with a pool that nothing uses"
+    assert not warnings
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize(("errors", "told"), [(("first", "second"), "second"), ((NO_MEMORY,), NO_MEMORY)])
+def test_a_second_failure_and_a_lack_of_memory_end_recording(
+    monkeypatch: pytest.MonkeyPatch, errors: tuple[str, ...], told: str
+) -> None:
+    warnings: list[str] = []
+    model, recordings = model_of(), Recordings(None, *errors)
+    recorder = recordings.installed(monkeypatch, model, warnings)
+    small, large = small_and_large()
+    recorder.refresh()
+    for batch in (small, small, large, large, large):
+        taught_by(recorder, model, batch)
+    assert recorder.num_recorded == 0
+    assert len(recordings.modes) == 1 + len(errors)
+    assert [told in text for text in warnings] == [True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+def test_recordings_give_way_to_what_is_launched_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    model, recordings = model_of(), Recordings(None, "a kernel was loaded.")
+    recorder = recordings.installed(monkeypatch, model, warnings)
+    small, large = small_and_large()
+    recorder.refresh()
+    for _ in range(2):
+        taught_by(recorder, model, small)
+    own, fails = recorder._compute, iter([True])
+
+    def short(step: Any) -> None:
+        if next(fails, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        own(step)
+
+    monkeypatch.setattr(recorder, "_compute", short)
+    for batch in (large, large, small):
+        taught_by(recorder, model, batch)
+    assert recorder.num_recorded == 0
+    assert [NO_MEMORY in text for text in warnings] == [True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -133,8 +288,8 @@ def test_what_is_replayed_is_what_was_launched(dropout: float) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
         torch.manual_seed(8)
         found = []
-        for seed in range(8):
-            batch = make_batch(((7, 19, 3), (30, 11, 2))[seed % 2], seed=seed)
+        for seed in range(9):
+            batch = make_batch(((7, 19, 3), (30, 11, 2), (70, 120, 30))[seed % 3], seed=seed)
             recorder.refresh()
             loss_sum, _ = recorder.run(batch, 1.0)
             found.append([loss_sum, *gradients_of(model)])
@@ -143,7 +298,7 @@ def test_what_is_replayed_is_what_was_launched(dropout: float) -> None:
         return found, recorder
 
     (launched, _), (replayed, recorder) = trained(can_record=False), trained(can_record=True)
-    assert recorder.num_recorded == 1, "both kinds of batch have the same shape"
+    assert recorder.num_recorded == 2, "two of the three kinds of batch have the same shape"
     for one, other in zip(launched, replayed, strict=True):
         for expected, found in zip(one, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from workers import training
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import SAFETY, BlockBytes
 from workers.errors import OutOfMemoryError
-from workers.events import StepEvent
+from workers.events import PlanEvent, StepEvent
 from workers.recipe import Recipe
 from workers.training import Folders, train
 
@@ -78,6 +78,13 @@ def test_a_step_is_split_by_what_fits_and_learns_the_same(
     assert len(room.sizes) > 6, "a step is more than one micro-batch"
     assert position_of(tmp_path / "split", "6-1")["micro_batch_tokens"] == 100
     assert position_of(tmp_path / "whole", "6-1")["micro_batch_tokens"] is None
+    [plan], [undivided] = log.of(PlanEvent), whole.of(PlanEvent)
+    assert (undivided.micro_batch_size, undivided.accumulation, undivided.micro_batch_tokens) == (8, 1, None)
+    assert plan.micro_batch_tokens == 100
+    assert plan.accumulation > 1
+    of_first_step = room.sizes[: plan.accumulation]
+    assert sum(of_first_step) == log.of(StepEvent)[0].num_tokens
+    assert 8 / plan.accumulation <= plan.micro_batch_size < 8
 
 
 def test_a_resumed_run_adds_up_the_micro_batches_that_it_began_with(
