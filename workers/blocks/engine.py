@@ -19,6 +19,7 @@ from workers.batching import Batch, TokenBudget
 from workers.blocks.attention import Kernel, Prefix, Rows
 from workers.blocks.attention_choice import faster_kernel
 from workers.blocks.budget import block_bytes
+from workers.blocks.copies import Copies
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
 from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
@@ -87,22 +88,12 @@ class Engine:
             for half in block.sublayers:
                 yield from (half.inputs, half.outputs)
 
-    def _find_copies(self) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
-        """What is copied before a step, by its factor: from where, and to where."""
-        found: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for group in self._groups():
-            for source, target, factor in group.copies():
-                sources, targets = found.setdefault(factor, ([], []))
-                sources.append(source)
-                targets.append(target)
-        return found
+    def _find_copies(self) -> Copies:
+        return Copies([copy for group in self._groups() for copy in group.copies()])
 
     def refresh(self) -> None:
         """Takes over what the optimizer has changed; to be called before the batches of each step."""
-        with torch.no_grad():
-            for factor, (sources, targets) in self._copies.items():
-                scaled = sources if factor == 1.0 else torch._foreach_mul([one.detach() for one in sources], factor)
-                torch._foreach_copy_(targets, [one.detach() for one in scaled])
+        self._copies.make()
 
     def _take_over(self, layer: Any, place: int) -> None:
         own_forward = layer.forward

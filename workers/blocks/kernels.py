@@ -5,6 +5,7 @@ Imported only where there is a GPU; Triton comes with torch's CUDA builds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -172,6 +173,24 @@ def _cross_entropy(logits_at, targets_at, losses_at, WIDTH: tl.constexpr, WRITES
 
 
 @triton.jit
+def _copy_scaled(table_at, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr):
+    at = table_at + tl.program_id(0) * 6
+    size = tl.load(at + 2).to(tl.int32)
+    first = tl.program_id(1) * BLOCK
+    if first >= size:
+        return
+    source_at = tl.load(at).to(tl.pointer_type(SOURCE))
+    target_at = tl.load(at + 1).to(tl.pointer_type(TARGET))
+    width = tl.load(at + 3).to(tl.int32)
+    target_row = tl.load(at + 4)
+    factor = tl.load(at + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    place = first + tl.arange(0, BLOCK)
+    inside = place < size
+    found = tl.load(source_at + place, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(target_at + (place // width) * target_row + place % width, found.to(TARGET), mask=inside)
+
+
+@triton.jit
 def _dequantise_nf4(
     packed_at, absmax_at, absmax_code_at, absmax_scale_at, code_at, out_at, out_row, row_bytes, offset,
     ELEMENTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -299,6 +318,29 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) 
         logits_CV, targets_C, losses_C, WIDTH=width, WRITES=with_gradient, BLOCK=block, num_warps=8
     )
     return losses_C
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def table_of(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """What `copy_scaled` is told of each copy, (copies, 6) int64 on their device."""
+    factors = torch.tensor([factor for _, _, factor in copies], dtype=torch.float32).view(torch.int32).tolist()
+    rows = [
+        [source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0), factor]
+        for (source, target, _), factor in zip(copies, factors, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).to(copies[0][1].device)
+
+
+def copy_scaled(table: Tensor, copies: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """Writes each source times its factor to its target: matrices of two types, whose rows may lie apart in targets."""
+    source, target, _ = copies[0]
+    block = 2048
+    largest = max(one.numel() for one, _, _ in copies)
+    _copy_scaled[(len(copies), triton.cdiv(largest, block))](
+        table, SOURCE=_TYPES[source.dtype], TARGET=_TYPES[target.dtype], BLOCK=block, num_warps=4
+    )
 
 
 def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor) -> None:

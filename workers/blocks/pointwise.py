@@ -21,7 +21,8 @@ from workers.device_errors import is_gpu_failure, is_out_of_memory
 logger = logging.getLogger(__name__)
 
 
-def _has_kernels(tensor: Tensor) -> bool:
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels take such a tensor."""
     return tensor.is_cuda and _kernels_work(tensor.device)
 
 
@@ -49,7 +50,7 @@ def _kernels_work(device: torch.device) -> bool:
 
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     """Writes the normalised rows into the first H columns of `out_TK`; gives 1 / rms, (T,)."""
-    if _has_kernels(x_TH):
+    if has_kernels(x_TH):
         from workers.blocks import kernels
 
         return kernels.rms_norm(x_TH, norm, out_TK)
@@ -71,7 +72,7 @@ def rms_norm_backward(
 ) -> Tensor:
     """Writes the gradient by `x_TH` from that of the first H columns of the norm's output, plus `added_to`, into
     `out_TH`, whose rows may lie apart, and gives that."""
-    if _has_kernels(x_TH):
+    if has_kernels(x_TH):
         from workers.blocks import kernels
 
         kernels.rms_norm_backward(gradient_TK, x_TH, norm, inverse_T, out_TH, added_to)
@@ -93,7 +94,7 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = Fa
     The first E features of a head turn, in pairs (d, d + E/2); `cos_TE` and `sin_TE` hold each angle twice, as
     transformers makes them. Turning back is the gradient of turning, because a rotation's transpose is its inverse.
     """
-    if _has_kernels(heads_TGD):
+    if has_kernels(heads_TGD):
         from workers.blocks import kernels
 
         return kernels.rotate(heads_TGD, cos_TE, sin_TE, back=back)
@@ -111,7 +112,7 @@ def rotate(heads_TGD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = Fa
 
 def gated(gate_up_T2F: Tensor, activation: Activation, out_TK: Tensor) -> None:
     """Writes activation(gate) x up into the first F columns of `out_TK`. Rows may lie apart."""
-    if _has_kernels(gate_up_T2F):
+    if has_kernels(gate_up_T2F):
         from workers.blocks import kernels
 
         kernels.gated(gate_up_T2F, activation, out_TK)
@@ -127,7 +128,7 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
 
     The first F columns of `gradient_TK` are written over with what `gated` gave.
     """
-    if _has_kernels(gate_up_T2F):
+    if has_kernels(gate_up_T2F):
         from workers.blocks import kernels
 
         return kernels.gated_backward(gradient_TK, gate_up_T2F, activation)
@@ -151,7 +152,7 @@ def gated_backward(gradient_TK: Tensor, gate_up_T2F: Tensor, activation: Activat
 
 def dropped(x_TK: Tensor, share: float, seed: Seed) -> Tensor:
     """A copy of `x_TK` with a share of its elements at 0 and the others scaled up, the same for the same seed."""
-    if _has_kernels(x_TK):
+    if has_kernels(x_TK):
         from workers.blocks import kernels
 
         return kernels.dropped(x_TK, share, seed)
@@ -162,7 +163,7 @@ def dropped(x_TK: Tensor, share: float, seed: Seed) -> Tensor:
 
 def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> None:
     """Adds `dropped(x_TK, share, seed)` to the first K columns of `target_TK`."""
-    if _has_kernels(x_TK):
+    if has_kernels(x_TK):
         from workers.blocks import kernels
 
         kernels.add_dropped(target_TK, x_TK, share, seed)
@@ -175,7 +176,7 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) 
 
     With the gradient by each row's own loss, softmax minus one at the target, in its place; else with anything.
     """
-    if _has_kernels(logits_CV):
+    if has_kernels(logits_CV):
         from workers.blocks import kernels
 
         return kernels.cross_entropy(logits_CV, targets_C, with_gradient=with_gradient)
@@ -197,7 +198,7 @@ def _plain_cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient:
 
 def dequantise_4bit(packed: Tensor, state: Any, out_NK: Tensor) -> None:
     """Writes 4-bit weights as bitsandbytes holds them into `out_NK`, whose rows may lie apart."""
-    if _has_kernels(packed) and state.quant_type == "nf4" and state.nested:
+    if has_kernels(packed) and state.quant_type == "nf4" and state.nested:
         from workers.blocks import kernels
 
         kernels.dequantise_nf4(packed, state, out_NK)

@@ -22,7 +22,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "_has_kernels", lambda tensor: False)
+    monkeypatch.setattr(pointwise, "has_kernels", lambda tensor: False)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -151,3 +151,19 @@ def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype, monkeypa
         assert_close(kernels.cross_entropy(found, targets, with_gradient=with_gradient), losses, torch.float32)
         if with_gradient:
             assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float32])
+def test_many_copies_are_one_launch(target: torch.dtype) -> None:
+    from workers.blocks import kernels
+
+    shapes = [(3, 700), (5000, 2), (1, 1)]
+    wholes = [torch.full((rows, columns + 5), 9.0, dtype=target, device=DEVICE) for rows, columns in shapes]
+    copies = [
+        (random(rows, columns), whole[:, 2 : 2 + columns], factor)
+        for (rows, columns), whole, factor in zip(shapes, wholes, (1.0, 0.3, -2.0), strict=True)
+    ]
+    kernels.copy_scaled(kernels.table_of(copies), copies)
+    for (source, found, factor), whole in zip(copies, wholes, strict=True):
+        assert_close(found, source * factor, target)
+        assert int((whole == 9.0).sum()) == whole.numel() - source.numel()
