@@ -585,6 +585,7 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         sample,
         lambda *given: objective.loss(*given)[0],
         [tokens.length(row) for row in step],
+        is_lean=run.recipe.training.gradient_checkpointing is True,
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )

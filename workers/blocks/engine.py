@@ -319,10 +319,14 @@ class Engine:
         budget = token_budget(self._costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=self._host_bytes)
         return TokenBudget(budget, self.num_virtual_tokens)
 
+    def limit_scratch(self) -> int:
+        """Has weights in 4 bits computed back in small pieces from here on. Gives the bytes that this saves."""
+        return self._scratch.limit(LEAN_SCRATCH_BYTES)
+
     def _saved(self) -> int:
         """Bytes that what is computed anew for each use gives back: pieces of weights in 4 bits, and, of launches that
         are not recorded, copies of branches."""
-        return self._scratch.limit(LEAN_SCRATCH_BYTES) + (self._share_copies() if self._host_bytes else 0)
+        return self.limit_scratch() + (self._share_copies() if self._host_bytes else 0)
 
     def tokens_at_once(self, *, free_bytes: int, num_tokens: int, is_lean: bool, host_bytes: int = 0) -> int:
         """Tokens of a micro-batch as `keep_least` or `keep_what_fits` would give them; nothing is chosen yet."""
