@@ -49,9 +49,34 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What this process can still take of a GPU's memory: what nobody has, and what its allocator holds unused."""
-    available, _ = torch.cuda.mem_get_info(device)
-    return int(available) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What this process can still take of a GPU's memory: what nobody has, within the share of the whole that it is
+    limited to, and what its allocator holds unused in pieces that it could give back. The others are the ends of what
+    is used, too small for much."""
+    available, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    ends = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(int(available), allowed) + reserved - torch.cuda.memory_allocated(device) - int(ends)
+
+
+def free_host_bytes() -> int:
+    """What a process can still take of the machine's memory, or of the container's where that is limited; 0 where the
+    system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text("ascii").strip()
+        current = int((group / "memory.current").read_text("ascii"))
+        lines = (group / "memory.stat").read_text("ascii").splitlines()
+    except OSError:
+        return found
+    # Pages of files that were read, as of a model's weights, give way.
+    files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return max(0, min(found, int(limit) - current + files)) if limit.isdigit() else found
 
 
 def peak_memory_bytes(device: torch.device) -> int:

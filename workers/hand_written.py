@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workers.blocks.keeping import BlockBytes, bytes_of_block
-from workers.blocks.sizes import MAX_HEAD_FEATURES, PAD
+from workers.blocks.keeping import BlockBytes, bytes_of_block, hides_copies
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD
 from workers.methods import Method
 from workers.recipe import Precision
 from workers.shapes import LinearShape, ModelShape
@@ -129,20 +129,27 @@ class Blocks:
         """What each block keeps of a token whose numbers take `element` bytes, as `workers.blocks.engine` has it."""
         hidden, bodies = self.shape.hidden_size, self.bodies
         if not any(self.adapters):
-            return [bytes_of_block(bodies, hidden, element)] * self.shape.num_layers
+            return [bytes_of_block(bodies, hidden, element, drops=self.has_dropout)] * self.shape.num_layers
         halves = [
-            bytes_of_block([body], hidden, element, has_adapter=has_adapter)
+            bytes_of_block([body], hidden, element, has_adapter=has_adapter, drops=self.has_dropout)
             for body, has_adapter in zip(bodies, self.adapters, strict=True)
         ]
         return halves * self.shape.num_layers
+
+    def hides_copies(self, element: int) -> bool:
+        """Whether blocks compute for longer than their inputs take to the host and back."""
+        layers = self.shape.num_layers
+        streams = sum(cost.stream for cost in self.costs(element)) // layers
+        return hides_copies(self.num_weights / layers, streams)
 
     def wide_bytes(self) -> int:
         """All weights of the blocks computed back from 4 bits."""
         return self.shape.num_layers * sum(group.wide_bytes for group in self.groups)
 
-    def scratch_bytes(self) -> int:
-        """Memory in which groups in 4 bits are computed back for each use."""
-        return max(group.wide_bytes for group in self.groups)
+    def scratch_bytes(self, *, is_lean: bool) -> int:
+        """Memory in which groups in 4 bits are computed back for each use, in pieces where it is to be small."""
+        most = max(group.wide_bytes for group in self.groups)
+        return min(most, LEAN_SCRATCH_BYTES) if is_lean else most
 
     @staticmethod
     def room_of(shape: ModelShape) -> int:
@@ -153,9 +160,10 @@ class Blocks:
         sizes = [(sum(linear.out_features for linear in one), one[0].in_features) for one in groups]
         return shape.num_layers * 2 * sum(PAD * (outputs + inputs + PAD) for outputs, inputs in sizes)
 
-    def branch_bytes(self, element: int, *, is_quantised: bool) -> int:
-        """The copies of low-rank branches that products use: those inside the room around weights take nothing."""
+    def branch_bytes(self, element: int, *, is_quantised: bool, take_turns: bool) -> int:
+        """The copies of low-rank branches that products use: those inside the room around weights take nothing; one
+        block's where blocks take turns."""
         if not is_quantised:
             return 0
         each = (PAD * (group.num_inputs + group.num_outputs) for group in self.groups if group.num_ranks)
-        return self.shape.num_layers * element * sum(each)
+        return (1 if take_turns else self.shape.num_layers) * element * sum(each)

@@ -6,14 +6,25 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
-from workers.blocks.sizes import RECORDING_SHARE, RESERVED_LOGIT_BYTES
+from workers.blocks.keeping import (
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    is_scarce,
+    lean_token_budget,
+    least_keeping,
+    logit_bytes,
+    planned_bytes,
+    token_budget,
+)
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, RECORDING_SHARE
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
 """What a GPU's driver and libraries hold of its memory for a process."""
-LOGIT_BYTES = {"cpu": 2 * 2**26, "cuda": 2**28}
-"""One chunk of logits, which the softmax and the gradient take over (workers.losses); with a copy on a CPU."""
+CPU_LOGIT_BYTES = 2 * 2**26
+"""One chunk of logits on a CPU (workers.losses), with a copy; on a GPU the softmax and the gradient take it over."""
 LOSS_SHARE = 0.65
 """Tokens that carry loss where only answers do, of all: of instruction datasets about two thirds."""
 
@@ -74,35 +85,45 @@ def held(
         loss_share: of all tokens those that carry loss.
     """
     costs = blocks.costs(element)
-    scratch = _scratch(blocks, element, kind) if is_quantised else 0
+    # The host's memory is not known here, and rarely too little.
+    host_bytes = None if kind == "cuda" and not is_recorded and blocks.hides_copies(element) else 0
+    scratch = 0
+    logits = LOGIT_BYTES if kind == "cuda" else CPU_LOGIT_BYTES
     with_virtual = step.num_rows * blocks.num_virtual_tokens
     most, mean = step.most + with_virtual, step.mean + with_virtual
     longest = step.longest + blocks.num_virtual_tokens
     budget: int | None = None
     has_copies = False
     if free_bytes is not None:
-        free_bytes -= RESERVED_LOGIT_BYTES + scratch
+        if is_quantised:
+            whole = _scratch(blocks, element, kind, is_lean=False)
+            scratch = _scratch(blocks, element, kind, is_lean=is_lean or is_scarce(free_bytes - whole))
+        free_bytes -= scratch
         free_bytes = int(free_bytes * RECORDING_SHARE) if is_recorded else free_bytes
+        logits = logit_bytes(free_bytes, is_lean=is_lean)
+        free_bytes = planned_bytes(free_bytes)
         if is_lean:
-            budget = lean_token_budget(costs, free_bytes=free_bytes)
+            budget = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
         else:
             copies = blocks.wide_bytes() if is_quantised else 0
             has_copies = copies_fit(costs, copies, num_tokens=math.ceil(most), free_bytes=free_bytes)
             free_bytes -= copies if has_copies else 0
-            budget = token_budget(costs, free_bytes=free_bytes)
-    elif is_quantised and kind == "cuda" and not is_lean:
-        has_copies = True
+            budget = token_budget(costs, free_bytes=free_bytes, num_tokens=math.ceil(most), host_bytes=host_bytes)
+    elif is_quantised:
+        has_copies = kind == "cuda" and not is_lean
+        scratch = _scratch(blocks, element, kind, is_lean=is_lean)
 
     def micro(tokens: float) -> int:
         by_tokens = min(step.num_rows, math.ceil(tokens / budget)) if budget else 1
         return max(math.ceil(step.num_rows / step.rows_at_once), by_tokens)
 
     def kept(tokens: float) -> list[Keeping]:
+        num_tokens = math.ceil(tokens)
         if is_lean:
-            return ["input"] * len(costs)
+            return least_keeping(costs, num_tokens=num_tokens, host_bytes=host_bytes)
         if free_bytes is None:
             return ["all"] * len(costs)
-        return choose_keeping(costs, num_tokens=math.ceil(tokens), free_bytes=free_bytes)
+        return choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes, host_bytes=host_bytes)
 
     largest = max(longest, most / micro(most))
     num_micro = micro(mean)
@@ -114,7 +135,7 @@ def held(
         has_copies=has_copies,
         is_recorded=is_recorded,
         weights_bytes=blocks.wide_bytes() if has_copies else scratch,
-        activations_bytes=_peak(blocks, costs, kept(largest), largest, element, kind, loss_share),
+        activations_bytes=_peak(blocks, costs, kept(largest), largest, element, kind, loss_share, logits),
     )
 
 
@@ -127,18 +148,21 @@ def least_bytes(
     is_quantised: bool,
     loss_share: float,
 ) -> int:
-    """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input."""
-    scratch = _scratch(blocks, element, kind) if is_quantised else 0
+    """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input,
+    with the host where it helps."""
+    scratch = _scratch(blocks, element, kind, is_lean=True) if is_quantised else 0
     longest = step.longest + blocks.num_virtual_tokens
     costs = blocks.costs(element)
-    lean: list[Keeping] = ["input"] * len(costs)
-    return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share)
+    host_bytes = None if kind == "cuda" and blocks.hides_copies(element) else 0
+    lean = least_keeping(costs, num_tokens=longest, host_bytes=host_bytes)
+    logits = LEAN_LOGIT_BYTES if kind == "cuda" else CPU_LOGIT_BYTES
+    return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share, logits)
 
 
-def _scratch(blocks: Blocks, element: int, kind: Literal["cuda", "cpu"]) -> int:
+def _scratch(blocks: Blocks, element: int, kind: Literal["cuda", "cpu"], *, is_lean: bool) -> int:
     """Where weights in 4 bits are computed back for each use: on a CPU without room beside them."""
     if kind == "cuda":
-        return blocks.scratch_bytes()
+        return blocks.scratch_bytes(is_lean=is_lean)
     return element * max(group.num_weights for group in blocks.groups)
 
 
@@ -150,6 +174,7 @@ def _peak(
     element: int,
     kind: Literal["cuda", "cpu"],
     loss_share: float,
+    logits: int,
 ) -> int:
     """Bytes at the moment when most is held: while the loss is computed, or on the way back through one of the blocks,
     when those behind it have let go."""
@@ -158,8 +183,8 @@ def _peak(
     stream = element * shape.hidden_size
     # The last norm is transformers' own: it computes in float32, and keeps one such tensor.
     norm = 3 * 4 * shape.hidden_size
-    logits = min(loss_share * tokens * shape.vocabulary_size * element, LOGIT_BYTES[kind])
-    head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + logits
+    chunk = min(loss_share * tokens * shape.vocabulary_size * element, logits)
+    head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + chunk
     most = tokens * kept + max(tokens * (stream + norm), head)
     halves = 2 if any(blocks.adapters) else 1
     in_use = {
@@ -170,7 +195,9 @@ def _peak(
         for keeps_body in (False, True)
     }
     for place in range(len(costs) - 1, -1, -1):
-        most = max(most, tokens * (kept + in_use[place % halves, keeping[place] == "all"]))
+        # Offloaded inputs that are back: the block's own, and the one of the block before it.
+        back = sum(costs[one].stream for one in (place, place - 1) if one >= 0 and keeping[one] == "offload")
+        most = max(most, tokens * (kept + back + in_use[place % halves, keeping[place] == "all"]))
         kept -= costs[place].of(keeping[place])
     return round(most)
 

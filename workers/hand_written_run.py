@@ -6,8 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping
-from workers.blocks.sizes import RESERVED_LOGIT_BYTES, launches_take_longer
+from workers.blocks.keeping import (
+    FILLING_TOKENS,
+    IN_FLIGHT,
+    SAFETY,
+    Keeping,
+    free_bytes_for,
+    is_scarce,
+    offloading_wins,
+)
+from workers.blocks.sizes import launches_take_longer
 from workers.facts import DatasetFacts, DeviceFacts
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
@@ -97,6 +105,7 @@ def run_of(
     if not on_gpu:
         return HandWrittenRun(held_with(None), None, None, asked, None, None)
     gpu, layer_weights = gpu_named(device.name), blocks.num_weights / blocks.shape.num_layers
+    costs, hides = blocks.costs(element), blocks.hides_copies(element)
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
@@ -104,9 +113,13 @@ def run_of(
     def held_in(free_bytes: int) -> Held:
         found = held_with(free_bytes)
         is_small = launches_take_longer(layer_weights, found.tokens, peak_flops=gpu.flops)
-        if is_small and not training.neftune_alpha and not has_virtual_tokens:
-            return held_with(free_bytes, is_recorded=True)
-        return found
+        if not is_small or training.neftune_alpha or has_virtual_tokens:
+            return found
+        recorded = held_with(free_bytes, is_recorded=True)
+        offloads = hides and offloading_wins(
+            costs, num_tokens=found.tokens, recorded_tokens=recorded.tokens, is_lean=is_lean
+        )
+        return found if offloads else recorded
 
     def work_of(held: Held) -> StepWork:
         return step_work(
@@ -130,10 +143,13 @@ def run_of(
 
 
 def _filling_bytes(blocks: Blocks, step: StepTokens, *, element: int, is_quantised: bool) -> int:
-    """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input, by
-    the rule of `workers.blocks.keeping.tokens_that_fit`."""
+    """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input,
+    with the host where that is as fast, by the rule of `workers.blocks.keeping.tokens_that_fit`."""
     costs = blocks.costs(element)
-    per_token = sum(cost.input for cost in costs) + max(cost.working for cost in costs)
+    per_token = sum(cost.input for cost in costs) + max(cost.lean_working for cost in costs)
+    if blocks.hides_copies(element):
+        offloaded = sum(cost.offload for cost in costs) + IN_FLIGHT * max(cost.stream for cost in costs)
+        per_token = offloaded + max(cost.lean_working for cost in costs)
     tokens = min(FILLING_TOKENS, math.ceil(step.most) + step.num_rows * blocks.num_virtual_tokens)
-    scratch = blocks.scratch_bytes() if is_quantised else 0
-    return math.ceil(tokens * per_token / SAFETY) + RESERVED_LOGIT_BYTES + scratch
+    found = free_bytes_for(math.ceil(tokens * per_token / SAFETY))
+    return found + (blocks.scratch_bytes(is_lean=is_scarce(found)) if is_quantised else 0)

@@ -41,6 +41,8 @@ class Pace:
 
 
 PACE = Pace()
+LINK_BANDWIDTH = 25e9
+"""Bytes a second between a GPU and its host, each way: the slower of the links that large GPUs have."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class StepWork:
     num_micro: int
     hidden_size: int
     is_recorded: bool
+    copied_bytes: float = 0
+    """To the host and back, while blocks compute."""
 
     def seconds(self, gpu: Gpu, pace: Pace) -> float:
-        """How long it takes: the device's time or the host's, whichever is longer."""
+        """How long it takes: the device's time, the host's, or that of copies between them, whichever is longest."""
         fill = self.hidden_size / (self.hidden_size + pace.half_features)
         device = (
             self.product_flops / (gpu.flops * pace.products * fill)
@@ -66,7 +70,7 @@ class StepWork:
         )
         per_block = pace.recorded_per_block if self.is_recorded else pace.host_per_block
         host = self.num_blocks * per_block + self.num_micro * pace.host_per_micro
-        return max(device, host) + pace.host_per_step
+        return max(device, host, self.copied_bytes / LINK_BANDWIDTH) + pace.host_per_step
 
 
 def step_work(
@@ -113,6 +117,7 @@ def step_work(
         num_micro=held.num_micro,
         hidden_size=shape.hidden_size,
         is_recorded=held.is_recorded,
+        copied_bytes=2 * tokens * element * shape.hidden_size * held.keeping.count("offload"),
     )
 
 

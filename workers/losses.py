@@ -6,8 +6,9 @@ positions that are needed. Letters of shapes: B rows, T tokens, N loss-carrying 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,11 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch
 from workers.blocks.pointwise import cross_entropy
+from workers.blocks.sizes import LOGIT_BYTES as GPU_LOGIT_BYTES
 
-LOGIT_BYTES = {"cpu": 2**26, "cuda": 2**28}
-"""Most bytes of logits at once. Larger brings no speed: a matrix product of this size fills the device."""
+LOGIT_BYTES = {"cpu": 2**26, "cuda": GPU_LOGIT_BYTES}
+"""Most bytes of logits at once, where nobody says less."""
+_within: ContextVar[int | None] = ContextVar("_within", default=None)
 
 _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def logits_within(num_bytes: int | None) -> Iterator[None]:
+    """Inside, logits take so many bytes at once, at most; None for as many as otherwise."""
+    token = _within.set(num_bytes)
+    try:
+        yield
+    finally:
+        _within.reset(token)
 
 
 def summed_cross_entropy(
@@ -146,7 +159,7 @@ class _Gathering:
 
 def _chunked(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, width: int) -> Tensor:
     """Cross-entropy per token from hidden states, with the logits of one chunk of tokens at a time."""
-    limit = LOGIT_BYTES.get(hidden_NH.device.type, LOGIT_BYTES["cpu"])
+    limit = _within.get() or LOGIT_BYTES.get(hidden_NH.device.type, LOGIT_BYTES["cpu"])
     size = max(16, limit // (hidden_NH.element_size() * width))
     # Products work in tiles of 128 rows.
     size -= size % 128 if size > 128 else 0

@@ -146,7 +146,8 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     checkpointing = training.gradient_checkpointing is True
     by_hand: HandWrittenRun | None = None
     if blocks is not None:
-        optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4")
+        take_turns = checkpointing and device.kind == "cuda" and blocks.hides_copies(compute_bytes)
+        optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4", take_turns=take_turns)
         fixed_least = weights + adapter + optimizer
         by_hand = run_of(
             recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,

@@ -24,8 +24,9 @@ from workers.bases import Bases, free
 from workers.batching import Batch, Plan, TokenBudget, TokenRows, collate, split_step
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
+from workers.blocks.keeping import HOST_SHARE
 from workers.blocks.recording import Recorder, is_worth_recording
-from workers.blocks.sizes import RECORDING_SHARE, RESERVED_LOGIT_BYTES
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -584,6 +585,7 @@ def computed_by_hand(run: Run, model: Any) -> Iterator[None]:
         sample,
         lambda *given: objective.loss(*given)[0],
         [tokens.length(row) for row in step],
+        is_lean=run.recipe.training.gradient_checkpointing is True,
         say=run.say,
         warn=lambda text: run.say(text, is_warning=True),
     )
@@ -610,19 +612,27 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     room = _room(run, model)
     run.plans_by_memory = room is not None
     records = False
+    host = int(devices.free_host_bytes() * HOST_SHARE) if run.device.type == "cuda" else 0
     if room is not None and run.device.type == "cuda" and not training.neftune_alpha:
-        # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
-        budget = engine.tokens_at_once(free_bytes=room, num_tokens=longest_step, is_lean=is_lean)
         mean = training.batch_size * sum(map(tokens.length, by_length)) / len(by_length)
-        num_micro = max(math.ceil(training.batch_size / size), min(training.batch_size, math.ceil(mean / budget)))
+
+        def usual(room: int, host: int) -> float:
+            """Tokens of a usual micro-batch."""
+            budget = engine.tokens_at_once(free_bytes=room, num_tokens=longest_step, is_lean=is_lean, host_bytes=host)
+            return mean / max(math.ceil(training.batch_size / size), min(training.batch_size, math.ceil(mean / budget)))
+
+        # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
+        launched, recorded = usual(room, host), usual(int(room * RECORDING_SHARE), 0)
         peak_flops = gpu_named(run.device_facts.name).flops
-        records = is_worth_recording(engine, mean / num_micro, peak_flops=peak_flops)
+        records = is_worth_recording(engine, launched, peak_flops=peak_flops) and not engine.prefers_offloading(
+            num_tokens=launched, recorded_tokens=recorded, host_bytes=host, is_lean=is_lean
+        )
     if room is not None and records:
-        room = int(room * RECORDING_SHARE)
+        room, host = int(room * RECORDING_SHARE), 0
     if is_lean:
-        run.budget = engine.keep_least(free_bytes=room)
+        run.budget = engine.keep_least(free_bytes=room, host_bytes=host)
     elif room is not None:
-        run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step)
+        run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step, host_bytes=host)
     if records:
         run.recorder = Recorder(
             engine,
@@ -650,14 +660,14 @@ def _checkpoint_blocks(model: Any) -> None:
 
 
 def _room(run: Run, model: Any) -> int | None:
-    """Bytes of a GPU's memory that are free for what blocks keep and work with; None of a CPU's, which has no bound
-    that could be measured."""
+    """Bytes of a GPU's memory that are free for what blocks keep and work with, and the loss; None of a CPU's, which
+    has no bound that could be measured."""
     if run.device.type != "cuda":
         return None
     free(run.device)
     # Gradients and both moments come with the first step.
     num_trained = sum(one.numel() for one in checkpoints.trainable_parameters(model).values())
-    room = devices.free_memory_bytes(run.device) - 12 * num_trained - RESERVED_LOGIT_BYTES
+    room = devices.free_memory_bytes(run.device) - 12 * num_trained
     # Memory ran out before: the plan was too tight, whatever it was that it did not know of.
     return room if run.max_micro_batch_size is None else room // 2
 

@@ -56,6 +56,11 @@ def test_what_ours_did_otherwise_is_said(tmp_path: Path) -> None:
     assert "| 41.9 M |" in found
 
 
+def test_a_run_that_sees_only_a_part_of_the_card_says_so(tmp_path: Path) -> None:
+    row = OURS | {"tokens_per_second": 1.0, "memory_gib": 16.5, "kept": {"input": 5, "offload": 27}}
+    assert "ours (by hand, within 16.5 GiB, inputs offloaded) | 8b" in said(tmp_path, row)
+
+
 def test_the_rows_in_the_repository_make_a_table() -> None:
     found = table(Path(__file__).with_name("rows") / "training")
     assert "Measured on NVIDIA H200." in found

@@ -77,6 +77,7 @@ def main() -> None:
     ours.add_argument("--warm", type=int, default=WARM, help="steps before the clock runs")
     ours.add_argument("--dropout", type=float, default=0.0, help="of low-rank branches; the product's default is 0.05")
     ours.add_argument("--lean", action="store_true", help="keep as little as possible for the way back")
+    ours.add_argument("--memory-gib", type=float, help="of the GPU, what the run may take; it chooses what it keeps")
     ours.add_argument("--plain", action="store_true", help="the model's own blocks")
     ours.add_argument("--rows", type=Path, help="folder of the JSON lines; by default they are printed alone")
     suite = kinds.add_parser("suite", help="all of our rows that a GPU is measured by, in one process")
@@ -107,6 +108,8 @@ def measure_once(options: argparse.Namespace) -> None:
             "lean" if options.lean else "full", "plain" if options.plain else "fast",
         )
     )  # fmt: skip
+    if options.memory_gib is not None:
+        name += f"-within{options.memory_gib:g}"
     path = None if options.rows is None else options.rows / f"{name}.json"
     if path is not None and path.exists():
         print(f"{name} is measured already.")
@@ -121,7 +124,7 @@ def measure_once(options: argparse.Namespace) -> None:
 SUITE = (
     "--shape 8b --method qlora --precision nf4 --lean --batch 1 --length 2048",
     "--shape 8b --method lora --steps 40 --warm 10",
-    "--shape 8b --method lora --lean --micro 4",
+    "--shape 8b --method lora --memory-gib 16.5",
     "--shape 8b --method lora --dropout 0.05",
     "--shape 8b --method qlora --precision nf4",
     "--shape 8b --method prefix_tuning",
@@ -222,6 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         prepare_process()
         model = random_model(sizes, options.precision, device, options.model)
+        limit_memory(device, options.memory_gib)
         run = make_run(recipe, lengths, sizes, folder, device, report, lambda: None)
         model.name_or_path = model.config._name_or_path = str(folder)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -231,10 +235,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         waits = Waits(device)
-        with nullcontext() if options.plain else training.computed_by_hand(run, model), waits.watched():
-            training.optimise(run, model)
-            keeping = [] if run.engine is None else list(run.engine.keeping)
-            num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
+        try:
+            with nullcontext() if options.plain else training.computed_by_hand(run, model), waits.watched():
+                training.optimise(run, model)
+                keeping = [] if run.engine is None else list(run.engine.keeping)
+                num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
+                budget = None if run.budget is None else run.budget.tokens
+        finally:
+            limit_memory(device, None)
     warm, *later = [one for one in seen if one[-1].step >= options.warm]
     assert later, "no step is left behind the warm ones"
     seconds, processor_seconds = (later[-1][clock] - warm[clock] for clock in (0, 1))
@@ -243,7 +251,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "blocks": "by hand" if keeping else "the model's own",
         "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
         "batch": options.batch, "at_once": options.micro or options.batch, "length": options.length,
-        "dropout": options.dropout, "lean": options.lean,
+        "dropout": options.dropout, "lean": options.lean, "memory_gib": options.memory_gib,
+        "tokens_at_once": budget,
         "tokens_per_second": round((later[-1][-1].num_tokens - warm[-1].num_tokens) / seconds, 1),
         "tokens_per_step": round(sum(lengths) / options.steps), "steps": later[-1][-1].step - warm[-1].step,
         "seconds": round(seconds, 2), "processor_seconds": round(processor_seconds, 2),
@@ -253,6 +262,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "last_loss": round(seen[-1][-1].loss, 4), "device": devices.device_name(device),
         "versions": training.versions(),
     }  # fmt: skip
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Has this process take no more than so much of a GPU's memory, or again all of it."""
+    if device.type != "cuda":
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    share = 1.0 if gib is None else gib * 2**30 / devices.memory_bytes(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def make_run(

@@ -74,6 +74,8 @@ class Measured:
             *([f"{at_once} rows at once"] if at_once != self.row["batch"] else []),
             *([f"dropout {dropout:g}"] if dropout else []),
             *(["all recomputed"] if self.row.get("lean") else []),
+            *([f"within {within:g} GiB"] if (within := self.row.get("memory_gib")) else []),
+            *(["inputs offloaded"] if "offload" in self.row.get("kept", {}) else []),
             *(["launches recorded"] if self.row.get("recorded") else []),
         ]
 

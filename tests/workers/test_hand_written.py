@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,18 +13,30 @@ from typing import Any
 
 import pytest
 
+from tests.bench.estimate_error import shape_of
+from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
 from tests.tiny import FAMILIES, make_tiny_base
 from workers.base_folders import read_base_folder
 from workers.blocks import sizes
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import Engine, install
 from workers.blocks.families import NotByHandError, make_room
-from workers.blocks.keeping import FILLING_TOKENS, MOST_TOKENS, SAFETY, token_budget, tokens_that_fit
-from workers.blocks.sizes import RESERVED_LOGIT_BYTES
+from workers.blocks.keeping import (
+    FILLING_TOKENS,
+    MOST_TOKENS,
+    SAFETY,
+    Keeping,
+    free_bytes_for,
+    token_budget,
+    tokens_that_fit,
+)
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DeviceFacts
+from workers.gpus import Gpu, gpu_named
 from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, StepTokens, held
 from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
+from workers.hand_written_time import LINK_BANDWIDTH, PACE, step_work
 from workers.methods import get_method, methods
 from workers.recipe import Precision, Recipe
 
@@ -108,9 +121,6 @@ def test_blocks_of_other_families_and_of_types_without_kernels_are_the_models_ow
 
 @pytest.fixture(scope="module")
 def eight_b() -> Blocks:
-    from tests.bench.estimate_error import shape_of
-    from tests.bench.workload import ALL_SHAPES
-
     method = get_method("lora")
     return Blocks.of(shape_of(ALL_SHAPES["8b"]), method, method.read_settings({}))
 
@@ -135,6 +145,35 @@ def test_the_more_memory_is_free_the_less_is_computed_twice(eight_b: Blocks) -> 
     assert found[-1].num_micro == 1
     for one, gib in zip(found, (3, 6, 8, 12, 40), strict=True):
         assert one.activations_bytes < gib * 2**30, "a plan stays within its memory"
+
+
+def test_what_is_scarce_is_saved_by_the_host_and_what_is_lean_too(eight_b: Blocks) -> None:
+    scarce, lean = held_with(eight_b, 0.9), held_with(eight_b, 40, is_lean=True)
+    for one in (scarce, lean):
+        assert one.keeping[0] == "offload"
+        assert one.keeping[-1] == "input"
+    assert scarce.activations_bytes < 0.9 * 2**30
+    assert scarce.num_micro <= 4, "the inputs of so many tokens take 0.3 GiB, which would not fit"
+    recorded = held_with(eight_b, 40, is_lean=True, is_recorded=True)
+    assert set(recorded.keeping) == {"input"}
+    assert lean.activations_bytes < recorded.activations_bytes
+
+
+def test_copies_take_no_time_behind_products_and_the_links_where_a_gpu_is_faster_than_that(eight_b: Blocks) -> None:
+    found = held_with(eight_b, 40)
+
+    def seconds(keeping: Keeping, gpu: Gpu) -> float:
+        kept = replace(found, keeping=(keeping,) * len(found.keeping))
+        work = step_work(
+            eight_b, kept, num_trainable=10**6, loss_share=1.0, weighted_length=300, is_quantised=False, element=2
+        )
+        return work.seconds(gpu, replace(PACE, host_per_block=0.0, host_per_micro=0.0, host_per_step=0.0))
+
+    known, fast = gpu_named("NVIDIA H200"), Gpu(flops=1e18, bandwidth=1e16)
+    assert seconds("offload", known) == seconds("input", known) > seconds("all", known)
+    copied = 2 * 2 * 4096 * 32 * found.tokens
+    assert seconds("offload", fast) == pytest.approx(copied / LINK_BANDWIDTH)
+    assert seconds("input", fast) < seconds("offload", fast)
 
 
 def test_a_run_whose_launches_are_recorded_plans_with_less(eight_b: Blocks) -> None:
@@ -188,9 +227,10 @@ def test_launches_are_recorded_where_the_estimate_says_so(
     for gpu, tokens, is_lean, rows in product(
         ("NVIDIA H200", "NVIDIA A100"), (50, 200, 400, 1000, 5000), (False, True), (1, 4, 8)
     ):
-        per_token = sum(cost.input if is_lean else cost.all for cost in costs) + max(cost.working for cost in costs)
-        room = round(tokens * per_token / SAFETY)
-        device = DeviceFacts("cuda", gpu, room + RESERVED_LOGIT_BYTES + CONTEXT_BYTES, 8)
+        per_token = sum(cost.input if is_lean else cost.all for cost in costs)
+        per_token += max(cost.lean_working if is_lean else cost.working for cost in costs)
+        room = free_bytes_for(round(tokens * per_token / SAFETY))
+        device = DeviceFacts("cuda", gpu, room + CONTEXT_BYTES, 8)
         recipe = recipe_of(batch_size=8, micro_batch_size=rows, gradient_checkpointing=is_lean, max_length=256)
         run = settled(engine, recipe, device, room)
         expected = run_of(
@@ -216,8 +256,6 @@ def test_launches_are_recorded_where_the_estimate_says_so(
 def test_with_memory_that_is_enough_a_step_takes_at_most_so_many_times_as_long_as_in_a_whole_device(
     size: str, gpu: str, method: str
 ) -> None:
-    from tests.bench.estimate_error import shape_of
-    from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
     from tests.workers.test_training import recipe_of
     from workers.training import dataset_facts
 
@@ -251,6 +289,7 @@ def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_
     assert (small.has_copies, large.has_copies) == (False, True)
     assert small.weights_bytes == 2 * (2 * 14336 + 64) * (4096 + 64)
     assert large.weights_bytes > 2 * eight_b.num_weights
+    assert held_with(eight_b, 40, is_quantised=True, is_lean=True).weights_bytes == LEAN_SCRATCH_BYTES
 
 
 def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:
@@ -258,8 +297,8 @@ def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks)
     per_token = sum(cost.all for cost in costs) + costs[0].working
     for tokens, expected in ((FILLING_TOKENS, FILLING_TOKENS), (10 * MOST_TOKENS, MOST_TOKENS), (1000, FILLING_TOKENS)):
         free = round(tokens * per_token / SAFETY) + 4096
-        assert token_budget(costs, free_bytes=free) == expected
-    tight = round(100 * (sum(cost.input for cost in costs) + costs[0].working) / SAFETY) + 4096
+        assert token_budget(costs, free_bytes=free, num_tokens=FILLING_TOKENS) == expected
+    tight = round(100 * (sum(cost.input for cost in costs) + costs[0].lean_working) / SAFETY) + 4096
     assert token_budget(costs, free_bytes=tight) == tokens_that_fit(costs, "input", free_bytes=tight) == 100
     assert token_budget(costs, free_bytes=-1) == 1
 

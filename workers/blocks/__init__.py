@@ -7,6 +7,7 @@ and its files stay transformers' and peft's: only how a block computes is swappe
 
 `engine` swaps and checks; `families` reads a block; `function` is what autograd sees; `sublayers` hold the
 mathematics; `linears`, `attention` and `pointwise` what it is made of, each with a plain version and one for GPUs.
+`keeping` chooses what stays for the way back, and `offloading` takes it to the host and back.
 
 Letters of shapes: T tokens of all rows, H hidden, F features between the feed-forward's projections, Q features of
 queries, keys and values together, K and N inputs and outputs of a linear layer, R ranks of a group's layers together.

@@ -65,10 +65,13 @@ def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch
     """How far hand-written blocks are from the model's own on a small packed batch.
 
     What an adapter begins with at zero is another number meanwhile, for through zeros nothing of its branch would show.
-    No gradient is left behind, no weight is changed, and no random number is used up.
+    Blocks of a whole pass keep their inputs alone, all but one, so that a run that fits only so may be compared, too;
+    of layers one by one, every other keeps all. No gradient is left behind, no weight is changed, and no random number
+    is used up.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
+    was_training, keeping = model.training, engine.keeping
+    num_blocks = len(keeping)
     devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
     model.eval()  # a mask of dropout would differ
     zeros = [parameter for parameter in parameters if not bool(parameter.detach().any())]
@@ -80,13 +83,16 @@ def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch
             with engine.compared(), _inputs_of_layers(engine) as inputs:
                 plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
             engine.refresh()
+            engine.keeping = ["input" if place + 1 < num_blocks else "all" for place in range(num_blocks)]
             with engine.rows(batch):
                 own_loss, own = _loss_and_gradients(loss(model, batch), parameters)
             worst: float | None = None
             if not engine.has_prefix:  # which a layer is given only inside a pass of the whole model
+                engine.keeping = ["input" if place % 2 else "all" for place in range(num_blocks)]
                 worst = max(_of_layer(engine, batch, *one) for one in inputs)
     finally:
         model.train(was_training)
+        engine.keeping = keeping
         with torch.no_grad():
             for parameter in zeros:
                 parameter.zero_()

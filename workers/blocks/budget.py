@@ -9,4 +9,6 @@ from workers.blocks.keeping import BlockBytes, bytes_of_block
 def block_bytes(block: Block, element: int, *, has_adapter: bool = False) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes; with a bottleneck adapter behind it or not."""
     bodies = [sublayer.kept_features() for sublayer in block.sublayers]
-    return bytes_of_block(bodies, block.sublayers[0].inputs.num_inputs, element, has_adapter=has_adapter)
+    drops = any(group.dropout > 0 for half in block.sublayers for group in (half.inputs, half.outputs))
+    hidden = block.sublayers[0].inputs.num_inputs
+    return bytes_of_block(bodies, hidden, element, has_adapter=has_adapter, drops=drops)

@@ -22,11 +22,12 @@ def hand_written(
     loss: Callable[[Any, Batch], Tensor],
     lengths: Sequence[int],
     *,
+    is_lean: bool,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> Engine | None:
     """The hand-written blocks of a model with its adapter, tried on `sample`, a small packed batch; `lengths` are those
-    of a usual step's rows, in tokens.
+    of a usual step's rows, in tokens. With `is_lean` that takes little memory, too.
 
     None where the model's own blocks do it: they are not among those written by hand, or the two do not agree, of
     which a warning is given.
@@ -45,6 +46,8 @@ def hand_written(
         warn(f"The model's own blocks are used, because the fast ones cannot be made of them: {first_line(error)}")
         return None
     try:
+        if is_lean:
+            engine.limit_scratch()
         if not engine.has_prefix:
             engine.attend_by(engine.faster_attention(lengths))
         off = compare(engine, model, sample, loss)

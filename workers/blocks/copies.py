@@ -1,4 +1,8 @@
-"""Copies of trained branches in the type and the places that products want, made anew before each step."""
+"""Copies of trained branches in the type and the places that products want, made anew before each step.
+
+Blocks have memory of their own for them; or, where that is to be saved, they take turns in the same, and each makes its
+copies anew when its turn comes, on the way there and on the way back.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +57,24 @@ class Copies:
 
             self._table, self._places = kernels.table_of(self._copies), places
         return self._table
+
+
+class SharedMemory:
+    """Whose copies are there now."""
+
+    def __init__(self) -> None:
+        self.holder: Turn | None = None
+
+
+class Turn:
+    """One block's use of memory that others of its sizes have, too."""
+
+    def __init__(self, memory: SharedMemory, copies: Sequence[Copy]) -> None:
+        self._memory = memory
+        self._copies = Copies(copies)
+
+    def take(self) -> None:
+        """Has this block's copies there, up to date."""
+        if self._memory.holder is not self:
+            self._copies.make()
+            self._memory.holder = self

@@ -19,18 +19,33 @@ from workers.batching import Batch, TokenBudget
 from workers.blocks.attention import Kernel, Prefix, Rows
 from workers.blocks.attention_choice import faster_kernel
 from workers.blocks.budget import block_bytes
-from workers.blocks.copies import Copies
+from workers.blocks.copies import Copies, SharedMemory, Turn
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
-from workers.blocks.keeping import BlockBytes, Keeping, choose_keeping, copies_fit, lean_token_budget, token_budget
+from workers.blocks.keeping import (
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    hides_copies,
+    is_scarce,
+    lean_token_budget,
+    least_keeping,
+    logit_bytes,
+    offloading_wins,
+    planned_bytes,
+    token_budget,
+)
 from workers.blocks.linears import Group
+from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.operands import Seed
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.blocks.sublayers import Attention, Surroundings
-from workers.blocks.weights import Quantised
+from workers.blocks.weights import Quantised, Scratch
 from workers.layers.bottleneck import BottleneckLayer
 from workers.layers.prefix import MARK as PREFIX_MARK
 from workers.layers.prompt import PromptTunedModel
-from workers.losses import head_is_plain
+from workers.losses import head_is_plain, logits_within
 
 NO_MASKS = "rows_by_hand"
 """A name of attention that transformers knows no masks for, so that it makes none."""
@@ -64,12 +79,22 @@ def _parts(read: Adapted) -> Iterator[_Part]:
 class Engine:
     """The hand-written blocks of one model, in the order of its `layers`; `keeping` says what each keeps."""
 
-    def __init__(self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], num_virtual_tokens: int = 0) -> None:
-        """`num_virtual_tokens` stand before each row's own in the layers' inputs."""
+    def __init__(
+        self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], scratch: Scratch, num_virtual_tokens: int = 0
+    ) -> None:
+        """`num_virtual_tokens` stand before each row's own in the layers' inputs; `scratch` is that of weights in 4
+        bits."""
         self._parts = [list(_parts(one)) for one in read]
         self.blocks = tuple(part.block for parts in self._parts for part in parts)
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
-        self._free_bytes: int | None = None  # by which `keeping` is chosen for each batch, where it is known
+        # By which `keeping` is chosen for each batch, where it is known, or that it is to be as little as can be.
+        self._free_bytes: int | None = None
+        self._is_lean = False
+        self._host_bytes = 0
+        self._host_memory = HostMemory()
+        self._inputs: Inputs | None = None
+        self._logit_bytes: int | None = None
+        self._scratch = scratch
         self._model = model
         self.layers = tuple(layers)
         self.num_virtual_tokens = num_virtual_tokens
@@ -80,20 +105,43 @@ class Engine:
         self._compares = False
         self._seed: Seed | None = None
         self._copies = self._find_copies()
+        self._shared: dict[Any, SharedMemory] = {}
         for place, layer in enumerate(layers):
             self._take_over(layer, place)
 
     def _groups(self) -> Iterator[Group]:
         for block in self.blocks:
-            for half in block.sublayers:
-                yield from (half.inputs, half.outputs)
+            yield from block.groups()
 
     def _find_copies(self) -> Copies:
         return Copies([copy for group in self._groups() for copy in group.copies()])
 
     def refresh(self) -> None:
         """Takes over what the optimizer has changed; to be called before the batches of each step."""
-        self._copies.make()
+        if self._shared:
+            for memory in self._shared.values():
+                memory.holder = None
+        else:
+            self._copies.make()
+
+    def _share_copies(self) -> int:
+        """Has blocks of the same sizes take turns in memory for their branches' copies. Gives the bytes that this
+        saves."""
+        if self._shared:
+            return 0
+        saved = 0
+        first: dict[Any, Block] = {}
+        for block in self.blocks:
+            sizes = tuple(group.sizes for group in block.groups())
+            other = first.setdefault(sizes, block)
+            saved += sum(own.share_copies(its) for own, its in zip(block.groups(), other.groups(), strict=True))
+        if saved:
+            self._shared = {sizes: SharedMemory() for sizes in first}
+            for block in self.blocks:
+                own = [copy for group in block.groups() for copy in group.copies()]
+                block.turn = Turn(self._shared[tuple(group.sizes for group in block.groups())], own)
+            self._copies = Copies([])  # which would hold what was given up
+        return saved
 
     def _take_over(self, layer: Any, place: int) -> None:
         own_forward = layer.forward
@@ -111,8 +159,9 @@ class Engine:
         layer.forward = forward
 
     def _run(self, place: int, hidden_BTH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        rows = self._rows
+        rows, inputs = self._rows, self._inputs
         assert rows is not None
+        assert inputs is not None
         if hidden_BTH.shape[:2] != (1, rows.num_tokens):
             raise RuntimeError(
                 f"a block was given {tuple(hidden_BTH.shape[:2])} tokens of {rows.num_tokens} packed ones"
@@ -123,7 +172,7 @@ class Engine:
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
             # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
-            result_BTH = run_block(part.block, hidden_BTH.flatten(0, 1), around, keeping, seed).unsqueeze(0)
+            result_BTH = run_block(part.block, hidden_BTH.flatten(0, 1), around, keeping, seed, inputs).unsqueeze(0)
             if part.adapter is not None:
                 result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
             hidden_BTH = result_BTH
@@ -188,13 +237,18 @@ class Engine:
         checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self.layers]
         for layer in self.layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
-        if self._free_bytes is not None:
-            self.keeping = choose_keeping(self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes)
-        self._rows, self._seed = rows, seed
+        if self._is_lean:
+            self.keeping = least_keeping(self._costs, num_tokens=rows.num_tokens, host_bytes=self._host_bytes)
+        elif self._free_bytes is not None:
+            self.keeping = choose_keeping(
+                self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes, host_bytes=self._host_bytes
+            )
+        self._rows, self._seed, self._inputs = rows, seed, Inputs(self._host_memory)
         try:
-            yield
+            with logits_within(self._logit_bytes):
+                yield
         finally:
-            self._rows = self._seed = None
+            self._rows = self._seed = self._inputs = None
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
             for layer, is_on in zip(self.layers, checkpointing, strict=True):
@@ -215,7 +269,9 @@ class Engine:
         for group in self._groups():
             if isinstance(group.weights, Quantised):
                 group.weights = group.weights.kept()
-        self._copies = self._find_copies()
+        self._copies, self._shared = self._find_copies(), {}
+        for block in self.blocks:
+            block.turn = None
 
     @cached_property
     def _costs(self) -> list[BlockBytes]:
@@ -226,36 +282,74 @@ class Engine:
             for part in parts
         ]
 
-    def keep_least(self, *, free_bytes: int | None = None) -> TokenBudget | None:
-        """Each block keeps its input alone, as with gradient checkpointing. Gives what a micro-batch may have for that
-        to stay within `free_bytes`, where these are known."""
-        self._free_bytes = None
+    def keep_least(self, *, free_bytes: int | None = None, host_bytes: int = 0) -> TokenBudget | None:
+        """Each block keeps its input alone, as with gradient checkpointing, and that in up to `host_bytes` of the
+        host's memory; logits come in small chunks, weights in 4 bits in small pieces, and the blocks' copies of their
+        branches take turns. Gives what a micro-batch may have for that to stay within `free_bytes`, where these are
+        known: beside weights and optimizer, the loss not counted."""
+        self._free_bytes, self._is_lean = None, True
+        self._host_bytes = self._offloadable(host_bytes)
         self.keeping = ["input"] * len(self.blocks)
         if free_bytes is None:
             return None
-        return TokenBudget(lean_token_budget(self._costs, free_bytes=free_bytes), self.num_virtual_tokens)
+        self._logit_bytes = logit_bytes(free_bytes, is_lean=True)
+        free_bytes = planned_bytes(free_bytes + self._saved())
+        budget = lean_token_budget(self._costs, free_bytes=free_bytes, host_bytes=self._host_bytes)
+        return TokenBudget(budget, self.num_virtual_tokens)
 
-    def keep_what_fits(self, *, free_bytes: int, num_tokens: int) -> TokenBudget:
-        """From here on what blocks keep of each batch is chosen by its size; and where there is memory beyond that,
-        weights in 4 bits are computed back once. Gives what a micro-batch should have.
+    def keep_what_fits(self, *, free_bytes: int, num_tokens: int, host_bytes: int = 0) -> TokenBudget:
+        """From here on what blocks keep of each batch is chosen by its size, with up to `host_bytes` of the host's
+        memory; and where there is memory beyond that, weights in 4 bits are computed back once. Gives what a
+        micro-batch should have.
 
-        `num_tokens` are the most of a step's rows, `free_bytes` what is free beside weights and optimizer.
+        `num_tokens` are the most of a step's rows, `free_bytes` what is free beside weights and optimizer, the loss not
+        counted.
         """
+        self._is_lean = False
+        self._host_bytes = self._offloadable(host_bytes)
+        if is_scarce(free_bytes):
+            free_bytes += self._saved()
+        self._logit_bytes = logit_bytes(free_bytes, is_lean=False)
+        free_bytes = planned_bytes(free_bytes)
         copies = sum(group.weights.copy_bytes() for group in self._groups())
         if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
             self.keep_copies()
             free_bytes -= copies
         self._free_bytes = free_bytes
-        return TokenBudget(token_budget(self._costs, free_bytes=free_bytes), self.num_virtual_tokens)
+        budget = token_budget(self._costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=self._host_bytes)
+        return TokenBudget(budget, self.num_virtual_tokens)
 
-    def tokens_at_once(self, *, free_bytes: int, num_tokens: int, is_lean: bool) -> int:
+    def limit_scratch(self) -> int:
+        """Has weights in 4 bits computed back in small pieces from here on. Gives the bytes that this saves."""
+        return self._scratch.limit(LEAN_SCRATCH_BYTES)
+
+    def _saved(self) -> int:
+        """Bytes that what is computed anew for each use gives back: pieces of weights in 4 bits, and, of launches that
+        are not recorded, copies of branches."""
+        return self.limit_scratch() + (self._share_copies() if self._host_bytes else 0)
+
+    def tokens_at_once(self, *, free_bytes: int, num_tokens: int, is_lean: bool, host_bytes: int = 0) -> int:
         """Tokens of a micro-batch as `keep_least` or `keep_what_fits` would give them; nothing is chosen yet."""
+        host_bytes = self._offloadable(host_bytes)
+        free_bytes = planned_bytes(free_bytes)
         if is_lean:
-            return lean_token_budget(self._costs, free_bytes=free_bytes)
+            return lean_token_budget(self._costs, free_bytes=free_bytes, host_bytes=host_bytes)
         copies = sum(group.weights.copy_bytes() for group in self._groups())
         if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
             free_bytes -= copies
-        return token_budget(self._costs, free_bytes=free_bytes)
+        return token_budget(self._costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=host_bytes)
+
+    def prefers_offloading(self, *, num_tokens: float, recorded_tokens: float, host_bytes: int, is_lean: bool) -> bool:
+        """Whether inputs had better be offloaded than launches recorded, by the tokens of usual micro-batches."""
+        return self._offloadable(host_bytes) > 0 and offloading_wins(
+            self._costs, num_tokens=num_tokens, recorded_tokens=recorded_tokens, is_lean=is_lean
+        )
+
+    def _offloadable(self, host_bytes: int) -> int:
+        """Of the host's memory what inputs may take: none where copies would be waited for."""
+        weights = sum(group.num_inputs * group.num_outputs for group in self._groups()) / len(self.layers)
+        streams = sum(cost.stream for cost in self._costs) // len(self.layers)
+        return host_bytes if hides_copies(weights, streams) else 0
 
     @property
     def has_prefix(self) -> bool:
@@ -287,7 +381,7 @@ def install(model: Any, *, is_wide: bool) -> Engine:
     head_is_plain(model)  # asked by a forward pass of the model's own, which is not one over the rows of a batch
     # Virtual tokens that are embeddings stand before each row in every layer's input.
     num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
-    return Engine(model, list(layers), read, num_virtual)
+    return Engine(model, list(layers), read, how.scratch, num_virtual)
 
 
 def _plain(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,27 +10,44 @@ import torch
 from torch import Tensor
 
 from workers.blocks.attention import Prefix
+from workers.blocks.copies import Turn
 from workers.blocks.keeping import Keeping
+from workers.blocks.linears import Group
+from workers.blocks.offloading import Inputs
 from workers.blocks.operands import Seed
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Block:
-    """Sublayers in their order."""
+    """Sublayers in their order; `turn` where the copies of their branches share memory with other blocks'."""
 
     sublayers: tuple[Sublayer, ...]
+    turn: Turn | None = None
+
+    def groups(self) -> Iterator[Group]:
+        """The products' layers."""
+        for half in self.sublayers:
+            yield from (half.inputs, half.outputs)
+
+    def begin(self) -> None:
+        """Before each pass through the block, there or back."""
+        if self.turn is not None:
+            self.turn.take()
 
     def parameters(self) -> list[Any]:
         """What is trained, in the order in which gradients are given."""
         return [parameter for sublayer in self.sublayers for parameter in sublayer.parameters()]
 
 
-def run_block(block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: Seed | None) -> Tensor:
-    """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix."""
+def run_block(
+    block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: Seed | None, inputs: Inputs
+) -> Tensor:
+    """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix; `inputs` are
+    those of the same forward pass, where the block's own is kept."""
     prefix = around.prefix
     key, value = (None, None) if prefix is None else (prefix.key_PHD, prefix.value_PHD)
-    found: Tensor = _BlockFunction.apply(x_TH, key, value, block, around, keeping, seed, *block.parameters())
+    found: Tensor = _BlockFunction.apply(x_TH, key, value, block, around, keeping, seed, inputs, *block.parameters())
     return found
 
 
@@ -49,6 +67,7 @@ class _BlockFunction(torch.autograd.Function):
         around: Surroundings,
         keeping: Keeping,
         seed: Seed | None,
+        inputs: Inputs,
         *parameters: Tensor,
     ) -> Tensor:
         if key_PHD is not None and value_PHD is not None:
@@ -56,11 +75,15 @@ class _BlockFunction(torch.autograd.Function):
             around = replace(around, prefix=Prefix(key_PHD.detach(), value_PHD.detach()))
         ctx.block, ctx.around, ctx.seed = block, around, seed
         needs_gradient = any(ctx.needs_input_grad)
+        # Before the block computes, so that its input can leave meanwhile.
+        ctx.input = inputs.keep(x_TH.detach(), offloads=keeping == "offload") if needs_gradient else None
+        block.begin()
         result_TH, kept = _forward(block, x_TH, around, keeping, seed)
         # Not by save_for_backward: what is kept is written over on the way back, to need no more memory than on the
         # way here, so it cannot be gone through twice.
-        ctx.kept = kept if needs_gradient and keeping != "input" else None
-        ctx.input = x_TH.detach() if needs_gradient else None
+        ctx.kept = kept if needs_gradient and keeping in ("all", "attention") else None
+        if ctx.input is not None:
+            ctx.input.settle()
         return result_TH
 
     @staticmethod
@@ -72,9 +95,12 @@ class _BlockFunction(torch.autograd.Function):
         kept: list[Kept] | None = ctx.kept
         if ctx.input is None:
             raise RuntimeError("A block's gradient was asked for twice; what it had kept is gone.")
+        block.begin()
+        x_TH = ctx.input.take()
         if kept is None:
-            kept = _kept_again(block, ctx.input, ctx.around, ctx.seed)
+            kept = _kept_again(block, x_TH, ctx.around, ctx.seed)
         ctx.kept = ctx.input = None
+        del x_TH  # the sublayer that reads it is the last one to have it
         by_parameters: list[list[Tensor]] = []
         by_prefix: Prefix | None = None
         for place in reversed(range(len(block.sublayers))):
@@ -88,7 +114,7 @@ class _BlockFunction(torch.autograd.Function):
             gradient_TH if ctx.needs_input_grad[0] else None,
             None if by_prefix is None else by_prefix.key_PHD,
             None if by_prefix is None else by_prefix.value_PHD,
-            *[None] * 4,
+            *[None] * 5,
             *(one for of_one in by_parameters for one in of_one),
         )
 

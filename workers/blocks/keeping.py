@@ -1,27 +1,58 @@
-"""What each block keeps for the way back: as much as memory holds, the rest computed again, the cheapest first.
+"""What each block keeps for the way back: as much as memory holds, the rest computed again, the cheapest first, and
+inputs in the host's memory last.
 
 A block that keeps only its input is computed once more on the way back: about a third more work for all of them. With
 memory to spare that is wasted; without it, the run would not fit. In between, only as many blocks as need be. No torch:
 the form's estimate decides by the same rules as a run.
+
+An input that is offloaded costs two copies over the link to the host. Of 2,048 tokens of an 8B shape it is 17 MB, which
+take 0.3 to 0.7 ms at 25 to 50 GB/s, while its block computes for 1.3 ms at 700 TFLOP/s, and for thrice as long on the
+way back: nobody waits. Both grow with the tokens alike, so that it is the block's sizes that decide (`hides_copies`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Keeping = Literal["all", "attention", "input"]
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
+
+Keeping = Literal["all", "attention", "input", "offload"]
 """What a block keeps for the way back: what both sublayers computed; attention's alone; or only its own input, from
-which it computes everything again."""
+which it computes everything again, on the device or in the host's memory."""
 
 SAFETY = 0.92
 """Share of free memory that is planned with: what is freed comes back in pieces."""
 FILLING_TOKENS = 2048
 """Tokens of a micro-batch below which a large GPU is left idle: on one H100 an 8B shape in 4 bits takes 144 ms for
 2,048 tokens and 285 ms for 4,736, 14 % less for each of them; computing every block twice would cost 30 %."""
+BESIDE_TOKENS = 700
+"""What a micro-batch takes beside its tokens, in tokens, by the same two times; an 8B shape in 16 bits, all recomputed
+on an H200, takes 128 us for each token of some 1,160 at once, which says about as much."""
+AGAIN_SHARE = 0.3
+"""What computing every block twice costs."""
 MOST_TOKENS = 16384
 """Tokens of a micro-batch beyond which nothing gets faster."""
+LOGITS_SHARE = 1 / 16
+"""Of free memory, what one chunk of logits may take."""
+RESERVED_BYTES = 3 * LOGIT_BYTES
+"""What a plan leaves free for the loss and for what it does not know of, where there is plenty."""
+RESERVED_SHARE = 1 / 8
+"""Of free memory, what it leaves so elsewhere, and a lean chunk of logits at least: while the loss is computed, no
+block works."""
+IN_FLIGHT = 2
+"""Inputs on the device at once where they are offloaded: that of a block, and the next one on its way."""
+OPERATIONS_PER_BYTE = 20_000
+"""Operations of a block, forward, for each byte of its input from which on copies hide behind them: a GPU of some 700
+TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
+WORTH_OFFLOADING = 2**27
+"""Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
+HOST_SHARE = 1 / 8
+"""Of the host's free memory, what one run takes for inputs: others train on the same host."""
+_ROUNDED_UP = 2
+"""Page-locked memory comes in powers of two bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +62,25 @@ class BlockBytes:
     all: int
     attention: int
     input: int
+    offload: int
     working: int
+    lean_working: int
+    """In use while a block computes that kept its input alone, term by term: of a run that is short of memory it is
+    most of what there is."""
 
     def of(self, keeping: Keeping) -> int:
         """Bytes a token for one way of keeping."""
-        return {"all": self.all, "attention": self.attention, "input": self.input}[keeping]
+        return {"all": self.all, "attention": self.attention, "input": self.input, "offload": self.offload}[keeping]
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a token's input, which is what is offloaded."""
+        return self.input - self.offload
 
 
-def bytes_of_block(bodies: Sequence[int], hidden: int, element: int, *, has_adapter: bool = False) -> BlockBytes:
+def bytes_of_block(
+    bodies: Sequence[int], hidden: int, element: int, *, has_adapter: bool = False, drops: bool = False
+) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes.
 
     Args:
@@ -46,61 +88,176 @@ def bytes_of_block(bodies: Sequence[int], hidden: int, element: int, *, has_adap
         hidden: features of the residual stream.
         has_adapter: whether a bottleneck adapter stands behind it, which keeps what it reads in float32, and a mask of
             its dropout, whatever the block keeps.
+        drops: whether the inputs of low-rank branches are dropped in part.
     """
     sizes = [body * element for body in bodies]
     inputs = hidden * element * len(bodies)
     adapter = 5 * hidden if has_adapter else 0
-    # One block's own working memory on the way back: everything that it would keep, and as much of gradients.
+    everything = sum(sizes) + inputs + adapter
+    working = 2 * everything
+    lean_working = working
+    if len(bodies) > 1 and not drops:
+        # Beside everything but the input, which is counted as kept: the gradient of the stream, the normalised input,
+        # and the gradient by the down projection's input, which is half of gate and up, the feed-forward network's
+        # body. In attention it is less.
+        lean_working = everything + hidden * element + sizes[-1] // 2
     return BlockBytes(
-        all=sum(sizes) + inputs + adapter,
+        all=everything,
         attention=sizes[0] + inputs + adapter,
         input=hidden * element + adapter,
-        working=2 * (sum(sizes) + inputs + adapter),
+        offload=adapter,
+        # One block's own working memory on the way back: everything that it would keep, and as much of gradients.
+        working=working,
+        lean_working=lean_working,
     )
 
 
-def choose_keeping(costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: int) -> list[Keeping]:
+def logit_bytes(free_bytes: int, *, is_lean: bool) -> int:
+    """Most bytes of a chunk of logits: smaller ones, of some hundred tokens, keep a GPU nearly as busy, and are taken
+    where memory is scarce or to be saved."""
+    if is_lean:
+        return LEAN_LOGIT_BYTES
+    return max(LEAN_LOGIT_BYTES, min(LOGIT_BYTES, int(free_bytes * LOGITS_SHARE)))
+
+
+def planned_bytes(free_bytes: int) -> int:
+    """What is left of free memory for blocks beside the loss."""
+    return free_bytes - max(LEAN_LOGIT_BYTES, min(RESERVED_BYTES, int(free_bytes * RESERVED_SHARE)))
+
+
+def free_bytes_for(planned: int) -> int:
+    """The least free memory of which so much is left beside the loss."""
+    by_share = math.ceil(planned / (1 - RESERVED_SHARE))
+    return max(planned + LEAN_LOGIT_BYTES, min(planned + RESERVED_BYTES, by_share))
+
+
+def is_scarce(free_bytes: int) -> bool:
+    """Whether there is so little memory that weights in 4 bits are computed back piece by piece, too."""
+    return free_bytes * LOGITS_SHARE < LOGIT_BYTES
+
+
+def hides_copies(layer_weights: float, inputs_bytes: int) -> bool:
+    """Whether a layer of so many weights computes for longer than the inputs of its blocks, so many bytes a token, take
+    to the host."""
+    return 2 * layer_weights >= OPERATIONS_PER_BYTE * inputs_bytes
+
+
+def offloading_wins(costs: Sequence[BlockBytes], *, num_tokens: float, recorded_tokens: float, is_lean: bool) -> bool:
+    """Whether blocks whose copies are hidden are better off with their inputs offloaded than with launches recorded,
+    where both would do; never are they both: a replayed launch knows neither another input's place nor when to wait.
+
+    Recordings have memory of their own. So in a lean run offloading wins where it saves much; and in any other where
+    recorded micro-batches would have to be half as large or less: then launching costs less than being so small.
+
+    Args:
+        num_tokens: of a usual micro-batch, launched and with inputs offloaded as far as need be.
+        recorded_tokens: of a usual one that is recorded, in what memory is left.
+    """
+    if is_lean:
+        return num_tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING
+    return 2 * recorded_tokens <= num_tokens
+
+
+def choose_keeping(
+    costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: int, host_bytes: int | None = 0
+) -> list[Keeping]:
     """For each block what it keeps, so that a batch of `num_tokens` stays within `free_bytes`, with the least done
-    twice; where nothing is small enough, each keeps its input alone.
+    twice; where nothing is small enough, each keeps its input alone, offloaded as far as `host_bytes` allow.
 
     The first blocks give up first: what they keep lies about the longest. The last one to give up keeps what attention
-    computed, where that is enough.
+    computed, where that is enough. Inputs are offloaded only where all blocks keep no more, and the first ones only, as
+    far as need be. None is a host without bounds.
     """
     keeping: list[Keeping] = ["all"] * len(costs)
     if not costs:
         return keeping
-    room = int(free_bytes * SAFETY) - num_tokens * max(cost.working for cost in costs)
+    planned = int(free_bytes * SAFETY)
+    room = planned - num_tokens * max(cost.working for cost in costs)
     needed = num_tokens * sum(cost.all for cost in costs)
     for place, cost in enumerate(costs):
         if needed <= room:
-            break
+            return keeping
         if needed - num_tokens * (cost.all - cost.attention) <= room:
             keeping[place] = "attention"
-            break
+            return keeping
         keeping[place] = "input"
         needed -= num_tokens * (cost.all - cost.input)
+    room = planned - num_tokens * max(cost.lean_working for cost in costs)
+    if needed <= room:
+        return keeping
+    room -= num_tokens * IN_FLIGHT * max(cost.stream for cost in costs)
+    for place in range(_num_offloaded(costs, num_tokens, host_bytes)):
+        if needed <= room:
+            break
+        keeping[place] = "offload"
+        needed -= num_tokens * costs[place].stream
     return keeping
+
+
+def least_keeping(costs: Sequence[BlockBytes], *, num_tokens: int, host_bytes: int | None) -> list[Keeping]:
+    """Each block's input alone, offloaded as far as `host_bytes` allow; None is a host without bounds."""
+    num_offloaded = _num_offloaded(costs, num_tokens, host_bytes)
+    return ["offload" if place < num_offloaded else "input" for place in range(len(costs))]
+
+
+def _num_offloaded(costs: Sequence[BlockBytes], num_tokens: int, host_bytes: int | None) -> int:
+    """Blocks whose inputs the host takes: all but the last, whose input is needed at once."""
+    most = max(0, len(costs) - 1)
+    if host_bytes is None:
+        return most
+    each = _ROUNDED_UP * max(1, num_tokens) * max((cost.stream for cost in costs), default=1)
+    return min(most, host_bytes // each)
 
 
 def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int) -> int:
     """The most tokens of a batch whose blocks all keep so much within `free_bytes`."""
-    per_token = sum(cost.of(keeping) for cost in costs) + max((cost.working for cost in costs), default=0)
+    per_token = sum(cost.of(keeping) for cost in costs)
+    if keeping in ("all", "attention"):
+        per_token += max((cost.working for cost in costs), default=0)
+    else:
+        per_token += max((cost.lean_working for cost in costs), default=0)
+    if keeping == "offload":
+        per_token += IN_FLIGHT * max((cost.stream for cost in costs), default=0)
     return max(0, int(free_bytes * SAFETY)) // max(1, per_token)
 
 
-def token_budget(costs: Sequence[BlockBytes], *, free_bytes: int) -> int:
-    """Tokens of a micro-batch, at least 1: as many as can all be kept, where these fill the device; else only as many
-    as fill it, which need not all be kept, so that least is computed twice; or fewer, where not even the blocks' inputs
-    of so many fit."""
+def token_budget(
+    costs: Sequence[BlockBytes], *, free_bytes: int, num_tokens: int = MOST_TOKENS, host_bytes: int | None = 0
+) -> int:
+    """Tokens of a micro-batch, at least 1: as many as can all be kept, where these fill the device. Else as many as
+    fill it, which need not all be kept, or more of which less is kept, whichever takes the least time for each; or
+    fewer, where not even the blocks' inputs of so many fit, offloaded or not.
+
+    A micro-batch takes its tokens' time, that of BESIDE_TOKENS more, and AGAIN_SHARE of its tokens' for what is
+    computed twice; inputs that are offloaded take none (above), so that there is no reason to take fewer tokens for
+    them to stay.
+
+    Args:
+        num_tokens: the most tokens that a step has.
+    """
     kept = tokens_that_fit(costs, "all", free_bytes=free_bytes)
     if kept >= FILLING_TOKENS:
         return min(kept, MOST_TOKENS)
-    return max(1, min(FILLING_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
+
+    def time_of_token(tokens: int) -> float:
+        tokens = max(1, min(tokens, num_tokens))
+        keeping = choose_keeping(costs, num_tokens=tokens, free_bytes=free_bytes, host_bytes=host_bytes)
+        share_again = 1 - keeping.count("all") / max(1, len(keeping))
+        return (1 + BESIDE_TOKENS / tokens) * (1 + AGAIN_SHARE * share_again)
+
+    most = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
+    return min({min(FILLING_TOKENS, most), most}, key=lambda tokens: (time_of_token(tokens), tokens))
 
 
-def lean_token_budget(costs: Sequence[BlockBytes], *, free_bytes: int) -> int:
+def lean_token_budget(costs: Sequence[BlockBytes], *, free_bytes: int, host_bytes: int | None = 0) -> int:
     """Tokens of a micro-batch, at least 1, where blocks keep their inputs alone whatever there is room for."""
-    return max(1, min(MOST_TOKENS, tokens_that_fit(costs, "input", free_bytes=free_bytes)))
+    kept = tokens_that_fit(costs, "input", free_bytes=free_bytes)
+    offloaded = tokens_that_fit(costs, "offload", free_bytes=free_bytes)
+    if host_bytes is not None:
+        # As many tokens as the host takes of all blocks but the last.
+        streams = _ROUNDED_UP * sum(cost.stream for cost in costs[:-1])
+        offloaded = min(offloaded, host_bytes // streams) if streams else 0
+    return max(1, min(MOST_TOKENS, max(kept, offloaded)))
 
 
 def copies_fit(costs: Sequence[BlockBytes], copy_bytes: int, *, num_tokens: int, free_bytes: int) -> bool:

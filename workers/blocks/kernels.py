@@ -190,15 +190,15 @@ def _copy_scaled(table_at, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl
     tl.store(target_at + (place // width) * target_row + place % width, found.to(TARGET), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _dequantise_nf4(
-    packed_at, absmax_at, absmax_code_at, absmax_scale_at, code_at, out_at, out_row, row_bytes, offset,
+    packed_at, absmax_at, absmax_code_at, absmax_scale_at, code_at, out_at, out_row, row_bytes, offset, first_row,
     ELEMENTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = byte < row_bytes
-    flat = row * row_bytes + byte
+    flat = (first_row + row) * row_bytes + byte
     packed = tl.load(packed_at + flat, mask=inside, other=0).to(tl.int32)
     block = (flat * 2) // ELEMENTS
     code = tl.load(absmax_at + block, mask=inside, other=0).to(tl.int32)
@@ -343,7 +343,7 @@ def copy_scaled(table: Tensor, copies: Sequence[tuple[Tensor, Tensor, float]]) -
     )
 
 
-def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor) -> None:
+def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor, *, first_row: int = 0) -> None:
     """As `pointwise.dequantise_4bit`, for NF4 with quantised scales (Dettmers et al. 2023, section 3)."""
     num_rows, num_columns = out_NK.shape
     assert num_columns % 2 == 0
@@ -352,5 +352,5 @@ def dequantise_nf4(packed: Tensor, state: Any, out_NK: Tensor) -> None:
     block = min(1024, triton.next_power_of_2(row_bytes))
     _dequantise_nf4[(num_rows, triton.cdiv(row_bytes, block))](
         packed, state.absmax, state.state2.code, state.state2.absmax, state.code, out_NK, out_NK.stride(0), row_bytes,
-        state.offset, ELEMENTS=state.blocksize, BLOCKS=state.state2.blocksize, BLOCK=block, num_warps=4,
+        state.offset, first_row, ELEMENTS=state.blocksize, BLOCKS=state.state2.blocksize, BLOCK=block, num_warps=4,
     )  # fmt: skip

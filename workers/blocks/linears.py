@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,23 @@ class Group:
             yield branch.down, self._down_RK[ranks], 1.0
             yield branch.up, up, branch.scale
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """What two groups have in common whose branches' copies can share memory."""
+        ranks = tuple(0 if layer.branch is None else layer.branch.rank for layer in self.layers)
+        outputs = tuple(layer.num_outputs for layer in self.layers)
+        return self.num_inputs, outputs, ranks, self.is_folded, isinstance(self._weights, Wide)
+
+    def share_copies(self, other: Group) -> int:
+        """From here on has its branches' copies where another group of the same sizes has its own. Gives the bytes
+        that this saves: none where they lie around the frozen weights."""
+        own = [*self._ups, self._down_RK] if self._side_NP is None else [self._side_NP, self._below_PK]
+        if self._down_RK is other._down_RK or (self.is_folded and isinstance(self._weights, Wide)):
+            return 0
+        self._down_RK, self._ups = other._down_RK, other._ups
+        self._side_NP, self._below_PK = other._side_NP, other._below_PK
+        return sum(one.nbytes for one in own if one is not None)
+
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """For each branch the outputs that it adds to, and its place among the ranks."""
         first_output = first_rank = 0
@@ -156,9 +174,8 @@ class Group:
             torch.mm(self._dropped(x_TK[:, :columns], seed), self._below_PK.T, out=room_TP)
             # A copy, because whoever keeps it does not keep the whole input.
             thin_TR = room_TP[:, : self.num_ranks].clone()
-            beside_NK = self._weights.beside(self._side_NP)
-            assert beside_NK is not None
-            return self._product(wide_TK, beside_NK, added_to, has_room=has_room), Read(x_TK, thin_TR, seed)
+            found = self._joined(wide_TK, self._side_NP, added_to, has_room=has_room)
+            return found, Read(x_TK, thin_TR, seed)
         thin_TR = self.thin(x_TK, seed=seed)
         out_TN = self._frozen(x_TK[:, :columns], added_to)
         for (outputs, ranks), up in zip(self._places(), self._ups, strict=True):
@@ -173,6 +190,35 @@ class Group:
     def _dropped(self, x_TK: Tensor, seed: Seed | None) -> Tensor:
         return dropped(x_TK, self.dropout, seed) if self.dropout and seed is not None else x_TK
 
+    def _joined(
+        self, x_TK: Tensor, side_NP: Tensor | None, added_to: Tensor | None, *, has_room: bool = False
+    ) -> Tensor:
+        """x [W, side]^T of all layers, as many columns as the input has, with biases."""
+        out_TN: Tensor | None = None
+        for rows, piece_NK in self._weights.beside(side_NP):
+            weight_NK = piece_NK[:, : x_TK.shape[1]]
+            if weight_NK.shape[0] == self.num_outputs:
+                return self._product(x_TK, weight_NK, added_to, has_room=has_room)
+            if out_TN is None:
+                out_TN = with_room_behind(x_TK, self.num_outputs, self.room if has_room else 0)
+            if added_to is not None:
+                torch.addmm(added_to[:, rows], x_TK, weight_NK.T, out=out_TN[:, rows])
+            else:
+                torch.mm(x_TK, weight_NK.T, out=out_TN[:, rows])
+        assert out_TN is not None
+        return out_TN if self._bias_N is None else out_TN.add_(self._bias_N)
+
+    def _joined_backward(self, gradient_TN: Tensor, below_PK: Tensor | None) -> Tensor:
+        """g [W; below] of all layers."""
+        found_TK: Tensor | None = None
+        for rows, weight_NK in self._weights.above(below_PK):
+            if found_TK is None:
+                found_TK = gradient_TN[:, rows] @ weight_NK
+            else:
+                found_TK.addmm_(gradient_TN[:, rows], weight_NK)
+        assert found_TK is not None
+        return found_TK
+
     def _product(self, x_TK: Tensor, weight_NK: Tensor, added_to: Tensor | None, *, has_room: bool = False) -> Tensor:
         if added_to is not None:
             found = torch.addmm(added_to, x_TK, weight_NK.T)
@@ -184,9 +230,8 @@ class Group:
 
     def _frozen(self, x_TK: Tensor, added_to: Tensor | None) -> Tensor:
         """x W^T of all layers, with biases."""
-        beside_NK = self._weights.beside(None)
-        if beside_NK is not None:
-            return self._product(x_TK, beside_NK[:, : self.num_inputs], added_to)
+        if self._weights.are_joined:
+            return self._joined(x_TK, None, added_to)
         weights = self._weights.parts()
         if len(weights) == 1:
             return self._product(x_TK, weights[0], added_to)
@@ -226,9 +271,7 @@ class Group:
             torch.mm(gradient_TN, self._side_NP, out=wide_TN[:, self.num_outputs :])
             by_thin = wide_TN[:, self.num_outputs : self.num_outputs + self.num_ranks]
             if needs_input and not is_dropping:
-                above_NK = self._weights.above(self._below_PK)
-                assert above_NK is not None
-                return wide_TN @ above_NK, by_thin
+                return self._joined_backward(wide_TN, self._below_PK), by_thin
         elif self.branches:
             by_thin = torch.empty(
                 gradient_TN.shape[0], self.num_ranks, dtype=gradient_TN.dtype, device=gradient_TN.device
@@ -268,9 +311,8 @@ class Group:
         return gradients
 
     def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
-        above_NK = self._weights.above(None)
-        if above_NK is not None:
-            return gradient_TN @ above_NK[: self.num_outputs]
+        if self._weights.are_joined:
+            return self._joined_backward(gradient_TN, None)
         (first_TN, first_NK), *others = zip(self._parts(gradient_TN), self._weights.parts(), strict=True)
         found_TK = first_TN @ first_NK
         for part_TN, weight_NK in others:

@@ -196,13 +196,14 @@ def _plain_cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient:
     return losses_C
 
 
-def dequantise_4bit(packed: Tensor, state: Any, out_NK: Tensor) -> None:
-    """Writes 4-bit weights as bitsandbytes holds them into `out_NK`, whose rows may lie apart."""
+def dequantise_4bit(packed: Tensor, state: Any, out_NK: Tensor, *, first_row: int = 0) -> None:
+    """Writes 4-bit weights as bitsandbytes holds them into `out_NK`, whose rows may lie apart: as many as it has, from
+    `first_row` of the weights on."""
     if has_kernels(packed) and state.quant_type == "nf4" and state.nested:
         from workers.blocks import kernels
 
-        kernels.dequantise_nf4(packed, state, out_NK)
+        kernels.dequantise_nf4(packed, state, out_NK, first_row=first_row)
         return
     from bitsandbytes.functional import dequantize_4bit
 
-    out_NK.copy_(dequantize_4bit(packed, state))
+    out_NK.copy_(dequantize_4bit(packed, state)[first_row : first_row + out_NK.shape[0]])

@@ -14,8 +14,13 @@ RECORDING_SHARE = 1 / (2 * 1.125)
 """Of free memory, what a run may plan with whose launches are recorded: recordings have memory of their own, and
 batches are filled up."""
 
-RESERVED_LOGIT_BYTES = 3 * 2**28
-"""What a run on a GPU leaves free for the loss when it plans: three chunks of logits (workers.losses)."""
+LOGIT_BYTES = 2**28
+"""Most bytes of logits at once on a GPU. Larger brings no speed: a matrix product of this size fills the device."""
+LEAN_LOGIT_BYTES = 2**26
+"""The same where memory is to be saved: of 128,256 logits 256 tokens, whose product still computes for longer than it
+reads its weights."""
+LEAN_SCRATCH_BYTES = 2**26
+"""The same of weights in 4 bits that are computed back at once: gate and up of an 8B shape come in four pieces."""
 
 
 def launches_take_longer(layer_weights: float, num_tokens: float, *, peak_flops: float) -> bool:

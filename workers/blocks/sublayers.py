@@ -274,6 +274,14 @@ class FeedForward(Sublayer):
         result_TH = self._finish(x_TH, body, self._gated(body), seed)
         return result_TH, Kept(x_TH, seed, body if keeps_body else None)
 
+    def _again(self, normed_TK: Tensor, kept: Kept) -> _FeedForwardBody:
+        """What the backward pass needs, without the last product where it can do so."""
+        gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed, has_room=True)
+        body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
+        if self.post_norm is not None:
+            self._finish(kept.x_TH, body, self._gated(body), kept.seed)
+        return body
+
     def _gated(self, body: _FeedForwardBody) -> Tensor:
         gate_up_T2F = body.gate_up_T2F
         out_TK = torch.empty(
@@ -284,12 +292,7 @@ class FeedForward(Sublayer):
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
-        body = kept.body
-        if body is None:
-            gate_up_T2F, read = self.inputs.forward(normed_TK, seed=kept.seed, has_room=True)
-            body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
-            if self.post_norm is not None:
-                self._finish(kept.x_TH, body, self._gated(body), kept.seed)
+        body, kept.body = kept.body or self._again(normed_TK, kept), None
         by_out_TH = self._by_out(gradient_TH, body)
         seed = _next(kept.seed)
         by_act_TK, by_thin_TR = self.outputs.backward_input(by_out_TH, seed)
@@ -300,10 +303,11 @@ class FeedForward(Sublayer):
             # Where the gradient was, there is now what the product had read.
             thin_TR = self.outputs.thin(by_act_TK, seed=seed) if body.thin_out_TR is None else body.thin_out_TR
             of_outputs = self.outputs.backward_parameters(by_out_TH, by_thin_TR, Read(by_act_TK, thin_TR, seed))
-        del by_act_TK
+        del by_act_TK, by_thin_TR
         by_normed_TK, of_inputs = self.inputs.backward(
             by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
+        del body, by_gate_up_T2F, normed_TK  # before the result is made
         by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
         return Gradients(by_input_TH, of_inputs + of_outputs)
 

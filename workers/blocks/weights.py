@@ -1,14 +1,14 @@
 """The frozen weights of layers that read the same input, as their product wants them: one below the other.
 
 Beside each row there is room for PAD columns, and below the last for PAD rows, in which low-rank branches ride along
-(`linears`). Quantised weights are computed back for each use into memory that all groups share, or once, where there is
-memory to keep them.
+(`linears`). Quantised weights are computed back for each use into memory that all groups share, piece by piece where
+that is to be small; or once, where there is memory to keep them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ class Weights(ABC):
     """Frozen weights of one group of layers."""
 
     @abstractmethod
-    def beside(self, side_NP: Tensor | None) -> Tensor | None:
-        """(N, K + PAD) with `side_NP` in the columns behind K, valid until the next call for any group; None where the
-        layers lie apart."""
+    def beside(self, side_NP: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of (N, K + PAD), all in their order, with those of `side_NP` in the columns behind K: each piece valid
+        until the next, of any group. Only where layers are joined."""
 
     @abstractmethod
-    def above(self, below_PK: Tensor | None) -> Tensor | None:
-        """(N + PAD, K) with `below_PK` in the rows behind N; else as `beside`."""
+    def above(self, below_PK: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of (N + PAD, K), with `below_PK` in those behind N, or of (N, K) without; else as `beside`."""
 
     @abstractmethod
     def parts(self) -> list[Tensor]:
@@ -37,7 +37,7 @@ class Weights(ABC):
     @property
     @abstractmethod
     def are_joined(self) -> bool:
-        """Whether `beside` and `above` give a tensor."""
+        """Whether layers lie below one another, as `beside` and `above` give them; else apart, as `parts` does."""
 
     def copy_bytes(self) -> int:
         """What keeping the weights as the product wants them would take; 0 where they are so."""
@@ -52,11 +52,11 @@ class Apart(Weights):
     def __init__(self, modules: Sequence[Any]) -> None:
         self._modules = modules
 
-    def beside(self, side_NP: Tensor | None) -> None:
-        return None
+    def beside(self, side_NP: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        raise AssertionError("they lie apart")
 
-    def above(self, below_PK: Tensor | None) -> None:
-        return None
+    def above(self, below_PK: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        raise AssertionError("they lie apart")
 
     def parts(self) -> list[Tensor]:
         return [module.weight.detach() for module in self._modules]
@@ -73,26 +73,53 @@ class Wide(Weights):
         self._beside, self._above = whole[:num_outputs], whole[:, :num_inputs]
         self.side_NP, self.below_PK = self._beside[:, num_inputs:], self._above[num_outputs:]
 
-    def beside(self, side_NP: Tensor | None) -> Tensor:
-        return self._beside
+    def beside(self, side_NP: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self._beside.shape[0]), self._beside
 
-    def above(self, below_PK: Tensor | None) -> Tensor:
-        return self._above
+    def above(self, below_PK: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        num_rows = self._above.shape[0] - (PAD if below_PK is None else 0)
+        yield slice(0, num_rows), self._above[:num_rows]
 
     def parts(self) -> list[Tensor]:
         raise AssertionError("they are joined")
 
 
+_TILE = 64
+"""Rows of a piece are a multiple of it, where there are so many."""
+
+
 class Scratch:
-    """Memory that groups take turns in, since each uses it at once: as large as the largest of them needs."""
+    """Memory that groups take turns in, since each uses it at once: as large as the largest of them needs, or as much
+    of that as it is limited to."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
+        self._most_bytes: int | None = None
+
+    def limit(self, most_bytes: int) -> int:
+        """Gives out no more from here on. Gives the bytes that this saves of what there was."""
+        self._most_bytes = most_bytes
+        if self._flat is None:
+            return 0
+        before = self._flat.numel() * self._flat.element_size()
+        self._flat = None
+        return max(0, before - most_bytes)
+
+    def rows_at_once(self, num_rows: int, row_bytes: int) -> int:
+        """How many rows of so many come at once, in pieces about equally large."""
+        if self._most_bytes is None or num_rows * row_bytes <= self._most_bytes:
+            return num_rows
+        most = max(1, self._most_bytes // row_bytes)
+        tile = _TILE if most >= _TILE else 1
+        most -= most % tile
+        num_pieces = -(-num_rows // most)
+        return -(-num_rows // (num_pieces * tile)) * tile
 
     def take(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(rows, columns), holding what somebody left there: finite numbers."""
         size = num_rows * num_columns
         if self._flat is None or self._flat.numel() < size or self._flat.dtype != dtype:
+            self._flat = None  # not both at once
             self._flat = torch.zeros(size, dtype=dtype, device=device)
         return self._flat[:size].view(num_rows, num_columns)
 
@@ -110,30 +137,32 @@ class Quantised(Weights):
     def are_joined(self) -> bool:
         return self._scratch is not None
 
-    def beside(self, side_NP: Tensor | None) -> Tensor | None:
-        whole = self._filled()
-        if whole is None:
-            return None
-        if side_NP is not None:
-            whole[: self._num_outputs, self._num_inputs :] = side_NP
-        return whole[: self._num_outputs]
+    def beside(self, side_NP: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        for rows, piece in self._pieces(self._num_outputs):
+            if side_NP is not None:
+                piece[:, self._num_inputs :] = side_NP[rows]
+            yield rows, piece
 
-    def above(self, below_PK: Tensor | None) -> Tensor | None:
-        whole = self._filled()
-        if whole is None:
-            return None
-        if below_PK is not None:
-            whole[self._num_outputs :, : self._num_inputs] = below_PK
-        return whole[:, : self._num_inputs]
+    def above(self, below_PK: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        num_outputs = self._num_outputs
+        for rows, piece in self._pieces(num_outputs + (0 if below_PK is None else PAD)):
+            if below_PK is not None and rows.stop > num_outputs:
+                first = max(rows.start, num_outputs)
+                target = piece[first - rows.start :, : self._num_inputs]
+                target.copy_(below_PK[first - num_outputs : rows.stop - num_outputs])
+            yield rows, piece[:, : self._num_inputs]
 
-    def _filled(self) -> Tensor | None:
-        """The weights computed back into the scratch, whose other columns and rows hold anything."""
-        if self._scratch is None:
-            return None
-        device = self._modules[0].weight.device
-        whole = self._scratch.take(self._num_outputs + PAD, self._num_inputs + PAD, self._dtype, device)
-        self._fill(whole)
-        return whole
+    def _pieces(self, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """So many rows of the weights computed back into the scratch, as many at once as it has room for; whatever is
+        not of the weights holds anything."""
+        assert self._scratch is not None
+        device, width = self._modules[0].weight.device, self._num_inputs + PAD
+        step = self._scratch.rows_at_once(num_rows, width * self._dtype.itemsize)
+        for first in range(0, num_rows, step):
+            rows = slice(first, min(first + step, num_rows))
+            piece = self._scratch.take(rows.stop - first, width, self._dtype, device)
+            self._fill(piece, first)
+            yield rows, piece
 
     def parts(self) -> list[Tensor]:
         found = []
@@ -150,14 +179,19 @@ class Quantised(Weights):
         """The weights computed back once and for all."""
         device = self._modules[0].weight.device
         whole = _zeros(self._num_outputs, self._num_inputs, self._dtype, device)
-        self._fill(whole)
+        self._fill(whole, 0)
         return Wide(whole)
 
-    def _fill(self, whole: Tensor) -> None:
+    def _fill(self, piece: Tensor, first: int) -> None:
+        """Writes the weights' rows from `first` on, all layers' below one another, as many as there is room for."""
+        last = first + piece.shape[0]
         start = 0
         for module in self._modules:
             stop = start + module.out_features
-            dequantise_4bit(module.weight.data, module.weight.quant_state, whole[start:stop, : self._num_inputs])
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                target = piece[low - first : high - first, : self._num_inputs]
+                dequantise_4bit(module.weight.data, module.weight.quant_state, target, first_row=low - start)
             start = stop
 
 

@@ -9,9 +9,27 @@ from hypothesis import strategies as st
 from tests.workers.blocks.models import make_model, with_lora
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import install
-from workers.blocks.keeping import SAFETY, BlockBytes, choose_keeping
+from workers.blocks.keeping import (
+    FILLING_TOKENS,
+    IN_FLIGHT,
+    MOST_TOKENS,
+    SAFETY,
+    BlockBytes,
+    bytes_of_block,
+    choose_keeping,
+    free_bytes_for,
+    hides_copies,
+    lean_token_budget,
+    least_keeping,
+    logit_bytes,
+    offloading_wins,
+    planned_bytes,
+    token_budget,
+    tokens_that_fit,
+)
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
 
-COST = BlockBytes(all=100, attention=40, input=8, working=200)
+COST = BlockBytes(all=100, attention=40, input=8, offload=1, working=200, lean_working=200)
 TOKENS = 10
 WORKING = TOKENS * COST.working
 
@@ -36,11 +54,104 @@ def test_blocks_give_up_one_after_the_other(num_bytes: int, expected: list[str])
     assert choose_keeping([COST] * 4, num_tokens=TOKENS, free_bytes=room_for(num_bytes)) == expected
 
 
-@given(free=st.integers(0, 10**6), num=st.integers(1, 40), tokens=st.integers(1, 50))
-def test_what_is_kept_never_exceeds_the_memory_unless_nothing_would_do(free: int, num: int, tokens: int) -> None:
-    keeping = choose_keeping([COST] * num, num_tokens=tokens, free_bytes=free)
-    needed = tokens * (sum(COST.of(one) for one in keeping) + COST.working)
-    assert needed <= free * SAFETY or keeping == ["input"] * num
+@pytest.mark.parametrize(("num_bytes", "num_offloaded"), [(640, 0), (639, 3), (430, 5), (429, 6), (0, 7)])
+def test_inputs_are_offloaded_last_and_only_as_far_as_need_be(num_bytes: int, num_offloaded: int) -> None:
+    """Of 70 bytes each; two of them are on the device while others are not, and the last block's is needed at once."""
+    found = choose_keeping([COST] * 8, num_tokens=TOKENS, free_bytes=room_for(num_bytes), host_bytes=None)
+    assert found == ["offload"] * num_offloaded + ["input"] * (8 - num_offloaded)
+
+
+def test_the_host_takes_no_more_inputs_than_it_has_room_for() -> None:
+    # Page-locked memory comes in powers of two: up to twice the 70 bytes.
+    for host_bytes, expected in ((0, 0), (139, 0), (140, 1), (699, 4), (10**6, 7)):
+        for found in (
+            choose_keeping([COST] * 8, num_tokens=TOKENS, free_bytes=0, host_bytes=host_bytes),
+            least_keeping([COST] * 8, num_tokens=TOKENS, host_bytes=host_bytes),
+        ):
+            assert found == ["offload"] * expected + ["input"] * (8 - expected)
+
+
+@given(free=st.integers(0, 10**6), num=st.integers(1, 40), tokens=st.integers(1, 50), share=st.integers(0, 10))
+def test_what_is_kept_never_exceeds_the_memory_unless_nothing_would_do(
+    free: int, num: int, tokens: int, share: int
+) -> None:
+    host = None if share == 10 else share * 10**4
+    keeping = choose_keeping([COST] * num, num_tokens=tokens, free_bytes=free, host_bytes=host)
+    in_flight = IN_FLIGHT * COST.stream if "offload" in keeping else 0
+    needed = tokens * (sum(COST.of(one) for one in keeping) + COST.working + in_flight)
+    assert needed <= free * SAFETY or keeping == least_keeping([COST] * num, num_tokens=tokens, host_bytes=host)
+
+
+EIGHT_B = bytes_of_block([10304, 28720], 4096, 2)
+BLOCKS = 32
+
+
+def free_for(tokens: int, keeping: str) -> int:
+    """Free memory with which so many tokens fit."""
+    low, high = 0, 2**40
+    while low < high:
+        middle = (low + high) // 2
+        if tokens_that_fit([EIGHT_B] * BLOCKS, keeping, free_bytes=middle) >= tokens:  # type: ignore[arg-type]
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def test_tokens_fill_the_device_before_any_input_stays_on_it() -> None:
+    costs = [EIGHT_B] * BLOCKS
+    scarce = free_for(FILLING_TOKENS // 2, "input")
+    assert token_budget(costs, free_bytes=scarce) == FILLING_TOKENS // 2
+    found = token_budget(costs, free_bytes=scarce, host_bytes=None)
+    assert found == tokens_that_fit(costs, "offload", free_bytes=scarce) > 1.1 * FILLING_TOKENS
+    keeping = choose_keeping(costs, num_tokens=found, free_bytes=scarce, host_bytes=None)
+    assert keeping == ["offload"] * (BLOCKS - 1) + ["input"]
+
+
+def test_more_tokens_are_taken_only_where_they_save_more_than_is_computed_twice() -> None:
+    costs = [EIGHT_B] * BLOCKS
+    nearly_all = free_for(FILLING_TOKENS - 100, "all")
+    assert token_budget(costs, free_bytes=nearly_all, host_bytes=None, num_tokens=4700) == FILLING_TOKENS
+    few = free_for(FILLING_TOKENS // 3, "all")
+    assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=4700) > 2 * FILLING_TOKENS
+    # A step that has no more tokens gains nothing by it, and keeps what it can.
+    assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=FILLING_TOKENS) == FILLING_TOKENS
+
+
+def test_a_lean_batch_is_bounded_by_what_is_worked_with_and_by_the_host() -> None:
+    costs = [EIGHT_B] * BLOCKS
+    free = free_for(4000, "offload")
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=None) == 4000
+    assert lean_token_budget(costs, free_bytes=2**40, host_bytes=None) == MOST_TOKENS
+    of_3000 = 3000 * 2 * EIGHT_B.stream * (BLOCKS - 1)
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=of_3000) == 3000
+    on_the_device = tokens_that_fit(costs, "input", free_bytes=free)
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=1) == on_the_device < 2000
+
+
+@given(free=st.integers(0, 2**38), more=st.integers(0, 2**34))
+def test_the_more_is_free_the_more_is_planned_with(free: int, more: int) -> None:
+    assert planned_bytes(free + more) >= planned_bytes(free)
+    assert logit_bytes(free + more, is_lean=False) >= logit_bytes(free, is_lean=False) >= LEAN_LOGIT_BYTES
+    assert free - planned_bytes(free) >= logit_bytes(free, is_lean=False)
+    enough = free_bytes_for(free)
+    assert planned_bytes(enough) >= free > planned_bytes(enough - 64) - 64
+    plenty = 64 * LOGIT_BYTES + free
+    assert (plenty - planned_bytes(plenty), logit_bytes(plenty, is_lean=False)) == (3 * LOGIT_BYTES, LOGIT_BYTES)
+
+
+def test_copies_hide_behind_the_products_of_large_layers_alone() -> None:
+    weights = {"8b": 218_103_808, "1b": 60_817_408, "135m": 3_538_944}
+    hidden = {"8b": 4096, "1b": 2048, "135m": 576}
+    assert {name for name in weights if hides_copies(weights[name], 2 * hidden[name])} == {"8b", "1b"}
+
+
+def test_offloading_wins_over_recording_where_it_saves_much_or_lets_micro_batches_be_twice_as_large() -> None:
+    costs = [EIGHT_B] * BLOCKS
+    assert offloading_wins(costs, num_tokens=2048, recorded_tokens=2048, is_lean=True)
+    assert not offloading_wins(costs, num_tokens=500, recorded_tokens=100, is_lean=True)
+    assert offloading_wins(costs, num_tokens=2048, recorded_tokens=1024, is_lean=False)
+    assert not offloading_wins(costs, num_tokens=2048, recorded_tokens=1025, is_lean=False)
 
 
 def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
@@ -51,4 +162,7 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     found = block_bytes(block, 2)
     assert found.all == 2 * (attention + gate_up + 2 * hidden)
     assert found.attention == 2 * (attention + 2 * hidden)
-    assert found.input == 2 * hidden
+    assert found.input == found.stream == 2 * hidden
+    assert found.offload == 0
+    assert found.lean_working == found.all + 2 * hidden + gate_up
+    assert found.working == 2 * found.all

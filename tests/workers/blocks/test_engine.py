@@ -169,9 +169,17 @@ def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping, is
 def test_agreement_is_measured_without_leaving_a_trace() -> None:
     model = with_lora(make_model("llama"), dropout=0.2).train()
     engine = install(model, is_wide=True)
+    keeping: list[Keeping] = ["attention"] * len(engine.blocks)
+    engine.keeping = keeping
     torch.manual_seed(4)
     state = torch.get_rng_state()
-    assert compare(engine, model, make_batch(), loss_of).within(CLOSE)
+    ways: list[set[Keeping]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        prepared = engine.prepared
+        patch.setattr(engine, "prepared", lambda *given: (ways.append(set(engine.keeping)), prepared(*given))[1])
+        assert compare(engine, model, make_batch(), loss_of).within(CLOSE)
+    assert ways == [{"all", "input"}] * (1 + len(engine.blocks)), "both ways back are tried, and little is kept"
+    assert engine.keeping == keeping
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(one.grad is None for one in model.parameters())

@@ -134,6 +134,10 @@ def test_4_bit_weights_come_back_as_bitsandbytes_has_them(rows: int, columns: in
     kernels.dequantise_nf4(packed, state, wide[:, :columns])
     assert torch.equal(wide[:, :columns], dequantize_4bit(packed, state))
     assert bool((wide[:, columns:] == 9.0).all())
+    first, last = rows // 3, rows // 3 + rows // 2
+    piece = torch.full((last - first, columns + 64), 9.0, dtype=dtype, device=DEVICE)
+    kernels.dequantise_nf4(packed, state, piece[:, :columns], first_row=first)
+    assert torch.equal(piece, wide[first:last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

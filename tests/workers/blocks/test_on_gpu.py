@@ -64,13 +64,15 @@ def assert_as_near(model: Any, exact: Any, batch: Batch, **how: Any) -> None:
         engine.keeping = [keeping] * len(engine.blocks)
     if how.get("copies"):
         engine.keep_copies()
+    if scratch_bytes := how.get("scratch_bytes"):
+        engine._scratch.limit(scratch_bytes)
     for _ in range(2):  # what the first pass leaves in shared memory must not matter
         own = off(gradients(model, batch, engine), expected)
         assert own < 1.5 * plain + 1e-3, f"{own:.4f} off, and the model's own blocks {plain:.4f}"
     assert 0 < plain < 0.5, "the comparison says something"
 
 
-@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("keeping", ["all", "attention", "input", "offload"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_low_rank_branches(family: str, keeping: str) -> None:
     model = with_lora(model_of(family))
@@ -112,9 +114,11 @@ def test_bottlenecks(placement: str) -> None:
     assert_as_near(model, copy.deepcopy(model).float(), batch_of())
 
 
-@pytest.mark.parametrize("copies", [False, True], ids=["for each use", "once"])
-@pytest.mark.parametrize("keeping", ["all", "input"])
-def test_weights_in_4_bits(keeping: str, copies: bool) -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"scratch_bytes": 100 * 2 * (128 + 64)}, {"copies": True}], ids=["for each use", "in pieces", "once"]
+)
+@pytest.mark.parametrize("keeping", ["all", "input", "offload"])
+def test_weights_in_4_bits(keeping: str, how: dict[str, Any]) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -136,7 +140,7 @@ def test_weights_in_4_bits(keeping: str, copies: bool) -> None:
     model, exact = with_lora(quantised), with_lora(exact)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     exact.load_state_dict(trained, strict=False)
-    assert_as_near(model, exact, batch_of(), keeping=keeping, copies=copies)
+    assert_as_near(model, exact, batch_of(), keeping=keeping, **how)
 
 
 def test_dropout_is_the_same_on_the_way_back() -> None:
@@ -144,12 +148,13 @@ def test_dropout_is_the_same_on_the_way_back() -> None:
     batch = batch_of()
     engine = install(model, is_wide=True)
     found = []
-    for keeping in ("all", "attention", "input"):
+    for keeping in ("all", "attention", "input", "offload"):
         engine.keeping = [keeping] * len(engine.blocks)
         torch.manual_seed(2)
         found.append(gradients(model, batch, engine))
     assert off(found[1], found[0]) < 0.01
     assert off(found[2], found[0]) < 0.01
+    assert off(found[3], found[0]) < 0.01
     assert off(gradients(model, batch, engine), found[0]) > 0.1, "another draw"
 
 
