@@ -108,11 +108,12 @@ def test_qlora_needs_a_quarter_of_the_weights() -> None:
     full = estimate(resolve(recipe(), SEVEN_B, ROWS, GPU), SEVEN_B, ROWS, GPU)
     small = estimate(resolve(recipe(method="qlora"), SEVEN_B, ROWS, GPU), SEVEN_B, ROWS, GPU)
     # 6.48e9 weights in linear layers at 4.127 bits, 0.26e9 at 16 bits; gate and up are computed back together.
-    scratch = 2 * 2 * 11008 * (4096 + 64)
+    scratch = 2 * (2 * 11008 + 64) * (4096 + 64)
     assert small.weights_bytes == pytest.approx(3.34e9 + 0.52e9 + scratch, rel=0.02)
-    # 64 columns stand beside the weights of queries, keys, values, gate, up and down.
-    beside = 32 * 2 * 64 * (3 * 4096 + 2 * 11008 + 4096)
-    assert full.weights_bytes == 2 * SEVEN_B.num_parameters + beside
+    # Beside and below the weights of each product stand 64 columns and rows.
+    sizes = [(3 * 4096, 4096), (4096, 4096), (2 * 11008, 4096), (4096, 11008)]
+    room = 32 * 2 * sum((outputs + 64) * (inputs + 64) - outputs * inputs for outputs, inputs in sizes)
+    assert full.weights_bytes == 2 * SEVEN_B.num_parameters + room
     assert small.num_trainable == 159_907_840  # rank 64 on all linear layers, as in the QLoRA repository for Llama 7B
 
 
