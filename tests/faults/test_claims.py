@@ -160,7 +160,7 @@ def test_a_job_whose_message_is_lost_is_found_by_an_idle_worker(
         wait_for(lambda: "ready." in (tmp_path / "worker.log").read_text(), what="the start of the worker")
         job = quick()
         assert not OutboxMessage.objects.exists()
-        assert wait_until_final(job, seconds=60).state == JobState.SUCCEEDED
+        assert wait_until_final(job).state == JobState.SUCCEEDED
         assert worker.poll() is None
     assert broken_invariants() == []
 

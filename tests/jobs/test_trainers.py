@@ -145,9 +145,12 @@ def test_a_job_that_moved_on_leaves_no_warm_trainer(
     does: Callable[[str], None], seat: Seat, team: Team, bob: User, tmp_path: Path
 ) -> None:
     job = make_running_job(team, bob)
-    Job.objects.filter(pk=job.pk).update(attempt=F("attempt") + 1)
-    does("time.sleep(600)")
-    run(job, seat)
+
+    def move_on(_event: object) -> None:
+        Job.objects.filter(pk=job.pk).update(attempt=F("attempt") + 1)
+
+    does("say(type='message', text='working')\ntime.sleep(600)")
+    run_job(job, seat=seat, tell=move_on)
     assert seat.warmth is None
     assert not lives(processes(tmp_path)[0])
 
