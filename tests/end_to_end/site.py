@@ -37,5 +37,5 @@ def running_site(folder: Path, *, worker: Mapping[str, str] | None = None) -> It
         root = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with urllib.request.urlopen(f"{root}/livez", timeout=60) as answer:
             assert answer.status == 200
-        wait_for(lambda: b"ready" in (folder / "gpu.log").read_bytes(), seconds=60, what="the worker's start")
+        wait_for(lambda: b"ready" in (folder / "gpu.log").read_bytes(), what="the worker's start")
         yield root
