@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,18 @@ def celery_worker(
     finally:
         kill_tree(process.pid)
         process.wait()
+
+
+@contextlib.contextmanager
+def reserved_ports(number: int) -> Iterator[list[int]]:
+    """Ports of the loopback address on which a server may listen that is told their numbers, and nobody else is given
+    meanwhile: they are bound and not listened on, which is no hindrance to a server, for it sets SO_REUSEADDR."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        yield [one.getsockname()[1] for one in sockets]
 
 
 def kill_tree(pid: int) -> None:
