@@ -149,7 +149,7 @@ def test_a_full_broker_keeps_messages_waiting_and_costs_no_job(
     broker: Broker, quick: Callable[..., Job], tmp_path: Path, bob_client: Client
 ) -> None:
     with quick_celery_worker(tmp_path / "worker.log", **broker.environment) as worker:
-        running = quick("running", max_steps=60)
+        running = quick("running", max_steps=100)
         wait_for_step(running, 2)
         broker.client().config_set("maxmemory", "1")
         # A slot without a job would try to send it as well.
