@@ -21,20 +21,25 @@ run: $(VENV)/.run-installed ## Start everything and print one URL; Ctrl-C stops 
 
 test: check browser test-fast ## make check and every fast test; what CI runs
 
-# The engine's tests and all others side by side, for neither keeps two cores busy; then the faults, which are timed, alone.
+# The faults in which a lease runs out or a moment counts. The others bear a busy machine, and one process has them all.
+TIMED := $(foreach what,actions claims failpoints postgres redis soak two_machines worker_deaths workers,tests/faults/test_$(what).py)
+UNHURRIED := $(filter-out $(TIMED),$(wildcard tests/faults/test_*.py))
+
+# Two halves of about the same length side by side, for neither keeps two cores busy; then the timed faults, alone.
 test-fast: $(VENV)/.dev-installed
 	@$(MAKE) --no-print-directory -j2 test-engine test-studio
 	@$(MAKE) --no-print-directory test-faults
 
 test-engine:
 	$(TESTING) -m "not slow" --durations=15 tests/workers tests/bench
+	$(TESTING) -m "not slow" --durations=15 $(UNHURRIED)
 
 test-studio:
 	$(TESTING) -m "not slow" --durations=15 --ignore=tests/faults --ignore=tests/workers --ignore=tests/bench
 
 # Each file of faults has servers of its own: what one does to them is no other's affair.
 test-faults:
-	@for file in tests/faults/test_*.py; do echo "$$file"; $(TESTING) -q -m "not slow" "$$file" || exit 1; done
+	@for file in $(TIMED); do echo "$$file"; $(TESTING) -q -m "not slow" "$$file" || exit 1; done
 
 test-slow: $(VENV)/.dev-installed browser ## The tests that take minutes
 	$(TESTING) -m slow --durations=0

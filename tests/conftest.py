@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from django.conf import settings as django_settings
 from django.test import Client, override_settings
+from hypothesis import HealthCheck
+from hypothesis import settings as property_settings
 
 from studio.accounts.models import Membership, Role, Team, User
 from studio.catalogue.importing import register_base_model
@@ -16,6 +18,11 @@ from studio.catalogue.models import BaseModel
 from tests.tiny import make_tiny_base
 
 PASSWORD = "correct horse battery"
+
+# The same draws in every run, however long one takes on a busy machine. Others: --hypothesis-profile=exploring.
+property_settings.register_profile("exploring", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+property_settings.register_profile("repeating", property_settings.get_profile("exploring"), derandomize=True)
+property_settings.load_profile("repeating")
 
 
 @pytest.fixture(scope="session", autouse=True)

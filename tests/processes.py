@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +18,12 @@ from django.conf import settings
 from django.db import connection
 
 WORKER = ("-m", "celery", "-A", "jobs", "worker", "-P", "threads", "-c", "1", "--without-gossip", "--without-mingle")
+
+
+def with_steps_of(seconds: float) -> dict[str, str]:
+    """The environment of a worker whose trainers take at least so long for a step: what is to meet a running job must
+    not depend on how fast the machine trains, nor on how late a test sees the step for which it waits."""
+    return {"STUDIO_FAILPOINTS": f"training.step=pause:{seconds}"}
 
 
 def test_environment() -> dict[str, str]:
@@ -57,6 +64,18 @@ def celery_worker(
         process.wait()
 
 
+@contextlib.contextmanager
+def reserved_ports(number: int) -> Iterator[list[int]]:
+    """Ports of the loopback address on which a server may listen that is told their numbers, and nobody else is given
+    meanwhile: they are bound and not listened on, which is no hindrance to a server, for it sets SO_REUSEADDR."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        yield [one.getsockname()[1] for one in sockets]
+
+
 def kill_tree(pid: int) -> None:
     """kill -9 of a process and all its descendants, at once."""
     try:
@@ -78,10 +97,38 @@ def wait_for(happens: Callable[[], object], *, seconds: float = 120, what: str =
         time.sleep(0.05)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, or waits only for its parent to see that it is."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """The words that a process was started with; none when it has ended, perhaps just now."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def trainers_of(worker_pid: int) -> list[psutil.Process]:
     """The trainer processes below a worker."""
-    return [
-        child
-        for child in psutil.Process(worker_pid).children(recursive=True)
-        if "--supervised" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
-    ]
+    below = psutil.Process(worker_pid).children(recursive=True)
+    return [child for child in below if "--supervised" in command_line(child) and not has_ended(child)]
+
+
+@contextlib.contextmanager
+def held(trainers: Iterable[psutil.Process]) -> Iterator[None]:
+    """Stops trainers where they are, so that none ends its job while something is done to it."""
+    stopped = list(trainers)
+    assert stopped, "no trainer is at work"
+    for trainer in stopped:
+        trainer.suspend()
+    try:
+        yield
+    finally:
+        for trainer in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                trainer.resume()

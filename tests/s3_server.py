@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.embedded import die_with_parent
+from tests.processes import reserved_ports
 
 PATIENCE = 120.0
 KEY_ID, SECRET, BUCKET = "tests-key", "tests-secret", "studio-tests"
@@ -47,8 +47,17 @@ def s3_server() -> Iterator[S3Server]:
     )
     (folder / "data").mkdir()
     names = ("master", "volume", "filer", "s3")
-    free = free_ports(2 * len(names))
-    ports, grpc = dict(zip(names, free[:4], strict=True)), dict(zip(names, free[4:], strict=True))
+    with reserved_ports(2 * len(names)) as free:
+        ports, grpc = dict(zip(names, free[:4], strict=True)), dict(zip(names, free[4:], strict=True))
+        try:
+            with _serving(folder, configuration, ports, grpc) as server:
+                yield server
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _serving(folder: Path, configuration: Path, ports: dict[str, int], grpc: dict[str, int]) -> Iterator[S3Server]:
     command = [
         str(Path(sys.executable).parent / "weed"), "server", "-filer", "-s3", f"-dir={folder / 'data'}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={configuration}", "-volume.max=30",
@@ -68,16 +77,6 @@ def s3_server() -> Iterator[S3Server]:
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on; they are free, not reserved."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _make_bucket(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

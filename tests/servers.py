@@ -21,6 +21,16 @@ def _at_exit(action: Callable[[], None]) -> None:
     atexit.register(lambda: action() if os.getpid() == owner else None)
 
 
+def _forget_disks(database_url: str) -> None:
+    """Have a database wait for no disk: it is gone after the tests, and each of them empties it."""
+    import psycopg
+
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for name in ("fsync", "synchronous_commit"):
+            connection.execute(f"ALTER SYSTEM SET {name} = off")
+        connection.execute("SELECT pg_reload_conf()")
+
+
 def _start() -> None:
     folder = Path(tempfile.mkdtemp(prefix="peft-studio-tests-"))
     # The folder must go last: exit handlers run in reverse order.
@@ -37,6 +47,7 @@ def _start() -> None:
     servers = EmbeddedServers(folder)
     urls = servers.start()
     _at_exit(servers.stop)
+    _forget_disks(urls.database)
     os.environ["DATABASE_URL"] = urls.database
     os.environ["REDIS_URL"] = urls.redis
 

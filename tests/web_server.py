@@ -43,7 +43,7 @@ class WebServer:
                 pass_fds=[self._listener.fileno()], cwd=settings.ROOT, stdout=log, stderr=log, preexec_fn=preexec_fn,
                 env=test_environment() | {"STUDIO_DEBUG": "1"} | dict(environment or {}),
             )  # fmt: skip
-        wait_for(lambda: httpx.get(self.root + "/livez", timeout=60).is_success, seconds=60, what="the start")
+        wait_for(lambda: httpx.get(self.root + "/livez", timeout=60).is_success, what="the start")
 
     def kill(self) -> None:
         """kill -9."""
@@ -53,7 +53,7 @@ class WebServer:
     def stop(self) -> None:
         """SIGTERM, as a restart sends it."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(60)
 
     def signed_in(self, user: User) -> httpx.Client:
         """A client with a person's session, whose requests bear the page's token as its scripts do."""

@@ -20,7 +20,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 SECOND = 1000.0
 # What is waited for comes within moments; a machine that also runs Postgres, Redis and workers may take longer.
-expect.set_options(timeout=20 * SECOND)
+expect.set_options(timeout=60 * SECOND)
 
 
 def require_chromium() -> None:
@@ -39,7 +39,7 @@ class Browser:
         self.complaints: list[str] = []
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
-        page.set_default_timeout(20 * SECOND)
+        page.set_default_timeout(60 * SECOND)
 
     def sign_in(self, secret: str) -> None:
         """Open a one-time link and press its button."""
@@ -47,7 +47,7 @@ class Browser:
         self.page.locator("main form button").first.click()
         expect(self.page.locator("h1")).to_be_visible()
 
-    def upload(self, file: Path, name: str, *, seconds: float = 60) -> None:
+    def upload(self, file: Path, name: str, *, seconds: float = 120) -> None:
         """Upload a dataset and wait until it is inspected; ends on the dataset's page."""
         self.page.goto(f"{self.root}/datasets/upload/")
         self.page.set_input_files("input[type=file]", file)

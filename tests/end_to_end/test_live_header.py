@@ -11,7 +11,7 @@ from playwright.sync_api import Route, expect
 
 from jobs.models import Job, JobState
 from studio.accounts.models import LoginLink, Team, User
-from tests.end_to_end.browsing import SECOND, Browser
+from tests.end_to_end.browsing import Browser
 from tests.jobs.making import make_job, make_worker
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
@@ -38,12 +38,12 @@ def test_a_job_that_started_between_page_and_stream_gets_its_stop_buttons(
     page.route(f"**/jobs/{job.pk}/events/**", claim_then_connect, times=1)
     page.goto(f"{browser.root}{job.get_absolute_url()}")
     keep = page.get_by_role("button", name="Stop and keep")
-    expect(keep).to_be_visible(timeout=20 * SECOND)
+    expect(keep).to_be_visible()
     expect(page.get_by_role("button", name="Stop and discard")).to_be_visible()
 
     keep.click()
     page.get_by_role("button", name="Yes, end it and keep the adapter").click()
-    expect(page.get_by_role("button", name="Discard instead")).to_be_visible(timeout=20 * SECOND)
+    expect(page.get_by_role("button", name="Discard instead")).to_be_visible()
     # What somebody else does while the page is watched changes its buttons, too.
     Job.objects.filter(pk=job.pk).update(stop_mode="now")
-    expect(page.get_by_role("button", name="Discard instead")).to_be_hidden(timeout=20 * SECOND)
+    expect(page.get_by_role("button", name="Discard instead")).to_be_hidden()

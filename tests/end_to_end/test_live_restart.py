@@ -21,6 +21,7 @@ from jobs.models import Job, JobState, MetricPoint
 from jobs.progress import add
 from studio.accounts.models import LoginLink, Team, User
 from tests.end_to_end.browsing import CHROMIUM, SECOND, Browser, open_browser
+from tests.end_to_end.site import collect_static
 from tests.jobs.making import make_job, make_worker
 from tests.jobs.test_series import step_event
 from tests.processes import test_environment, wait_for
@@ -64,8 +65,7 @@ def web(transactional_db: None, tmp_path: Path) -> Iterator[Web]:
         if os.environ.get("CI"):
             pytest.fail("No Chromium, and CI is set: the browser tests must run there.")
         pytest.skip("NO CHROMIUM: the browser tests are skipped. Install chromium to run them.")
-    collect = [sys.executable, "manage.py", "collectstatic", "--no-input", "--verbosity", "0"]
-    subprocess.run(collect, cwd=settings.ROOT, env=test_environment(), check=True)
+    collect_static(settings.DATA_DIR)
     web = Web(tmp_path)
     web.start()
     yield web

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+from django.db import transaction
+from django.utils import timezone
 from playwright.sync_api import expect
 
-from jobs.models import JobSample, JobState
+from jobs.models import Job, JobSample, JobState
 from jobs.queueing import queue_job
 from studio.accounts.models import LoginLink, Team, User
 from studio.catalogue.models import BaseModel
@@ -26,13 +30,17 @@ def test_answers_at_checkpoints_come_without_a_reload_and_stay(
     )  # fmt: skip
     page = browser.page
     browser.sign_in(LoginLink.create_for(bob))
-    job = queue_job(
-        team=team, user=bob, recipe=recipe, base_model=base_model, dataset_version=version, idempotency_key="one"
-    )
+    with transaction.atomic():
+        job = queue_job(
+            team=team, user=bob, recipe=recipe, base_model=base_model, dataset_version=version, idempotency_key="one"
+        )
+        # It begins once the page is open.
+        Job.objects.filter(pk=job.pk).update(not_before=timezone.now() + timedelta(hours=1))
     page.goto(f"{browser.root}{job.get_absolute_url()}")
     page.evaluate("window.neverReloaded = true")
     section = page.locator("#job-samples")
     expect(section).to_contain_text("The base answers first")
+    Job.objects.filter(pk=job.pk).update(not_before=timezone.now())
     tables = section.locator("table")
     expect(tables).to_have_count(2, timeout=120 * SECOND)
     expect(tables.first).to_contain_text("Expected")

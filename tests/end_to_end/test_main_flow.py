@@ -71,7 +71,7 @@ def test_a_dataset_becomes_an_adapter_that_works_elsewhere(
     progress = page.locator("#job-progress")
     expect(progress).to_contain_text(re.compile(r"Step\s+[1-9]"), timeout=120 * SECOND)
     earlier = progress.inner_text()
-    expect(progress).not_to_have_text(earlier, timeout=60 * SECOND)
+    expect(progress).not_to_have_text(earlier, timeout=120 * SECOND)
     browser.wait_until_done(seconds=180)
     assert page.evaluate("window.neverReloaded") is True
 

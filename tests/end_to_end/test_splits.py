@@ -34,7 +34,7 @@ def test_a_split_is_made_downloaded_and_offered_to_a_new_job(
     page.fill("[name=name]", "By topic")
     page.get_by_role("button", name="Make the split").click()
     # The page waits for the worker by itself.
-    expect(page.locator("#part-test")).to_contain_text("18 rows", timeout=60 * SECOND)
+    expect(page.locator("#part-test")).to_contain_text("18 rows", timeout=120 * SECOND)
     expect(page.locator("#part-test")).to_contain_text("Too small to say anything")
     page.wait_for_load_state("load")
     with page.expect_download() as download:

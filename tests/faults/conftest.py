@@ -19,7 +19,7 @@ from studio.datasets.models import DatasetVersion, VersionState
 from studio.datasets.uploads import receive_upload
 from tests.faults.quick import queue_quickly
 from tests.faults.slot_workers import SlotWorkers
-from tests.processes import test_environment
+from tests.processes import test_environment, wait_for
 from tests.tiny import tiny_rows
 from workers.recipe import Recipe
 
@@ -29,8 +29,13 @@ def version(transactional_db: None, team: Team, bob: User) -> DatasetVersion:
     content = "".join(json.dumps(row) + "\n" for row in tiny_rows(120)).encode()
     version = receive_upload(team=team, user=bob, file_name="tiny.jsonl", chunks=[content])
     inspect(version.pk)
-    version.refresh_from_db()
-    assert version.state == VersionState.READY
+
+    def is_ready() -> bool:
+        version.refresh_from_db()
+        return version.state == VersionState.READY
+
+    # Where a site runs beside the test, its worker may inspect it first.
+    wait_for(is_ready, what="the inspection")
     return version
 
 

@@ -20,6 +20,9 @@ from tests.faults.quick_trainer import WEIGHTS
 from tests.jobs.making import make_ready_version, make_recipe
 from tests.processes import wait_for
 
+# The environment of a worker whose job does not end before it is meant to, and of one that has only to finish it.
+SLOW, FAST = ({"QUICK_TRAINER_STEP_SECONDS": seconds} for seconds in ("0.3", "0.01"))
+
 
 def queue_quickly(
     team: Team, user: User, *, name: str = "quick", max_steps: int = 6, every: int = 2, key: str | None = None

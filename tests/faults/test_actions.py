@@ -13,7 +13,7 @@ from jobs.models import Job, JobState, Worker
 from jobs.queueing import cancel_job, pause_job, resume_job
 from studio.accounts.models import Team, User
 from tests.faults.test_worker_deaths import wait_for_step, wait_until_final, weights_digest
-from tests.processes import celery_worker, kill_tree, trainers_of, wait_for
+from tests.processes import celery_worker, kill_tree, trainers_of, wait_for, with_steps_of
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -33,22 +33,24 @@ def worker_of_slot(slot: int) -> Worker:
 def test_a_job_that_was_paused_twice_ends_with_the_same_bytes_and_frees_its_device_meanwhile(
     queue: Callable[..., Job], bob: User, tmp_path: Path
 ) -> None:
-    undisturbed, disturbed = (queue(name, max_steps=300, epochs=50) for name in ("undisturbed", "disturbed"))
-    with celery_worker("gpu", tmp_path / "worker.log") as worker:
-        undisturbed = wait_until_final(undisturbed)
+    disturbed = queue("disturbed", max_steps=100, epochs=20)
+    with celery_worker("gpu", tmp_path / "slow.log", environment=with_steps_of(0.2)) as worker:
         step = 7
         for turn in (1, 2):
             wait_for_step(disturbed, step)
             assert pause_job(disturbed, bob)
             paused = wait_for_state(disturbed, JobState.PAUSED)
             assert (paused.worker, paused.lease_until, paused.stop_mode, paused.failures_counted) == (None, None, "", 0)
-            assert step <= paused.checkpoint_step < 300, "the checkpoint is of the step at which it was asked, or later"
+            assert step <= paused.checkpoint_step < 100, "the checkpoint is of the step at which it was asked, or later"
             assert not trainers_of(worker.pid)
             if turn == 1:
                 assert wait_until_final(queue("meanwhile", max_steps=3)).state == JobState.SUCCEEDED
-            assert resume_job(disturbed, bob)
-            step = paused.checkpoint_step + 3
-        disturbed = wait_until_final(disturbed)
+                assert resume_job(disturbed, bob)
+                step = paused.checkpoint_step + 3
+    assert resume_job(disturbed, bob)
+    undisturbed = queue("undisturbed", max_steps=100, epochs=20)
+    with celery_worker("gpu", tmp_path / "worker.log"):
+        disturbed, undisturbed = wait_until_final(disturbed), wait_until_final(undisturbed)
     assert (undisturbed.state, disturbed.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED)
     assert weights_digest(disturbed) == weights_digest(undisturbed)
     assert list(disturbed.attempts.order_by("number").values_list("outcome", flat=True)) == [
@@ -56,7 +58,7 @@ def test_a_job_that_was_paused_twice_ends_with_the_same_bytes_and_frees_its_devi
     ]  # fmt: skip
     began = list(disturbed.attempts.order_by("number").values_list("from_step", flat=True))
     assert began[0] == 0
-    assert 7 <= began[1] < began[2] < 300
+    assert 7 <= began[1] < began[2] < 100
 
 
 def test_a_job_that_is_paused_while_it_finishes_is_done_or_paused_and_never_both(
@@ -81,8 +83,8 @@ def test_a_job_that_is_paused_while_it_finishes_is_done_or_paused_and_never_both
 def test_a_worker_that_dies_before_it_can_pause_leaves_the_job_paused(
     queue: Callable[..., Job], bob: User, tmp_path: Path
 ) -> None:
-    job = queue(max_steps=300, epochs=50)
-    with celery_worker("gpu", tmp_path / "first.log") as worker:
+    job = queue(max_steps=60, epochs=10)
+    with celery_worker("gpu", tmp_path / "first.log", environment=with_steps_of(0.2)) as worker:
         wait_for_step(job, 7)
         for trainer in trainers_of(worker.pid):
             trainer.suspend()  # it cannot obey any more
@@ -92,7 +94,7 @@ def test_a_worker_that_dies_before_it_can_pause_leaves_the_job_paused(
     with celery_worker("gpu", tmp_path / "second.log"):
         paused = wait_for_state(job, JobState.PAUSED)
         assert paused.failures_counted == 0
-        assert 5 <= paused.checkpoint_step < 300
+        assert 5 <= paused.checkpoint_step < 60
         resume_job(job, bob)
         job = wait_until_final(job)
     assert job.state == JobState.SUCCEEDED
@@ -119,14 +121,15 @@ def test_a_paused_job_can_be_finished_with_what_it_has_learned(
 def test_a_drained_worker_hands_its_job_back_and_takes_none_until_that_ends(
     queue: Callable[..., Job], team: Team, alice: User, tmp_path: Path
 ) -> None:
-    job = queue(max_steps=300, epochs=50)
-    with celery_worker("gpu", tmp_path / "first.log"):
+    job = queue(max_steps=120, epochs=20)
+    slow = with_steps_of(0.05)
+    with celery_worker("gpu", tmp_path / "first.log", environment=slow):
         wait_for_step(job, 7)
         draining.drain_worker(worker_of_slot(0), "now", team=team, user=alice)
         handed_back = wait_for_state(job, JobState.QUEUED)
         assert handed_back.checkpoint_step >= 7
         assert handed_back.failures_counted == 0
-        with celery_worker("gpu", tmp_path / "second.log", slot=1):
+        with celery_worker("gpu", tmp_path / "second.log", slot=1, environment=slow):
             wait_for(lambda: job.attempts.filter(number=2).exists(), seconds=PATIENCE, what="the second attempt")
             assert job.attempts.get(number=2).worker == worker_of_slot(1)
             wait_for_step(job, handed_back.checkpoint_step + 2)
@@ -141,8 +144,8 @@ def test_a_drained_worker_hands_its_job_back_and_takes_none_until_that_ends(
 def test_a_worker_that_drains_after_its_job_finishes_it_and_takes_no_other(
     queue: Callable[..., Job], team: Team, alice: User, tmp_path: Path
 ) -> None:
-    first, second = queue("first", max_steps=120, epochs=20), queue("second", max_steps=3)
-    with celery_worker("gpu", tmp_path / "worker.log"):
+    first, second = queue("first", max_steps=80, epochs=20), queue("second", max_steps=3)
+    with celery_worker("gpu", tmp_path / "worker.log", environment=with_steps_of(0.05)):
         wait_for_step(first, 2)
         draining.drain_worker(worker_of_slot(0), "after_job", team=team, user=alice)
         assert wait_until_final(first).state == JobState.SUCCEEDED

@@ -16,7 +16,16 @@ from jobs import lifecycle, outbox, scheduling, sweeping
 from jobs.models import Job, JobState, OutboxMessage
 from studio.accounts.models import Team, User
 from tests.faults.invariants import broken_invariants
-from tests.faults.quick import describe, expected_weights, expire_leases, reload, wait_until_final, weights
+from tests.faults.quick import (
+    FAST,
+    SLOW,
+    describe,
+    expected_weights,
+    expire_leases,
+    reload,
+    wait_until_final,
+    weights,
+)
 from tests.faults.quick_app import quick_celery_worker
 from tests.faults.slot_workers import SlotWorkers
 from tests.jobs.making import make_worker
@@ -160,7 +169,7 @@ def test_a_job_whose_message_is_lost_is_found_by_an_idle_worker(
         wait_for(lambda: "ready." in (tmp_path / "worker.log").read_text(), what="the start of the worker")
         job = quick()
         assert not OutboxMessage.objects.exists()
-        assert wait_until_final(job, seconds=60).state == JobState.SUCCEEDED
+        assert wait_until_final(job).state == JobState.SUCCEEDED
         assert worker.poll() is None
     assert broken_invariants() == []
 
@@ -200,9 +209,9 @@ def test_what_waits_for_its_retry_is_queued_when_it_is_due_and_idle_workers_hear
 
 def test_without_beat_a_lost_worker_is_found_by_another(quick: Callable[..., Job], workers: SlotWorkers) -> None:
     job = quick(max_steps=60)
-    first = workers.start("slot")
+    first = workers.start("slot", environment=SLOW)
     wait_for(lambda: job.points.exists(), what="a step")
-    workers.start("slot", 1)
+    workers.start("slot", 1, environment=FAST)
     first.kill()
     # Nobody calls the sweep and no lease is changed here: the second worker finds the expired lease by itself.
     ended = wait_until_final(job)

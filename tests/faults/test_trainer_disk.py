@@ -15,7 +15,7 @@ from django.conf import settings
 
 from jobs.models import Job, JobState
 from studio.storage import has_room
-from tests.processes import WORKER, kill_tree, test_environment, wait_for
+from tests.processes import WORKER, kill_tree, test_environment, wait_for, with_steps_of
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -38,8 +38,8 @@ def worker_on_a_small_disk(folder: Path, log_file: Path) -> Iterator[Path]:
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [*MOUNT, SCRIPT, str(folder), str(settings.DATA_DIR / "blobs"), *command],
-            env=test_environment() | {"STUDIO_DATA_DIR": str(folder)}, cwd=settings.ROOT, stdout=log, stderr=log,
-            start_new_session=True,
+            env=test_environment() | with_steps_of(0.05) | {"STUDIO_DATA_DIR": str(folder)}, cwd=settings.ROOT,
+            stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         yield Path(f"/proc/{process.pid}/root") / folder.relative_to("/")
@@ -61,7 +61,7 @@ def fill(folder: Path) -> Path:
 def test_a_job_waits_for_room_keeps_its_checkpoint_and_goes_on_by_itself(
     queue: Callable[..., Job], tmp_path: Path
 ) -> None:
-    job = queue(max_steps=200, epochs=35)
+    job = queue(max_steps=100, epochs=20)
     with worker_on_a_small_disk(tmp_path / "data", tmp_path / "worker.log") as data:
         wait_for(lambda: job.points.filter(step__gte=7).exists(), seconds=300, what="step 7")
         ballast = fill(data)

@@ -32,7 +32,7 @@ from studio.catalogue.models import BaseModel
 from studio.storage import fetching
 from studio.storage.backends import backend
 from tests.faults.test_worker_deaths import WEIGHTS, wait_for_step, wait_until_final
-from tests.processes import celery_worker, kill_tree, test_environment, wait_for
+from tests.processes import celery_worker, kill_tree, test_environment, wait_for, with_steps_of
 from tests.s3_server import s3_server
 from tests.tiny import make_tiny_base
 
@@ -85,17 +85,15 @@ def test_a_second_machine_joins_and_goes_on_where_the_first_was_killed(
     shared: dict[str, str], queue: Callable[..., Job], team: Team, alice: User, alice_client: Client,
     live_server: LiveServer, settings: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
-    undisturbed, disturbed = queue("undisturbed"), queue("disturbed")
+    disturbed, undisturbed = queue("disturbed"), queue("undisturbed")
     assert share_base_models() == 1
     assert share_base_models() == 0
     move_away(tmp_path / "web")
     settings.DATA_DIR = tmp_path / "web-anew"
 
     first = tmp_path / "first"
-    environment = shared | {"STUDIO_DATA_DIR": str(first)}
+    environment = shared | with_steps_of(0.5) | {"STUDIO_DATA_DIR": str(first)}
     with celery_worker("gpu", tmp_path / "first.log", environment=environment) as worker:
-        undisturbed = wait_until_final(undisturbed)
-        assert (undisturbed.state, undisturbed.failure_message) == (JobState.SUCCEEDED, "")
         wait_for_step(disturbed, 12)
         stored = f"jobs/{disturbed.pk}/checkpoints/"
         wait_for(lambda: fetching.stored_folders(stored), seconds=PATIENCE, what="a checkpoint in the storage")
@@ -112,9 +110,10 @@ def test_a_second_machine_joins_and_goes_on_where_the_first_was_killed(
             seconds=PATIENCE, what="the second attempt",
         )  # fmt: skip
         assert process.poll() is None, (tmp_path / "second.log").read_text()
-        disturbed = wait_until_final(disturbed)
+        disturbed, undisturbed = wait_until_final(disturbed), wait_until_final(undisturbed)
         log = (tmp_path / "second.log").read_text()
-        assert (disturbed.state, disturbed.failure_message) == (JobState.SUCCEEDED, ""), log
+        for job in (disturbed, undisturbed):
+            assert (job.state, job.failure_message) == (JobState.SUCCEEDED, ""), log
         assert secret not in log
         assert weights_digest(disturbed) == weights_digest(undisturbed)
         last = disturbed.attempts.order_by("number").last()
@@ -153,12 +152,12 @@ def test_a_second_machine_joins_and_goes_on_where_the_first_was_killed(
 def test_a_worker_that_stops_brings_its_last_checkpoint_into_the_storage_first(
     shared: dict[str, str], queue: Callable[..., Job], settings: Any, tmp_path: Path
 ) -> None:
-    job = queue(max_steps=300, epochs=50, checkpoint_every_steps=1000)
+    job = queue(max_steps=60, epochs=10, checkpoint_every_steps=1000)
     share_base_models()
     move_away(tmp_path / "web")
     settings.DATA_DIR = tmp_path / "web-anew"
-    for name in ("first", "second"):
-        environment = shared | {"STUDIO_DATA_DIR": str(tmp_path / name)}
+    for name, pace in (("first", with_steps_of(0.2)), ("second", {})):
+        environment = shared | pace | {"STUDIO_DATA_DIR": str(tmp_path / name)}
         with celery_worker("gpu", tmp_path / f"{name}.log", environment=environment) as worker:
             if name == "second":
                 job = wait_until_final(job)

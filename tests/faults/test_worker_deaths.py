@@ -17,7 +17,7 @@ from jobs.models import Job, JobSample, JobState, Worker
 from jobs.queueing import cancel_job
 from studio import storage
 from studio.accounts.models import User
-from tests.processes import celery_worker, kill_tree, trainers_of, wait_for
+from tests.processes import celery_worker, kill_tree, trainers_of, wait_for, with_steps_of
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -57,17 +57,16 @@ def test_a_job_trains_on_a_real_worker_and_lands_in_the_catalogue(queue: Callabl
 def test_kill_9_of_the_trainer_and_of_the_worker_gives_the_same_adapter_as_no_kill(
     queue: Callable[..., Job], tmp_path: Path
 ) -> None:
-    undisturbed, disturbed = queue("undisturbed"), queue("disturbed")
-    with celery_worker("gpu", tmp_path / "first.log") as worker:
-        undisturbed = wait_until_final(undisturbed)
+    disturbed, undisturbed = queue("disturbed"), queue("undisturbed")
+    with celery_worker("gpu", tmp_path / "first.log", environment=with_steps_of(0.3)) as worker:
         wait_for_step(disturbed, 8)
         trainers_of(worker.pid)[0].send_signal(signal.SIGKILL)
         wait_for(lambda: disturbed.attempts.filter(ended_at=None, number=2).exists(), what="the second attempt")
-        wait_for_step(disturbed, 20)
+        wait_for(lambda: disturbed.points.filter(attempt=2, step__gte=15).exists(), what="step 15 of it")
         kill_tree(worker.pid)
     assert Job.objects.get(pk=disturbed.pk).state == JobState.RUNNING
     with celery_worker("gpu", tmp_path / "second.log"):
-        disturbed = wait_until_final(disturbed)
+        disturbed, undisturbed = wait_until_final(disturbed), wait_until_final(undisturbed)
     assert (undisturbed.state, disturbed.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED)
     assert weights_digest(disturbed) == weights_digest(undisturbed)
     outcomes = list(disturbed.attempts.order_by("number").values_list("outcome", "failure_code"))
@@ -80,9 +79,9 @@ def test_kill_9_of_the_trainer_and_of_the_worker_gives_the_same_adapter_as_no_ki
 
 
 def test_of_two_jobs_the_second_waits_says_why_and_runs(queue: Callable[..., Job], tmp_path: Path) -> None:
-    first, second = queue("first", max_steps=150, epochs=25), queue("second", max_steps=5)
+    first, second = queue("first", max_steps=80, epochs=20), queue("second", max_steps=5)
     assert scheduling.explain_wait(second) == "No worker is running. Start one, and the job begins by itself."
-    with celery_worker("gpu", tmp_path / "worker.log"):
+    with celery_worker("gpu", tmp_path / "worker.log", environment=with_steps_of(0.05)):
         wait_for_step(first, 3)
         assert "“first” is running" in scheduling.explain_wait(Job.objects.get(pk=second.pk))
         assert scheduling.queue_position(second) == 1
@@ -94,7 +93,7 @@ def test_a_stopped_job_ends_soon_and_leaves_no_trainer(queue: Callable[..., Job]
     with celery_worker("gpu", tmp_path / "worker.log") as worker:
         wait_for_step(job, 2)
         cancel_job(job, bob, "now")
-        wait_for(lambda: Job.objects.get(pk=job.pk).is_final(), seconds=30, what="the cancellation")
+        wait_until_final(job)
         assert not trainers_of(worker.pid)
     job.refresh_from_db()
     assert (job.state, job.adapter) == (JobState.CANCELLED, None)
@@ -111,11 +110,11 @@ def test_stop_and_keep_gives_the_adapter_of_the_last_step(queue: Callable[..., J
 
 
 def test_sigterm_hands_the_job_back_and_another_worker_goes_on(queue: Callable[..., Job], tmp_path: Path) -> None:
-    job = queue(max_steps=300, epochs=50)
-    with celery_worker("gpu", tmp_path / "first.log") as worker:
+    job = queue(max_steps=60, epochs=10)
+    with celery_worker("gpu", tmp_path / "first.log", environment=with_steps_of(0.2)) as worker:
         wait_for_step(job, 7)
         os.kill(worker.pid, signal.SIGTERM)
-        worker.wait(60)
+        worker.wait(120)
     job.refresh_from_db()
     assert (job.state, job.failures_counted) == (JobState.QUEUED, 0)
     assert list(Worker.objects.values_list("is_draining", flat=True)) == [True]

@@ -27,6 +27,8 @@ from studio.catalogue.models import Adapter
 from tests.faults.cutting import Proxy
 from tests.faults.invariants import broken_invariants
 from tests.faults.quick import (
+    FAST,
+    SLOW,
     describe,
     expected_weights,
     expire_leases,
@@ -37,7 +39,7 @@ from tests.faults.quick import (
 )
 from tests.faults.quick_app import quick_celery_worker
 from tests.faults.slot_workers import SlotWorkers
-from tests.processes import kill_tree, test_environment, trainers_of, wait_for
+from tests.processes import has_ended, kill_tree, test_environment, trainers_of, wait_for
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -92,17 +94,17 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_job_is_taken_back_after
     whole: bool, quick: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = quick(max_steps=120, every=5)
-    with quick_celery_worker(tmp_path / "first.log") as worker:
+    with quick_celery_worker(tmp_path / "first.log", **SLOW) as worker:
         wait_for_step(job, 6)
         [trainer] = trainers_of(worker.pid)
         if whole:
             kill_tree(worker.pid)
         else:
             os.kill(worker.pid, signal.SIGKILL)
-        wait_for(lambda: not trainer.is_running() or trainer.status() == "zombie", seconds=10, what="its trainer's end")
+        wait_for(lambda: has_ended(trainer), what="its trainer's end")
     held = reload(job)
     assert (held.state, held.attempt) == (JobState.RUNNING, 1)
-    with quick_celery_worker(tmp_path / "second.log"):
+    with quick_celery_worker(tmp_path / "second.log", **FAST):
         wait_for(lambda: reload(job).attempt >= 2, what="the end of the lease")
         wait_until_final(job)
     check(job)
@@ -130,18 +132,18 @@ def test_a_second_signal_ends_a_draining_worker_at_once_and_its_job_can_go_on(
     second: signal.Signals, quick: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = quick(max_steps=120, every=5)
-    with quick_celery_worker(tmp_path / "first.log", QUICK_TRAINER_DEAF="1") as worker:
+    with quick_celery_worker(tmp_path / "first.log", QUICK_TRAINER_DEAF="1", **SLOW) as worker:
         wait_for_step(job, 6)
         [trainer] = trainers_of(worker.pid)
         worker.send_signal(signal.SIGTERM)
         wait_for(lambda: "Warm shutdown" in (tmp_path / "first.log").read_text(), what="the drain")
         worker.send_signal(second)
         # Its trainer hears no wish to stop, so a worker that waited for it would wait for the whole job.
-        worker.wait(60)
-        wait_for(lambda: not trainer.is_running() or trainer.status() == "zombie", seconds=10, what="its trainer's end")
+        worker.wait(120)
+        wait_for(lambda: has_ended(trainer), what="its trainer's end")
     assert not reload(job).is_final()
     expire_leases()
-    with quick_celery_worker(tmp_path / "second.log"):
+    with quick_celery_worker(tmp_path / "second.log", **FAST):
         wait_until_final(job)
     check(job)
 
@@ -150,14 +152,14 @@ def test_a_worker_that_was_frozen_for_longer_than_its_lease_writes_nothing_when_
     quick: Callable[..., Job], workers: SlotWorkers
 ) -> None:
     job = quick(max_steps=160, every=5)
-    zombie = workers.start("slot")
+    zombie = workers.start("slot", environment=SLOW)
     wait_for_step(job, 6)
     # The supervisor freezes; its trainer goes on talking into the pipe.
     zombie.send(signal.SIGSTOP)
-    workers.start("slot", 1)
+    workers.start("slot", 1, environment=FAST)
     wait_for(lambda: job.attempts.filter(number=3).exists(), what="the replacement")
     zombie.send(signal.SIGCONT)
-    wait_for(lambda: not zombie.trainers(), seconds=60, what="the end of the zombie's trainer")
+    wait_for(lambda: not zombie.trainers(), what="the end of the zombie's trainer")
     wait_until_final(job)
     check(job)
     assert not zombie.is_gone(), "it looks for other work"
@@ -207,7 +209,8 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_its_lea
     away = SlotWorkers(tmp_path / "away", test_environment() | {"DATABASE_URL": url})
     try:
         job = quick(max_steps=200, every=5)
-        slot = away.start("slot")
+        # A longer lease than elsewhere leaves more time between the trainer's end and its own.
+        slot = away.start("slot", settings={"LEASE_SECONDS": 10}, environment=SLOW)
         wait_for_step(job, 6)
         getattr(proxy, how)()
         wait_for(lambda: not slot.trainers(), what="the end of its trainer")
@@ -215,7 +218,7 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_its_lea
         held = reload(job)
         assert (held.state, held.attempt) == (JobState.RUNNING, 1), "nobody else has taken it"
         assert ended_at < held.lease_until
-        workers.start("slot", 1)
+        workers.start("slot", 1, environment=FAST)
         wait_until_final(job)
         check(job)
         proxy.mend()
@@ -262,7 +265,8 @@ def test_cancelling_while_the_adapter_is_being_registered_gives_one_end_and_not_
 def test_cancelling_in_other_moments_ends_in_cancelled(
     point: str, quick: Callable[..., Job], workers: SlotWorkers, bob: User
 ) -> None:
-    job = quick(max_steps=40, every=4)
+    # The first two come long before the last step: the wish is there by then, however late it is.
+    job = quick(max_steps=40 if point == "training.before_package" else 4000, every=4)
     slot = workers.start("slot", failpoints=f"{point}=pause:2")
     wait_for(lambda: workers.has_fired(point), what=point)
     with contextlib.suppress(ActionError):

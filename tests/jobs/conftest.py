@@ -1,8 +1,8 @@
-"""Rows that the job pages need."""
+"""Rows that the job pages need, and a Redis to be hurt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,10 +10,12 @@ from uuid import uuid4
 import pytest
 from django.utils import timezone
 
+from jobs import progress, series
 from jobs.models import Job
 from studio.accounts.models import Team, User
 from studio.catalogue.models import BaseModel
 from studio.datasets.models import DatasetVersion
+from studio.embedded import EmbeddedServers
 from tests.factories import make_base_model, make_dataset_version, make_recipe
 
 MakeJob = Callable[..., Job]
@@ -43,3 +45,19 @@ def make_job(base_model: BaseModel, version: DatasetVersion, team: Team, alice: 
         return Job.objects.create(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path, settings: Any) -> Iterator[EmbeddedServers]:
+    """A Redis that only this test uses, and may stop and kill."""
+    servers = EmbeddedServers(tmp_path / "own")
+    settings.REDIS_URL = servers.start(postgres=False).redis
+    _forget_clients()
+    yield servers
+    servers.stop()
+    _forget_clients()
+
+
+def _forget_clients() -> None:
+    progress._client.cache_clear()
+    series.stream_client.cache_clear()

@@ -112,9 +112,10 @@ def test_what_is_read_after_the_lease_has_run_out_is_neither_published_nor_store
 
 
 def test_a_publisher_that_has_finished_sends_nothing_more(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, sent = threading.Event(), []
+    begun, answers, sent = threading.Event(), threading.Event(), []
 
     def slow(_job: object, _attempt: int, event: object) -> None:
+        begun.set()
         assert answers.wait(60)
         sent.append(event)
 
@@ -124,6 +125,7 @@ def test_a_publisher_that_has_finished_sends_nothing_more(job: Job, monkeypatch:
     publisher.start()
     for text in ("waiting", "waiting too"):
         publisher.publish(MessageEvent(text=text))
+    assert begun.wait(60)
     publisher.finish()
     answers.set()
     publisher.join(60)

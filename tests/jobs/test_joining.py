@@ -23,7 +23,7 @@ from studio.accounts.models import AuditEvent, Membership, Role, Team, User
 from studio.devices import boot_id
 from studio.joining import Joined, JoinError, ask_to_join, check_machine, check_reach, keep, kept
 from studio.version import STUDIO_VERSION
-from tests.s3_server import free_ports
+from tests.processes import reserved_ports
 
 pytestmark = pytest.mark.django_db
 HERE = {"host": "gpu-7", "boot_id": boot_id(), "version": STUDIO_VERSION}
@@ -217,16 +217,15 @@ def test_what_answers_otherwise_is_said(
 
 
 def test_nobody_there_is_said() -> None:
-    [port] = free_ports(1)
-    with pytest.raises(JoinError, match="does not answer"):
+    with reserved_ports(1) as [port], pytest.raises(JoinError, match="does not answer"):
         ask_to_join(f"http://127.0.0.1:{port}", "pjt_secret")
 
 
 def test_servers_that_cannot_be_reached_are_named() -> None:
-    [port] = free_ports(1)
-    told = {"DATABASE_URL": f"postgres://x:y@127.0.0.1:{port}/z", "REDIS_URL": f"redis://127.0.0.1:{port}"}
-    with pytest.raises(JoinError, match="database does not answer from this machine"):
-        check_reach(Joined("https://x", "1", told))
+    with reserved_ports(1) as [port]:
+        told = {"DATABASE_URL": f"postgres://x:y@127.0.0.1:{port}/z", "REDIS_URL": f"redis://127.0.0.1:{port}"}
+        with pytest.raises(JoinError, match="database does not answer from this machine"):
+            check_reach(Joined("https://x", "1", told))
 
 
 def test_what_is_told_is_kept_for_its_owner_alone(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_slot_that_never_registered_drains_without_a_row(data_dir: Path) -> No
     slot = Slot(0)
     slot.drain(announce=True)
     slot.start()
-    slot.join(timeout=10)
+    slot.join(timeout=60)
     assert not slot.is_alive()
 
 

@@ -20,12 +20,14 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.test import Client
 
-from jobs import lifecycle
+from jobs import lifecycle, supervising
 from jobs.models import Job
 from jobs.progress import stream_key
 from jobs.supervising import Link, Outcome, supervise
 from studio.accounts.models import ApiToken, Team, User
+from studio.embedded import EmbeddedServers
 from tests.jobs.making import make_running_job
+from tests.processes import has_ended, wait_for
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -78,7 +80,7 @@ def test_a_loss_and_a_validation_loss_of_one_step_are_one_point(run: Callable[..
 def test_a_validation_loss_that_comes_much_later_keeps_the_steps_loss(
     run: Callable[..., Outcome], running: Job
 ) -> None:
-    run("step(2); time.sleep(2.5); say(type='validation', step=2, loss=1.7, num_tokens=10)")
+    run("step(2); time.sleep(1.2); say(type='validation', step=2, loss=1.7, num_tokens=10)")
     point = running.points.get()
     assert (point.loss, point.validation_loss, point.num_tokens) == (1.0, 1.7, 200)
 
@@ -156,28 +158,32 @@ def test_a_trainer_that_ignores_a_stop_is_killed(
 ) -> None:
     monkeypatch.setitem(__import__("jobs.supervising").supervising.STOP_SECONDS, "now", 0.5)
     lifecycle.ask_stop(running, bob, "now")
-    started = time.monotonic()
     outcome = run("time.sleep(600)")
     assert (outcome.asked, outcome.exit_status) == ("now", -9)
-    assert time.monotonic() - started < 60
 
 
 def test_a_fenced_trainer_is_killed_with_everything_it_started(
     run: Callable[..., Outcome], running: Job, tmp_path: Path
 ) -> None:
-    Timer(0.5, lambda: (Job.objects.filter(pk=running.pk).update(attempt=F("attempt") + 1), connection.close())).start()
+    started: list[psutil.Process] = []
+
+    def fence(_event: object) -> None:
+        """At its first step, when everything is there that is to be killed."""
+        started.extend(psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+        Job.objects.filter(pk=running.pk).update(attempt=F("attempt") + 1)
+
     outcome = run(
         f"""
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 step(1)
 time.sleep(600)
-"""
+""",
+        tell=fence,
     )
     assert outcome.is_fenced
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    time.sleep(0.2)
-    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert len(started) == 2
+    wait_for(lambda: all(has_ended(process) for process in started), what="the end of both")
 
 
 def test_no_progress_of_a_fenced_attempt_is_stored(run: Callable[..., Outcome], running: Job) -> None:
@@ -197,6 +203,9 @@ def test_without_a_database_the_trainer_is_stopped_before_its_lease_ends(
 
     lifecycle_error = OperationalError("the server does not answer")
     monkeypatch.setattr(lifecycle, "heartbeat", unreachable)
+    assert 0 < supervising.LEASE_SHARE < 1
+    # Whatever the share is: a smaller one leaves a busy machine more time to kill it in.
+    monkeypatch.setattr(supervising, "LEASE_SHARE", 0.2)
     started = time.monotonic()
     outcome = run("time.sleep(600)")
     assert outcome.is_fenced
@@ -226,16 +235,16 @@ def test_a_redis_that_is_gone_costs_no_progress(
     assert running.points.count() == 5
 
 
-def test_a_redis_that_hangs_delays_nobody(run: Callable[..., Outcome], running: Job) -> None:
-    client = redis.Redis.from_url(settings.REDIS_URL, socket_timeout=60)
-    client.execute_command("CLIENT", "PAUSE", "14000", "ALL")
-    started = time.monotonic()
+def test_a_redis_that_hangs_delays_nobody(
+    own_redis: EmbeddedServers, run: Callable[..., Outcome], running: Job
+) -> None:
+    server = psutil.Process(own_redis.pids()["valkey"])
+    server.suspend()
+    # It ends while Redis still hangs.
     outcome = run("for n in range(1, 200): step(n)\nsay(type='result', folder='/x')")
-    seconds = time.monotonic() - started
-    client.ping()  # Answers when the pause is over: the next test gets a Redis that works.
+    server.resume()
     assert outcome.exit_status == 0
     assert running.points.count() == 199
-    assert seconds < 12, "it ended while Redis still hung"
 
 
 def test_a_row_that_cannot_be_stored_costs_neither_the_lease_nor_the_other_rows(
@@ -245,7 +254,7 @@ def test_a_row_that_cannot_be_stored_costs_neither_the_lease_nor_the_other_rows(
         "say(type='message', text='a' + chr(0) + 'b')\n"
         "say(type='step', step=3_000_000_000, num_steps=9, epoch=0.1, loss=1.0, learning_rate=1e-4, grad_norm=1.0,"
         " num_tokens=1, tokens_per_second=1.0, seconds_left=1.0, peak_memory_bytes=1)\n"
-        "step(1); time.sleep(2.5); step(2); time.sleep(1.5); say(type='result', folder='/x')"
+        "step(1); time.sleep(1.2); step(2); time.sleep(1.2); say(type='result', folder='/x')"
     )
     assert (outcome.exit_status, outcome.is_fenced) == (0, False)
     assert sorted(running.points.values_list("step", flat=True)) == [1, 2]

@@ -22,7 +22,7 @@ from studio.accounts.models import Team, User
 from studio.catalogue.models import BaseModel
 from tests.factories import make_adapter_folder, make_result
 from tests.jobs.making import make_job, make_running_job, make_worker
-from tests.processes import wait_for
+from tests.processes import has_ended, wait_for
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("data_dir")]
 
@@ -70,7 +70,10 @@ def processes(tmp_path: Path) -> list[int]:
 
 
 def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return not has_ended(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run(job: Job, seat: Seat) -> Job:
@@ -145,9 +148,12 @@ def test_a_job_that_moved_on_leaves_no_warm_trainer(
     does: Callable[[str], None], seat: Seat, team: Team, bob: User, tmp_path: Path
 ) -> None:
     job = make_running_job(team, bob)
-    Job.objects.filter(pk=job.pk).update(attempt=F("attempt") + 1)
-    does("time.sleep(600)")
-    run(job, seat)
+
+    def move_on(_event: object) -> None:
+        Job.objects.filter(pk=job.pk).update(attempt=F("attempt") + 1)
+
+    does("say(type='message', text='working')\ntime.sleep(600)")
+    run_job(job, seat=seat, tell=move_on)
     assert seat.warmth is None
     assert not lives(processes(tmp_path)[0])
 

@@ -138,7 +138,7 @@ def test_a_sender_over_a_socket_reads_the_refusal(says_its_length: bool, tmp_pat
         )  # fmt: skip
         try:
             root = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            wait_for(lambda: httpx.get(root + "/livez", timeout=60).is_success, seconds=60, what="the start")
+            wait_for(lambda: httpx.get(root + "/livez", timeout=60).is_success, what="the start")
             answer = asyncio.run(ask(root))
         finally:
             web.kill()

@@ -35,7 +35,7 @@ def test_an_upload_onto_a_full_disk_gets_a_sentence_and_leaves_nothing(bob: User
         try:
             root = f"http://127.0.0.1:{listener.getsockname()[1]}"
             with httpx.Client(base_url=root, timeout=60, follow_redirects=True) as client:
-                wait_for(lambda: client.get("/livez").status_code == 200, seconds=60, what="the start")
+                wait_for(lambda: client.get("/livez").status_code == 200, what="the start")
                 link = f"/login/link/{LoginLink.create_for(bob)}/"
                 client.get(link)
                 client.post(link, data={"csrfmiddlewaretoken": client.cookies["csrftoken"]}, headers={"Referer": root})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,26 +17,24 @@ from django.conf import settings
 from studio.accounts.models import LoginLink, User
 from studio.accounts.throttling import MOST_PER_ADDRESS, _key, seconds_to_wait
 from studio.serving import behind_one_proxy
-from tests.processes import test_environment, wait_for
+from tests.processes import reserved_ports, test_environment, wait_for
 
 
 @contextmanager
 def web_process(log_path: Path, **variables: str) -> Iterator[httpx.Client]:
     """`python -m studio.serving HOST PORT` and a client of it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with log_path.open("wb") as log:
+    with reserved_ports(1) as [port], log_path.open("wb") as log:
         web = subprocess.Popen(
             [sys.executable, "-m", "studio.serving", "127.0.0.1", str(port)],
             cwd=settings.ROOT, env=test_environment() | {"STUDIO_DEBUG": "1"} | variables, stdout=log, stderr=log,
         )  # fmt: skip
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                wait_for(lambda: _answers(client), seconds=60, what="the start")
+                wait_for(lambda: _answers(client), what="the start")
                 yield client
         finally:
             web.terminate()
-            web.wait(30)
+            web.wait(60)
 
 
 def _answers(client: httpx.Client) -> bool:

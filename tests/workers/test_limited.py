@@ -30,7 +30,7 @@ def answer(request):
     while request["do"] == "loop":
         pass
     return {"said": request["do"]}
-answer_lines(answer, seconds=0.5)
+answer_lines(answer, seconds=2.0)
 """
 READER = """
 import argparse, sys

@@ -67,7 +67,7 @@ def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
 
     def asked(content: bytes, filters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         known = table(content)
-        found = answer({**known, "filters": filters or {}, **more}, time.monotonic() + 30)
+        found = answer({**known, "filters": filters or {}, **more}, time.monotonic() + 60)
         return {**found, "done": known["done"], "source": known["source"], "path": known["path"]}
 
     return asked

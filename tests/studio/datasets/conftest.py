@@ -29,7 +29,8 @@ def good_rows(num: int = 12) -> list[dict[str, str]]:
 def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Messages are kept in a list: what a worker would do, the tests do themselves."""
     queued: list[int] = []
-    app = Celery()
+    # Not the current one, whose broker every test after this one would wait for.
+    app = Celery(set_as_current=False)
     monkeypatch.setattr(app, "send_task", lambda name, arguments, **_: queued.append(arguments[0]))
     monkeypatch.setattr(inspecting, "current_app", app)
     return queued

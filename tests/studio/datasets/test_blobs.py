@@ -46,7 +46,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Cal
         thread.join(1)
 
     def finish() -> None:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         assert faults == []
 

@@ -19,7 +19,7 @@ from tests.studio.datasets.conftest import Upload, good_rows, jsonl
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sent: list[int] = []
-    silent = Celery()
+    silent = Celery(set_as_current=False)
     monkeypatch.setattr(silent, "send_task", lambda name, arguments, **_: sent.append(arguments[0]))
     monkeypatch.setattr(changes, "current_app", silent)
     return sent

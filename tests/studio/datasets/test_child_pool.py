@@ -21,10 +21,11 @@ from studio.datasets import row_searching
 from studio.datasets.child_pool import ChildPool
 from studio.datasets.kept_child import KeptChild
 from studio.datasets.row_searching import MAX_CHILDREN, MEMORY_BYTES, RowSearchBusyError, search_children
+from tests.processes import wait_for
 from tests.studio.datasets.conftest import good_rows, jsonl
 from workers.row_table import write_rows
 
-SECONDS = 4.0
+SECONDS = 6.0
 """That a question waits for its turn; a child that is stopped keeps its own for twice as long."""
 
 
@@ -73,10 +74,7 @@ def started_by(pool: ChildPool, asker: str, request: dict[str, Any]) -> psutil.P
 
 def wait_until_asked(process: psutil.Process, asked: Future[Any]) -> None:
     """Until a stopped process has a question in its pipe."""
-    ends = time.monotonic() + 10
-    while not _num_unread(process) and not asked.done():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
+    wait_for(lambda: _num_unread(process) or asked.done(), what="the question")
 
 
 def _num_unread(process: psutil.Process) -> int:

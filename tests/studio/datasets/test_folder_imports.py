@@ -29,7 +29,7 @@ PAGE = "/datasets/upload/folder/"
 @pytest.fixture(autouse=True)
 def queued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sent: list[str] = []
-    silent = Celery()
+    silent = Celery(set_as_current=False)
     monkeypatch.setattr(silent, "send_task", lambda name, arguments, **_: sent.append(arguments[0]))
     monkeypatch.setattr(fetching, "current_app", silent)
     return sent

@@ -32,7 +32,9 @@ def test_it_registers_a_dataset_and_queues_its_inspection(upload: Upload, no_bro
 
 
 def test_an_upload_survives_a_broker_that_is_down(upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspecting, "current_app", Celery(broker="redis+socket:///nowhere/valkey.sock"))
+    monkeypatch.setattr(
+        inspecting, "current_app", Celery(broker="redis+socket:///nowhere/valkey.sock", set_as_current=False)
+    )
     assert upload(jsonl(good_rows()), inspect=False).pk
 
 

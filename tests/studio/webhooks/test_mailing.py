@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import re
-import socket
 from collections.abc import Iterator
 from email.message import Message
 from typing import Any
@@ -18,6 +17,7 @@ from studio.webhooks.delivering import deliver_due
 from studio.webhooks.models import Delivery, MailSettings
 from tests.conftest import signed_in
 from tests.factories import make_adapter, make_job_for
+from tests.processes import reserved_ports
 
 pytestmark = pytest.mark.django_db
 
@@ -39,16 +39,15 @@ class Box:
 @pytest.fixture
 def box(settings: Any) -> Iterator[Box]:
     box = Box()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    controller = Controller(box, hostname="127.0.0.1", port=port)
-    controller.start()
     settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
-    settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", port
     settings.EMAIL_USE_TLS = settings.EMAIL_USE_SSL = False
     settings.PUBLIC_URL = "https://studio.example.org"
-    yield box
-    controller.stop()
+    with reserved_ports(1) as [port]:
+        settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", port
+        controller = Controller(box, hostname="127.0.0.1", port=port)
+        controller.start()
+        yield box
+        controller.stop()
 
 
 @pytest.fixture
