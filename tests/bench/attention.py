@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tests.bench.workload import ALL_SHAPES, BATCH, row_lengths
 from workers.blocks import attention, row_attention
-from workers.blocks.attention import Attended, Rows, Sight
 from workers.blocks.row_attention import TILES, Tile, Tiles
+from workers.blocks.rows import Attended, Rows, Sight
 
 REPEATS, LAUNCHES = 7, 10
 

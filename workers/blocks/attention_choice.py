@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.blocks.attention import MOST_FEATURES_OF_ROWS, Kernel, Rows, Sight, attend, attend_backward
+from workers.blocks.attention import MOST_FEATURES_OF_ROWS, attend, attend_backward
+from workers.blocks.rows import Kernel, Rows, Sight
 from workers.device_errors import is_gpu_failure
 
 REPEATS = 5

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch, TokenBudget
-from workers.blocks.attention import Kernel, Prefix, Rows
 from workers.blocks.attention_choice import faster_kernel
 from workers.blocks.budget import block_bytes
 from workers.blocks.copies import Copies, SharedMemory, Turn
@@ -39,6 +38,7 @@ from workers.blocks.keeping import (
 from workers.blocks.linears import Group
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.operands import Seed
+from workers.blocks.rows import Kernel, Prefix, Rows
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.blocks.sublayers import Attention, Surroundings
 from workers.blocks.weights import Quantised, Scratch

@@ -11,9 +11,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from workers.blocks.attention import Sight
 from workers.blocks.linears import Branch, Group, Layer
 from workers.blocks.operands import Activation, Norm
+from workers.blocks.rows import Sight
 from workers.blocks.sizes import MAX_HEAD_FEATURES
 from workers.blocks.sublayers import Attention, FeedForward, HeadNorms
 from workers.blocks.weights import Apart, Quantised, Scratch, Weights, widen

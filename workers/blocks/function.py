@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.blocks.attention import Prefix
 from workers.blocks.copies import Turn
 from workers.blocks.keeping import Keeping
 from workers.blocks.linears import Group
 from workers.blocks.offloading import Inputs
 from workers.blocks.operands import Seed
+from workers.blocks.rows import Prefix
 from workers.blocks.sublayers import Kept, Sublayer, Surroundings
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from workers.batching import Batch
-from workers.blocks.attention import Rows
 from workers.blocks.engine import Engine
 from workers.blocks.operands import Seed
+from workers.blocks.rows import Rows
 from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_out_of_memory
 from workers.graphs import NO_MEMORY, NotRecordedError, record

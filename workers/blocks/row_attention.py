@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.blocks.attention import Attended, Rows, Sight
+from workers.blocks.rows import Attended, Rows, Sight
 
 LOG2_E = 1.4426950408889634
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.blocks.attention import Attended, Prefix, Rows, Sight, attend, attend_backward
+from workers.blocks.attention import attend, attend_backward
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
 from workers.blocks.room import with_room_behind
+from workers.blocks.rows import Attended, Prefix, Rows, Sight
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.blocks.attention import Kernel, Sight
 from workers.blocks.attention_choice import choose, faster_kernel
+from workers.blocks.rows import Kernel, Sight
 
 
 def chosen(rows: Tensor | Exception, flash: Tensor, *, rows_take: float = 1.0, flash_takes: float = 2.0) -> Kernel:

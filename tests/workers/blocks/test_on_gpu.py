@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_lora
 from workers.batching import Batch
 from workers.blocks import attention
-from workers.blocks.attention import Kernel, Prefix, Rows, Sight, attend, attend_backward
+from workers.blocks.attention import attend, attend_backward
 from workers.blocks.engine import Engine, install
 from workers.blocks.linears import _product_float
+from workers.blocks.rows import Kernel, Prefix, Rows, Sight
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel

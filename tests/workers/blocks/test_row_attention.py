@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.blocks import pointwise
-from workers.blocks.attention import Rows, Sight
+from workers.blocks.rows import Rows, Sight
 
 CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU, or triton with TRITON_INTERPRET=1")
