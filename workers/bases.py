@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from workers import base_models
+from workers import base_models, devices
 from workers.base_folders import BaseFolder, Stamps, file_stamps, read_with_stamps
 from workers.blocks.families import make_room
 from workers.quantised import QuantisedCache
@@ -140,10 +140,11 @@ def weights_digest(model: Any) -> int:
 
 
 def free(device: torch.device) -> None:
-    """Gives memory of what is no longer reachable back to the device."""
+    """Gives memory of what is no longer reachable back to the device, and page-locked memory to the host."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        devices.free_page_locked_memory()
 
 
 def _statistics(parameter: Any) -> Iterator[torch.Tensor]:

@@ -79,6 +79,14 @@ def free_host_bytes() -> int:
     return max(0, min(found, int(limit) - current + files)) if limit.isdigit() else found
 
 
+def free_page_locked_memory() -> None:
+    """Gives page-locked memory that no tensor uses back to the host; torch keeps it for the next one otherwise."""
+    # The public name is younger than the oldest torch that is taken.
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_initialized():
+        empty()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use so far: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":

@@ -44,6 +44,8 @@ class Group:
     num_inputs: int
     num_outputs: int
     num_ranks: int
+    num_ups: int
+    """Numbers of its branches' second matrices."""
 
     @property
     def num_weights(self) -> int:
@@ -88,12 +90,13 @@ class Blocks:
         for names in _GROUPS:
             linears = _group(shape, names)
             assert linears is not None, "asked for a shape that has no hand-written blocks"
-            num_targeted = sum(targets == "all-linear" or linear.name in targets for linear in linears) if rank else 0
+            targeted = [linear for linear in linears if rank and (targets == "all-linear" or linear.name in targets)]
             groups.append(
                 Group(
                     linears[0].in_features,
                     sum(linear.out_features for linear in linears),
-                    rank * num_targeted,
+                    rank * len(targeted),
+                    rank * sum(linear.out_features for linear in targeted),
                 )
             )
         placement = getattr(settings, "placement", None)
@@ -160,10 +163,15 @@ class Blocks:
         sizes = [(sum(linear.out_features for linear in one), one[0].in_features) for one in groups]
         return shape.num_layers * 2 * sum(PAD * (outputs + inputs + PAD) for outputs, inputs in sizes)
 
-    def branch_bytes(self, element: int, *, is_quantised: bool, take_turns: bool) -> int:
-        """The copies of low-rank branches that products use: those inside the room around weights take nothing; one
-        block's where blocks take turns."""
-        if not is_quantised:
-            return 0
-        each = (PAD * (group.num_inputs + group.num_outputs) for group in self.groups if group.num_ranks)
-        return (1 if take_turns else self.shape.num_layers) * element * sum(each)
+    def branch_bytes(self, element: int, *, kind: str, is_quantised: bool, take_turns: bool) -> int:
+        """The copies of low-rank branches that products use; one block's where blocks take turns.
+
+        Those that ride in products have room beside and below weights, and take nothing where that is there already.
+        """
+
+        def numbers(group: Group) -> int:
+            if kind == "cuda" and group.num_ranks <= PAD:
+                return PAD * (group.num_inputs + group.num_outputs) if is_quantised and group.num_ranks else 0
+            return group.num_ranks * group.num_inputs + group.num_ups
+
+        return (1 if take_turns else self.shape.num_layers) * element * sum(map(numbers, self.groups))

@@ -147,7 +147,9 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     by_hand: HandWrittenRun | None = None
     if blocks is not None:
         take_turns = checkpointing and device.kind == "cuda" and blocks.hides_copies(compute_bytes)
-        optimizer += blocks.branch_bytes(compute_bytes, is_quantised=precision == "nf4", take_turns=take_turns)
+        optimizer += blocks.branch_bytes(
+            compute_bytes, kind=device.kind, is_quantised=precision == "nf4", take_turns=take_turns
+        )
         fixed_least = weights + adapter + optimizer
         by_hand = run_of(
             recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,

@@ -239,6 +239,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with nullcontext() if options.plain else training.computed_by_hand(run, model), waits.watched():
                 training.optimise(run, model)
                 keeping = [] if run.engine is None else list(run.engine.keeping)
+                attention = None if run.engine is None else run.engine.attention_kernel
                 num_recorded = 0 if run.recorder is None else run.recorder.num_recorded
                 budget = None if run.budget is None else run.budget.tokens
         finally:
@@ -249,7 +250,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "contender": "ours", "shape": shape_name(options), "method": options.method, "precision": options.precision,
         "blocks": "by hand" if keeping else "the model's own",
-        "kept": {one: keeping.count(one) for one in sorted(set(keeping))}, "recorded": num_recorded,
+        "attention": attention, "kept": {one: keeping.count(one) for one in sorted(set(keeping))},
+        "recorded": num_recorded,
         "batch": options.batch, "at_once": options.micro or options.batch, "length": options.length,
         "dropout": options.dropout, "lean": options.lean, "memory_gib": options.memory_gib,
         "tokens_at_once": budget,

@@ -98,6 +98,27 @@ def test_the_room_around_weights_is_what_making_it_takes(family: str, tmp_path: 
     assert num_bytes() - before == 2 * Blocks.room_of(read_base_folder(folder).shape), "float32 instead of 16 bits"
 
 
+@pytest.mark.parametrize("rank", [4, 24])
+@pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "wide"])
+def test_copies_of_branches_that_ride_in_no_product_are_counted(rank: int, is_wide: bool, tmp_path: Path) -> None:
+    import torch
+
+    from workers import base_models
+
+    folder = make_tiny_base(tmp_path / "base", family="llama")
+    method = get_method("lora")
+    settings = method.read_settings({"rank": rank})
+    model = method.attach(base_models.load(folder, "float32", torch.device("cpu")).model, settings)
+    engine = install(model, is_wide=is_wide)
+    numbers = sum(
+        target.numel() for group in engine._groups() if not group.is_folded for _, target, _ in group.copies()
+    )  # fmt: skip
+    blocks = Blocks.of(read_base_folder(folder).shape, method, settings)
+    kind = "cuda" if is_wide else "cpu"
+    assert blocks.branch_bytes(4, kind=kind, is_quantised=False, take_turns=False) == 4 * numbers
+    assert (numbers == 0) == (is_wide and rank == 4), "three layers of rank 24 are too many columns"
+
+
 @pytest.mark.parametrize("name", [name for name, method in methods().items() if "float32" in method.precisions])
 def test_every_method_is_expected_where_it_is_taken_and_with_its_sizes(name: str, tmp_path: Path) -> None:
     engine, blocks = installed("llama", name, tmp_path / "base")

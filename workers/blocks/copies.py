@@ -27,13 +27,17 @@ class Copies:
             sources, targets = self._by_factor.setdefault(factor, ([], []))
             sources.append(source)
             targets.append(target)
+        types = {(source.dtype, target.dtype) for source, target, _ in self._copies}
+        self._are_alike = len(types) == 1 and all(
+            source.is_contiguous() and target.stride(1) == 1 for source, target, _ in self._copies
+        )
         self._table: Tensor | None = None
         self._places: list[int] = []
 
     @torch.no_grad()
     def make(self) -> None:
         """Takes over what the sources are now."""
-        if self._copies and has_kernels(self._copies[0][1]) and self._are_alike():
+        if self._are_alike and has_kernels(self._copies[0][1]):
             from workers.blocks import kernels
 
             kernels.copy_scaled(self._current_table(), self._copies)
@@ -41,13 +45,6 @@ class Copies:
         for factor, (sources, targets) in self._by_factor.items():
             own = [one.detach() for one in sources]
             torch._foreach_copy_(targets, own if factor == 1.0 else torch._foreach_mul(own, factor))
-
-    def _are_alike(self) -> bool:
-        """Whether one kernel can do them all."""
-        types = {(source.dtype, target.dtype) for source, target, _ in self._copies}
-        return len(types) == 1 and all(
-            source.is_contiguous() and target.stride(1) == 1 for source, target, _ in self._copies
-        )
 
     def _current_table(self) -> Tensor:
         """Where they lie, on the device: written once, and anew only when a source has moved."""
@@ -76,5 +73,6 @@ class Turn:
     def take(self) -> None:
         """Has this block's copies there, up to date."""
         if self._memory.holder is not self:
+            self._memory.holder = None  # nobody's, should that fail halfway
             self._copies.make()
             self._memory.holder = self

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,6 +105,9 @@ class Engine:
         self._rows: Rows | None = None
         self._compares = False
         self._seed: Seed | None = None
+        halves = [half for block in self.blocks for half in block.sublayers]
+        for before, half in pairwise(halves):
+            half.gradient_room = before.outputs.room
         self._copies = self._find_copies()
         self._shared: dict[Any, SharedMemory] = {}
         for place, layer in enumerate(layers):
@@ -191,6 +195,11 @@ class Engine:
         """Has a kernel compute attention on a GPU, where it can."""
         for attention in self._attentions():
             attention.sight = replace(attention.sight, kernel=kernel)
+
+    @property
+    def attention_kernel(self) -> Kernel:
+        """What computes attention on a GPU."""
+        return next(self._attentions()).sight.kernel
 
     def faster_attention(self, lengths: Sequence[int]) -> Kernel:
         """The kernel that is faster for rows of such lengths on the model's device."""

@@ -16,6 +16,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from workers import devices
 from workers.device_errors import is_out_of_memory
 
 
@@ -48,6 +49,7 @@ class HostMemory:
             return None
         if self._unused:
             self._unused.pop()  # batches have grown: what is too small gives way
+            devices.free_page_locked_memory()
         try:
             return torch.empty(1 << (num_bytes - 1).bit_length(), dtype=torch.uint8, pin_memory=like.is_cuda)
         except RuntimeError as error:

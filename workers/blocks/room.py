@@ -13,11 +13,14 @@ def with_room_behind(like: Tensor, width: int, room: int) -> Tensor:
 
 
 def lying_wide(tensor_TN: Tensor, room: int) -> Tensor | None:
-    """(T, N + room), the tensor with the room behind its rows; None where `with_room_behind` did not make it so."""
+    """(T, N + room), the tensor with the room behind its rows; None where it does not lie as `with_room_behind` makes
+    it: first in each row, in memory that is as large as that."""
     num_rows, width = tensor_TN.shape
     row = width + room
     nbytes = tensor_TN.element_size() * num_rows * row
-    if tensor_TN.stride() != (row, 1) or tensor_TN.untyped_storage().nbytes() != nbytes:
+    if tensor_TN.stride() != (row, 1) or tensor_TN.storage_offset():
+        return None
+    if tensor_TN.untyped_storage().nbytes() != nbytes:
         return None
     return tensor_TN.as_strided((num_rows, row), (row, 1), 0)
 

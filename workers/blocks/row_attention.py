@@ -65,6 +65,22 @@ def _own_tile(number, starts_at, num_rows, size, HEADS: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def _queries(
+    starts_at, num_rows, window,
+    HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """A program's queries: where their row starts, its length, each one's token and head, the key from which on not all
+    of them see all (of those from 0, or, with a window, none before), and the one behind the last that any sees."""
+    group = tl.program_id(0)
+    start, stop, tile = _own_tile(tl.program_id(1), starts_at, num_rows, M, HEADS, ROWS, True)
+    place_M = tile * M + tl.arange(0, M)
+    first = tile * M // HEADS
+    begin = tl.maximum(first - window + 1, 0) // N * N if HAS_WINDOW else (first + 1) // N * N
+    end = tl.minimum((tile * M + M - 1) // HEADS + 1, stop - start)
+    return start.to(tl.int64), stop - start, place_M // HEADS, group * HEADS + place_M % HEADS, begin, end
+
+
+@triton.jit
 def _is_seen(token, key, length, window, HAS_WINDOW: tl.constexpr):
     found = (key <= token) & (key < length)
     if HAS_WINDOW:
@@ -125,14 +141,9 @@ def _forward(
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
-    start, stop, tile = _own_tile(tl.program_id(1), starts_at, num_rows, M, HEADS, ROWS, True)
-    if start >= stop:
+    start, length, token_M, head_M, begin, end = _queries(starts_at, num_rows, window, HEADS, M, N, ROWS, HAS_WINDOW)
+    if length <= 0:
         return
-    length = stop - start
-    start = start.to(tl.int64)
-    place_M = tile * M + tl.arange(0, M)
-    token_M = place_M // HEADS
-    head_M = group * HEADS + place_M % HEADS
     feature = tl.arange(0, WIDTH)[None, :]
     is_real_M = token_M < length
     inside = is_real_M[:, None] & (feature < D)
@@ -143,13 +154,7 @@ def _forward(
     total_M = tl.zeros([M], tl.float32)
     k_at += start * k_token + group * k_head
     v_at += start * v_token + group * v_head
-    first = tile * M // HEADS
-    end = tl.minimum((tile * M + M - 1) // HEADS + 1, length)
-    if HAS_WINDOW:
-        begin = tl.maximum(first - window + 1, 0) // N * N
-    else:
-        # Keys up to the tile's first token are seen by all of it.
-        begin = (first + 1) // N * N
+    if not HAS_WINDOW:
         out_MD, largest_M, total_M = _attend_keys(
             query_MD, out_MD, largest_M, total_M, k_at, v_at, k_token, v_token, 0, begin, token_M, length, scale,
             window, N, D, WIDTH, False, HAS_WINDOW,
@@ -194,14 +199,9 @@ def _by_query(
     HAS_WINDOW: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
-    start, stop, tile = _own_tile(tl.program_id(1), starts_at, num_rows, M, HEADS, ROWS, True)
-    if start >= stop:
+    start, length, token_M, head_M, begin, end = _queries(starts_at, num_rows, window, HEADS, M, N, ROWS, HAS_WINDOW)
+    if length <= 0:
         return
-    length = stop - start
-    start = start.to(tl.int64)
-    place_M = tile * M + tl.arange(0, M)
-    token_M = place_M // HEADS
-    head_M = group * HEADS + place_M % HEADS
     feature = tl.arange(0, WIDTH)[None, :]
     is_real_M = token_M < length
     inside = is_real_M[:, None] & (feature < D)
@@ -219,12 +219,7 @@ def _by_query(
     by_query_MD = tl.zeros([M, WIDTH], tl.float32)
     k_at += start * k_token + group * k_head
     v_at += start * v_token + group * v_head
-    first = tile * M // HEADS
-    end = tl.minimum((tile * M + M - 1) // HEADS + 1, length)
-    if HAS_WINDOW:
-        begin = tl.maximum(first - window + 1, 0) // N * N
-    else:
-        begin = (first + 1) // N * N
+    if not HAS_WINDOW:
         by_query_MD = _query_gradient(
             by_query_MD, query_MD, by_out_MD, sum_M, share_M, k_at, v_at, k_token, v_token, 0, begin, token_M, length,
             scale, window, N, D, WIDTH, False, HAS_WINDOW,

@@ -71,6 +71,8 @@ class Sublayer(ABC):
     post_norm: Norm | None
     adds_input: bool
     """Whether the result has the input added, as the residual stream wants it."""
+    gradient_room: int = 0
+    """Columns that the sublayer before this one wants behind the gradient of its result."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, in the order of the gradients of `backward`."""
@@ -124,8 +126,7 @@ class Sublayer(ABC):
         if gradient_TK is None:
             return None
         added_to = gradient_TH if self.adds_input else None
-        # With room for the sublayer before this one, whose last product it is the gradient of.
-        out_TH = with_room_behind(kept.x_TH, kept.x_TH.shape[1], self.outputs.room)
+        out_TH = with_room_behind(kept.x_TH, kept.x_TH.shape[1], self.gradient_room)
         return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, out_TH, added_to)
 
 

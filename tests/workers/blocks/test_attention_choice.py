@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,14 +14,21 @@ from workers.blocks.rows import Kernel, Sight
 
 
 def chosen(rows: Tensor | Exception, flash: Tensor, *, rows_take: float = 1.0, flash_takes: float = 2.0) -> Kernel:
+    ran: list[Kernel] = []
+
     def run(kernel: Kernel) -> list[Tensor]:
+        ran.append(kernel)
         if kernel == "flash":
             return [flash]
         if isinstance(rows, Exception):
             raise rows
         return [rows]
 
-    return choose(run, lambda kernel: rows_take if kernel == "rows" else flash_takes)
+    def milliseconds(run: Callable[[], object]) -> float:
+        run()
+        return rows_take if ran[-1] == "rows" else flash_takes
+
+    return choose(lambda: run, milliseconds)
 
 
 def test_the_faster_one_of_two_that_agree_is_taken() -> None:
@@ -40,6 +50,13 @@ def test_the_faster_one_of_two_that_agree_is_taken() -> None:
 )
 def test_ours_is_not_taken_where_it_does_not_agree_or_run(found: Tensor | Exception) -> None:
     assert chosen(found, torch.ones(3)) == "flash"
+
+
+def test_without_memory_for_what_it_is_tried_on_it_is_not_taken() -> None:
+    def prepare() -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert choose(prepare, lambda run: 1.0) == "flash"
 
 
 def test_a_gpu_that_failed_is_told_and_not_hidden() -> None:

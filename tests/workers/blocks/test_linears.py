@@ -15,7 +15,9 @@ def test_room_is_found_where_it_was_made_and_else_made() -> None:
     assert widened(made, 4).data_ptr() == made.data_ptr()
     whole = torch.arange(60.0).view(5, 12)
     # The same steps from row to row, in memory that is somebody else's.
-    for strange in (whole[:3, :8], whole[2:, :8], torch.ones(3, 8), torch.ones(3, 1).expand(3, 8)):
+    three_rows = torch.arange(36.0).view(3, 12)
+    assert torch.equal(widened(three_rows[:, 4:], 4)[:, :8], three_rows[:, 4:])
+    for strange in (whole[:3, :8], whole[2:, :8], whole[2:, 4:], torch.ones(3, 8), torch.ones(3, 1).expand(3, 8)):
         before = whole.clone()
         found = widened(strange, 4)
         assert found.shape == (3, 12)
