@@ -101,11 +101,8 @@ def run_of(
 
     if not on_gpu:
         return HandWrittenRun(held_by(MemoryPlan(is_lean)), None, None, asked, None, None)
-    gpu, costs, layer_weights = (
-        gpu_named(device.name),
-        blocks.costs(element),
-        blocks.num_weights / blocks.shape.num_layers,
-    )
+    gpu, costs = gpu_named(device.name), blocks.costs(element)
+    layer_weights = blocks.num_weights / blocks.shape.num_layers
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )

@@ -606,6 +606,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     rows, the longest last."""
     training, tokens = run.recipe.training, run.data.tokens
     assert training.micro_batch_size != "auto"
+    size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
     is_lean = training.gradient_checkpointing is True
     room = _room(run, model)
     run.plans_by_memory = room is not None
@@ -618,9 +619,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
         most=sum(tokens.length(row) for row in by_length[-training.batch_size :]),
         longest=tokens.length(by_length[-1]),
         num_rows=training.batch_size,
-        rows_at_once=min(
-            training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size
-        ),
+        rows_at_once=size,
     ).lengthened(engine.num_virtual_tokens)
     host = int(devices.free_host_bytes() * HOST_SHARE)
     records = can_be_recorded(engine) and not training.neftune_alpha
@@ -638,7 +637,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
 
     def settle_anew() -> None:
         """Without recordings: micro-batches stay as they are, but may keep more, or offload."""
-        # Amid a step no weights move: copies of branches around them would be missing.
+        # Amid a step weights stay where they are: copies of branches around them are made before it.
         memory = replace(engine.memory(left, host), copy_bytes=0)
         engine.follow(plan_memory(engine.costs, step, memory, is_lean=is_lean))
 

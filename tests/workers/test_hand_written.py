@@ -38,6 +38,7 @@ from workers.hand_written import Blocks, is_hand_written
 from workers.hand_written_memory import CONTEXT_BYTES, free_memory, held
 from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
 from workers.hand_written_time import LINK_BANDWIDTH, PACE, step_work
+from workers.memory import estimate
 from workers.methods import get_method, methods
 from workers.recipe import Precision, Recipe
 
@@ -352,6 +353,27 @@ def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_
     assert small.weights_bytes == 2 * (2 * 14336 + 64) * (4096 + 64)
     assert large.weights_bytes > 2 * eight_b.num_weights
     assert held_with(eight_b, 40, is_quantised=True, is_lean=True).weights_bytes == LEAN_SCRATCH_BYTES
+
+
+def test_copies_of_branches_take_turns_where_launches_are_not_recorded_and_memory_is_scarce_or_to_be_saved() -> None:
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    shape = shape_of(ALL_SHAPES["8b"])
+
+    def copies(length: int, gib: int, *, is_lean: bool) -> int:
+        """Bytes of them in the estimate."""
+        recipe = recipe_of(batch_size=1, micro_batch_size=1, max_length=2048, gradient_checkpointing=is_lean)
+        recipe = recipe.model_copy(update={"method": "qlora", "precision": "nf4"})
+        device = DeviceFacts("cuda", "NVIDIA H200", gib * 2**30, 8)
+        found = estimate(recipe, shape, dataset_facts([length] * 20), device)
+        return found.optimizer_bytes - 12 * found.num_trainable
+
+    in_turns = copies(2048, 140, is_lean=True)
+    assert in_turns > 0
+    assert copies(2048, 7, is_lean=False) == in_turns, "recordings would not fit"
+    assert copies(2048, 140, is_lean=False) == 32 * in_turns
+    assert copies(250, 140, is_lean=True) == 32 * in_turns, "it is recorded"
 
 
 def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:
