@@ -6,19 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import (
-    BlockBytes,
-    Keeping,
-    choose_keeping,
-    copies_fit,
-    is_scarce,
-    lean_token_budget,
-    least_keeping,
-    logit_bytes,
-    planned_bytes,
-    token_budget,
-)
-from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, RECORDING_SHARE
+from workers.blocks.keeping import BlockBytes, Keeping, least_keeping
+from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
+from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
@@ -30,24 +20,12 @@ LOSS_SHARE = 0.65
 
 
 @dataclass(frozen=True)
-class StepTokens:
-    """A step's rows: tokens of an average one and of the largest, virtual ones not counted, and of its longest row;
-    `num_rows` in all, of which `rows_at_once` at most are in memory."""
-
-    mean: float
-    most: float
-    longest: int
-    num_rows: int
-    rows_at_once: int
-
-
-@dataclass(frozen=True)
 class Held:
     """How a step is computed, and the most bytes that it needs beside weights, adapter and optimizer.
 
     `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones; `keeping` is what each block
-    keeps of it. `weights_bytes` are those of the 4-bit base computed back; the activations are of the largest
-    micro-batch.
+    keeps of it. `weights_bytes` are those of the 4-bit base computed back, `takes_turns` whether blocks do so in memory
+    for their branches' copies; the activations are of the largest micro-batch.
     """
 
     tokens: float
@@ -55,6 +33,7 @@ class Held:
     keeping: tuple[Keeping, ...]
     has_copies: bool
     is_recorded: bool
+    takes_turns: bool
     weights_bytes: int
     activations_bytes: int
 
@@ -64,78 +43,57 @@ class Held:
         return self.keeping.count("all") / len(self.keeping)
 
 
+def free_memory(blocks: Blocks, free_bytes: int, *, element: int, is_quantised: bool, branch_bytes: int) -> FreeMemory:
+    """What a run finds free on a GPU with `free_bytes` beside weights, adapter, optimizer and branches' copies.
+
+    Args:
+        branch_bytes: of these copies; one block's where offloading inputs is worth it, so that blocks may take turns.
+    """
+    hides = blocks.hides_copies(element)
+    scratch = _scratch(blocks, element, "cuda", is_lean=False) if is_quantised else 0
+    turns = (blocks.shape.num_layers - 1) * branch_bytes if hides else 0
+    return FreeMemory(
+        free_bytes - scratch - turns,
+        # The host's memory is not known here, and rarely too little.
+        host_bytes=None if hides else 0,
+        copy_bytes=blocks.wide_bytes() if is_quantised else 0,
+        scratch_bytes=scratch,
+        turns_bytes=turns,
+    )
+
+
 def held(
     blocks: Blocks,
     step: StepTokens,
+    plan: MemoryPlan,
     *,
     element: int,
     kind: Literal["cuda", "cpu"],
     is_quantised: bool,
-    is_lean: bool,
-    is_recorded: bool,
-    free_bytes: int | None,
     loss_share: float,
 ) -> Held:
-    """What a run does with `free_bytes` beside weights, adapter and optimizer; of unbounded memory for None.
+    """What a run does that goes by a plan.
 
     Args:
+        step: virtual tokens counted.
         element: bytes of an activation.
-        is_lean: whether blocks keep their inputs alone, whatever there is room for.
-        is_recorded: whether launches are recorded, which takes memory, too.
         loss_share: of all tokens those that carry loss.
     """
     costs = blocks.costs(element)
-    # The host's memory is not known here, and rarely too little.
-    host_bytes = None if kind == "cuda" and not is_recorded and blocks.hides_copies(element) else 0
-    scratch = 0
-    logits = LOGIT_BYTES if kind == "cuda" else CPU_LOGIT_BYTES
-    with_virtual = step.num_rows * blocks.num_virtual_tokens
-    most, mean = step.most + with_virtual, step.mean + with_virtual
-    longest = step.longest + blocks.num_virtual_tokens
-    budget: int | None = None
-    has_copies = False
-    if free_bytes is not None:
-        if is_quantised:
-            whole = _scratch(blocks, element, kind, is_lean=False)
-            scratch = _scratch(blocks, element, kind, is_lean=is_lean or is_scarce(free_bytes - whole))
-        free_bytes -= scratch
-        free_bytes = int(free_bytes * RECORDING_SHARE) if is_recorded else free_bytes
-        logits = logit_bytes(free_bytes, is_lean=is_lean)
-        free_bytes = planned_bytes(free_bytes)
-        if is_lean:
-            budget = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
-        else:
-            copies = blocks.wide_bytes() if is_quantised else 0
-            has_copies = copies_fit(costs, copies, num_tokens=math.ceil(most), free_bytes=free_bytes)
-            free_bytes -= copies if has_copies else 0
-            budget = token_budget(costs, free_bytes=free_bytes, num_tokens=math.ceil(most), host_bytes=host_bytes)
-    elif is_quantised:
-        has_copies = kind == "cuda" and not is_lean
-        scratch = _scratch(blocks, element, kind, is_lean=is_lean)
-
-    def micro(tokens: float) -> int:
-        by_tokens = min(step.num_rows, math.ceil(tokens / budget)) if budget else 1
-        return max(math.ceil(step.num_rows / step.rows_at_once), by_tokens)
-
-    def kept(tokens: float) -> list[Keeping]:
-        num_tokens = math.ceil(tokens)
-        if is_lean:
-            return least_keeping(costs, num_tokens=num_tokens, host_bytes=host_bytes)
-        if free_bytes is None:
-            return ["all"] * len(costs)
-        return choose_keeping(costs, num_tokens=num_tokens, free_bytes=free_bytes, host_bytes=host_bytes)
-
-    largest = max(longest, most / micro(most))
-    num_micro = micro(mean)
-    usual = mean / num_micro
+    scratch = _scratch(blocks, element, kind, is_lean=plan.in_pieces) if is_quantised else 0
+    logits = CPU_LOGIT_BYTES if plan.logit_bytes is None else plan.logit_bytes
+    largest = max(step.longest, step.most / step.num_micro(step.most, plan.budget))
+    usual = step.usual_tokens(plan.budget)
+    kept = plan.keeping(costs, math.ceil(largest))
     return Held(
         tokens=usual,
-        num_micro=num_micro,
-        keeping=tuple(kept(usual)),
-        has_copies=has_copies,
-        is_recorded=is_recorded,
-        weights_bytes=blocks.wide_bytes() if has_copies else scratch,
-        activations_bytes=_peak(blocks, costs, kept(largest), largest, element, kind, loss_share, logits),
+        num_micro=step.num_micro(step.mean, plan.budget),
+        keeping=tuple(plan.keeping(costs, math.ceil(usual))),
+        has_copies=plan.has_copies,
+        is_recorded=plan.is_recorded,
+        takes_turns=plan.takes_turns,
+        weights_bytes=blocks.wide_bytes() if plan.has_copies else scratch,
+        activations_bytes=_peak(blocks, costs, kept, largest, element, kind, loss_share, logits),
     )
 
 
@@ -149,9 +107,9 @@ def least_bytes(
     loss_share: float,
 ) -> int:
     """The least with which a run works, beside weights, adapter and optimizer: its longest row, each block's input,
-    with the host where it helps."""
+    with the host where it helps. Virtual tokens are counted in `step`."""
     scratch = _scratch(blocks, element, kind, is_lean=True) if is_quantised else 0
-    longest = step.longest + blocks.num_virtual_tokens
+    longest = step.longest
     costs = blocks.costs(element)
     host_bytes = None if kind == "cuda" and blocks.hides_copies(element) else 0
     lean = least_keeping(costs, num_tokens=longest, host_bytes=host_bytes)

@@ -6,20 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import (
-    FILLING_TOKENS,
-    IN_FLIGHT,
-    SAFETY,
-    Keeping,
-    free_bytes_for,
-    is_scarce,
-    offloading_wins,
-)
-from workers.blocks.sizes import launches_take_longer
+from workers.blocks.keeping import FILLING_TOKENS, IN_FLIGHT, SAFETY, Keeping, free_bytes_for, is_scarce
+from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DatasetFacts, DeviceFacts
 from workers.gpus import gpu_named
 from workers.hand_written import Blocks, is_hand_written
-from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, StepTokens, held, least_bytes
+from workers.hand_written_memory import CONTEXT_BYTES, LOSS_SHARE, Held, free_memory, held, least_bytes
 from workers.hand_written_time import StepWork, step_work
 from workers.methods import Method
 from workers.recipe import Precision, Recipe
@@ -79,8 +72,13 @@ def run_of(
     element: int,
     precision: Precision,
     fixed_bytes: int,
+    branch_bytes: int = 0,
 ) -> HandWrittenRun:
-    """How a recipe's steps are computed beside `fixed_bytes` of weights, adapter and optimizer."""
+    """How a recipe's steps are computed beside `fixed_bytes` of weights, adapter, optimizer, and copies of branches.
+
+    Args:
+        branch_bytes: of these copies, as `workers.hand_written_memory.free_memory` takes them.
+    """
     training = recipe.training
     batch, length = training.batch_size, training.max_length
     asked = batch if training.micro_batch_size == "auto" else min(training.micro_batch_size, batch)
@@ -90,36 +88,35 @@ def run_of(
         longest=dataset.longest_after_cut(length),
         num_rows=batch,
         rows_at_once=asked,
-    )
+    ).lengthened(blocks.num_virtual_tokens)
     loss_share = 1.0 if training.loss_on == "all" else LOSS_SHARE
     is_quantised = precision == "nf4"
     on_gpu = device.kind == "cuda"
     is_lean = training.gradient_checkpointing is True
 
-    def held_with(free_bytes: int | None, *, is_recorded: bool = False) -> Held:
+    def held_by(plan: MemoryPlan) -> Held:
         return held(
-            blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share,
-            is_lean=is_lean, is_recorded=is_recorded, free_bytes=free_bytes,
-        )  # fmt: skip
+            blocks, step, plan, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
+        )
 
     if not on_gpu:
-        return HandWrittenRun(held_with(None), None, None, asked, None, None)
-    gpu, layer_weights = gpu_named(device.name), blocks.num_weights / blocks.shape.num_layers
-    costs, hides = blocks.costs(element), blocks.hides_copies(element)
+        return HandWrittenRun(held_by(MemoryPlan(is_lean)), None, None, asked, None, None)
+    gpu, costs = gpu_named(device.name), blocks.costs(element)
+    layer_weights = blocks.num_weights / blocks.shape.num_layers
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
+    records = not training.neftune_alpha and not has_virtual_tokens
+
+    def memory_of(free_bytes: int) -> FreeMemory:
+        return free_memory(blocks, free_bytes, element=element, is_quantised=is_quantised, branch_bytes=branch_bytes)
 
     def held_in(free_bytes: int) -> Held:
-        found = held_with(free_bytes)
-        is_small = launches_take_longer(layer_weights, found.tokens, peak_flops=gpu.flops)
-        if not is_small or training.neftune_alpha or has_virtual_tokens:
-            return found
-        recorded = held_with(free_bytes, is_recorded=True)
-        offloads = hides and offloading_wins(
-            costs, num_tokens=found.tokens, recorded_tokens=recorded.tokens, is_lean=is_lean
-        )
-        return found if offloads else recorded
+        plan = choose_plan(
+            costs, step, memory_of(free_bytes), is_lean=is_lean, layer_weights=layer_weights,
+            peak_flops=gpu.flops if records else None,
+        )  # fmt: skip
+        return held_by(plan)
 
     def work_of(held: Held) -> StepWork:
         return step_work(
@@ -131,7 +128,7 @@ def run_of(
         return work_of(held_in(free_bytes)).seconds(gpu, device.pace)
 
     free_bytes = device.memory_bytes - CONTEXT_BYTES - fixed_bytes
-    enough = _filling_bytes(blocks, step, element=element, is_quantised=is_quantised)
+    enough = _filling_bytes(blocks, step, memory_of(0), element=element, is_lean=is_lean)
     longest_wait = ENOUGH_SLOWDOWN * seconds_in(free_bytes)
     while enough < free_bytes and seconds_in(enough) > longest_wait:
         enough = math.ceil(1.25 * enough)
@@ -142,14 +139,15 @@ def run_of(
     return HandWrittenRun(found, least, max(least, enough), rows, work_of(found), work_of(everything))
 
 
-def _filling_bytes(blocks: Blocks, step: StepTokens, *, element: int, is_quantised: bool) -> int:
+def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, element: int, is_lean: bool) -> int:
     """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input,
     with the host where that is as fast, by the rule of `workers.blocks.keeping.tokens_that_fit`."""
     costs = blocks.costs(element)
     per_token = sum(cost.input for cost in costs) + max(cost.lean_working for cost in costs)
-    if blocks.hides_copies(element):
+    if memory.host_bytes != 0:
         offloaded = sum(cost.offload for cost in costs) + IN_FLIGHT * max(cost.stream for cost in costs)
         per_token = offloaded + max(cost.lean_working for cost in costs)
-    tokens = min(FILLING_TOKENS, math.ceil(step.most) + step.num_rows * blocks.num_virtual_tokens)
-    found = free_bytes_for(math.ceil(tokens * per_token / SAFETY))
-    return found + (blocks.scratch_bytes(is_lean=is_scarce(found)) if is_quantised else 0)
+    found = free_bytes_for(math.ceil(min(FILLING_TOKENS, math.ceil(step.most)) * per_token / SAFETY))
+    if is_lean or is_scarce(found):
+        return found + min(memory.scratch_bytes, LEAN_SCRATCH_BYTES)
+    return found + memory.scratch_bytes + memory.turns_bytes

@@ -146,15 +146,17 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     checkpointing = training.gradient_checkpointing is True
     by_hand: HandWrittenRun | None = None
     if blocks is not None:
-        take_turns = checkpointing and device.kind == "cuda" and blocks.hides_copies(compute_bytes)
-        optimizer += blocks.branch_bytes(
+        take_turns = device.kind == "cuda" and blocks.hides_copies(compute_bytes)
+        branches = blocks.branch_bytes(
             compute_bytes, kind=device.kind, is_quantised=precision == "nf4", take_turns=take_turns
         )
-        fixed_least = weights + adapter + optimizer
+        fixed_least = weights + adapter + optimizer + branches
         by_hand = run_of(
             recipe, blocks, dataset, device, num_steps=num_steps, num_trainable=num_trainable, element=compute_bytes,
             has_virtual_tokens=method.num_virtual_tokens(settings) > 0, precision=precision, fixed_bytes=fixed_least,
+            branch_bytes=branches,
         )  # fmt: skip
+        optimizer += branches * (shape.num_layers if take_turns and not by_hand.held.takes_turns else 1)
         weights += by_hand.held.weights_bytes
         activations = by_hand.held.activations_bytes
     else:

@@ -25,8 +25,8 @@ from workers.batching import Batch, Plan, TokenBudget, TokenRows, collate, split
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import HOST_SHARE
-from workers.blocks.recording import Recorder, is_worth_recording
-from workers.blocks.sizes import RECORDING_SHARE
+from workers.blocks.planning import MemoryPlan, StepTokens, choose_plan, plan_memory
+from workers.blocks.recording import Recorder, can_be_recorded
 from workers.checkpoints import Checkpoint, Position
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 from workers.errors import BaseModelError, DatasetError, DivergedError, GpuError, OutOfMemoryError
@@ -608,37 +608,46 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     assert training.micro_batch_size != "auto"
     size = min(training.micro_batch_size, training.batch_size, run.max_micro_batch_size or training.batch_size)
     is_lean = training.gradient_checkpointing is True
-    longest_step = sum(tokens.length(row) for row in by_length[-training.batch_size :])
     room = _room(run, model)
     run.plans_by_memory = room is not None
-    records = False
-    host = int(devices.free_host_bytes() * HOST_SHARE) if run.device.type == "cuda" else 0
-    if room is not None and run.device.type == "cuda" and not training.neftune_alpha:
-        mean = training.batch_size * sum(map(tokens.length, by_length)) / len(by_length)
+    if room is None:
+        if is_lean:
+            engine.follow(MemoryPlan(is_lean))
+        return
+    step = StepTokens(
+        mean=training.batch_size * sum(map(tokens.length, by_length)) / len(by_length),
+        most=sum(tokens.length(row) for row in by_length[-training.batch_size :]),
+        longest=tokens.length(by_length[-1]),
+        num_rows=training.batch_size,
+        rows_at_once=size,
+    ).lengthened(engine.num_virtual_tokens)
+    host = int(devices.free_host_bytes() * HOST_SHARE)
+    records = can_be_recorded(engine) and not training.neftune_alpha
+    plan = choose_plan(
+        engine.costs,
+        step,
+        engine.memory(room, host),
+        is_lean=is_lean,
+        layer_weights=engine.layer_weights,
+        peak_flops=gpu_named(run.device_facts.name).flops if records else None,
+    )
+    left = room + engine.follow(plan)
+    assert plan.budget is not None
+    run.budget = TokenBudget(plan.budget, engine.num_virtual_tokens)
 
-        def usual(room: int, host: int) -> float:
-            """Tokens of a usual micro-batch."""
-            budget = engine.tokens_at_once(free_bytes=room, num_tokens=longest_step, is_lean=is_lean, host_bytes=host)
-            return mean / max(math.ceil(training.batch_size / size), min(training.batch_size, math.ceil(mean / budget)))
+    def settle_anew() -> None:
+        """Without recordings: micro-batches stay as they are, but may keep more, or offload."""
+        # Amid a step weights stay where they are: copies of branches around them are made before it.
+        memory = replace(engine.memory(left, host), copy_bytes=0)
+        engine.follow(plan_memory(engine.costs, step, memory, is_lean=is_lean))
 
-        # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
-        launched, recorded = usual(room, host), usual(int(room * RECORDING_SHARE), 0)
-        peak_flops = gpu_named(run.device_facts.name).flops
-        records = is_worth_recording(engine, launched, peak_flops=peak_flops) and not engine.prefers_offloading(
-            num_tokens=launched, recorded_tokens=recorded, host_bytes=host, is_lean=is_lean
-        )
-    if room is not None and records:
-        room, host = int(room * RECORDING_SHARE), 0
-    if is_lean:
-        run.budget = engine.keep_least(free_bytes=room, host_bytes=host)
-    elif room is not None:
-        run.budget = engine.keep_what_fits(free_bytes=room, num_tokens=longest_step, host_bytes=host)
-    if records:
+    if plan.is_recorded:
         run.recorder = Recorder(
             engine,
             model,
             get_objective(run.recipe.objective),
-            longest=tokens.length(by_length[-1]),
+            longest=step.longest,
+            settle_anew=settle_anew,
             warn=lambda text: run.say(text, is_warning=True),
         )
 

@@ -17,6 +17,7 @@ from tests.bench.estimate_error import shape_of
 from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
 from tests.tiny import FAMILIES, make_tiny_base
 from workers.base_folders import read_base_folder
+from workers.blocks import keeping as rules
 from workers.blocks import sizes
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import Engine, install
@@ -26,17 +27,18 @@ from workers.blocks.keeping import (
     MOST_TOKENS,
     SAFETY,
     Keeping,
-    free_bytes_for,
     token_budget,
     tokens_that_fit,
 )
-from workers.blocks.sizes import LEAN_SCRATCH_BYTES
+from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, plan_memory
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 from workers.facts import DeviceFacts
 from workers.gpus import Gpu, gpu_named
 from workers.hand_written import Blocks, is_hand_written
-from workers.hand_written_memory import CONTEXT_BYTES, StepTokens, held
+from workers.hand_written_memory import CONTEXT_BYTES, free_memory, held
 from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
 from workers.hand_written_time import LINK_BANDWIDTH, PACE, step_work
+from workers.memory import estimate
 from workers.methods import get_method, methods
 from workers.recipe import Precision, Recipe
 
@@ -70,7 +72,7 @@ def test_sizes_are_those_of_the_blocks_in_every_family(family: str, tmp_path: Pa
     engine, blocks = installed(family, "lora", tmp_path / "base")
     assert engine is not None
     assert blocks is not None
-    assert blocks.costs(4) == engine._costs == [block_bytes(block, 4) for block in engine.blocks]
+    assert blocks.costs(4) == engine.costs == [block_bytes(block, 4) for block in engine.blocks]
     groups = [group for half in engine.blocks[0].sublayers for group in (half.inputs, half.outputs)]
     for group, found in zip(groups, blocks.groups, strict=True):
         assert (found.num_inputs, found.num_outputs, found.num_ranks) == (
@@ -124,7 +126,7 @@ def test_every_method_is_expected_where_it_is_taken_and_with_its_sizes(name: str
     engine, blocks = installed("llama", name, tmp_path / "base")
     assert (engine is None) == (blocks is None)
     if engine is not None and blocks is not None:
-        assert blocks.costs(4) == engine._costs
+        assert blocks.costs(4) == engine.costs
         assert blocks.num_virtual_tokens == engine.num_virtual_tokens
 
 
@@ -149,12 +151,12 @@ def eight_b() -> Blocks:
 STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=16)
 
 
-def held_with(blocks: Blocks, gib: float, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "element": 2, "kind": "cuda", "is_quantised": False, "is_lean": False, "is_recorded": False, "loss_share": 0.65,
-        **changes,
-    }  # fmt: skip
-    return held(blocks, STEP, free_bytes=round(gib * 2**30), **settings)
+def held_with(
+    blocks: Blocks, gib: float, *, is_lean: bool = False, is_recorded: bool = False, is_quantised: bool = False
+) -> Any:
+    free = free_memory(blocks, round(gib * 2**30), element=2, is_quantised=is_quantised, branch_bytes=0)
+    plan = plan_memory(blocks.costs(2), STEP, free, is_lean=is_lean, is_recorded=is_recorded)
+    return held(blocks, STEP, plan, element=2, kind="cuda", is_quantised=is_quantised, loss_share=0.65)
 
 
 def test_the_more_memory_is_free_the_less_is_computed_twice(eight_b: Blocks) -> None:
@@ -209,24 +211,29 @@ LENGTHS = [20, 60, 100, 140, 180] * 16
 class OfLengths:
     """Rows by their lengths alone."""
 
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+
     def length(self, row: int) -> int:
-        return LENGTHS[row]
+        return self._lengths[row]
 
 
-def settled(engine: Engine, recipe: Recipe, device: DeviceFacts, room: int) -> Any:
-    """A run on a GPU as `_settle` leaves it."""
+def settled(engine: Any, recipe: Recipe, device: DeviceFacts, room: int, lengths: list[int]) -> Any:
+    """A run on a GPU as `_settle` leaves it, whose host has memory to spare."""
     import torch
 
     from workers import training
 
     run = SimpleNamespace(
-        recipe=recipe, data=SimpleNamespace(tokens=OfLengths()), device=torch.device("cuda"), device_facts=device,
-        max_micro_batch_size=None, recorder=None, budget=None,
+        recipe=recipe, data=SimpleNamespace(tokens=OfLengths(lengths)), device=torch.device("cuda"),
+        device_facts=device, max_micro_batch_size=None, recorder=None, budget=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_room", lambda _run, _model: room)
-        by_length = sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__)
-        training._settle(run, engine._model, engine, by_length)  # type: ignore[arg-type]
+        patch.setattr(training, "Recorder", lambda *_, **__: "a recorder")
+        patch.setattr(training.devices, "free_host_bytes", lambda: 2**40)
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        training._settle(run, None, engine, by_length)  # type: ignore[arg-type]
     return run
 
 
@@ -240,20 +247,21 @@ def test_launches_are_recorded_where_the_estimate_says_so(
     engine, blocks = installed(family, name, tmp_path / "base")
     assert engine is not None
     assert blocks is not None
-    facts, costs = dataset_facts(LENGTHS), engine._costs
-    # The tiny layers of 400 tokens keep an H200 as busy as its host.
+    facts, costs = dataset_facts(LENGTHS), engine.costs
+    # The tiny layers of 600 tokens keep an H200 as busy as its host, and logits are as tiny.
     layer_weights = blocks.num_weights / blocks.shape.num_layers
-    monkeypatch.setattr(sizes, "LAUNCH_SECONDS", 4 * layer_weights * 400 / 989e12)
+    monkeypatch.setattr(sizes, "LAUNCH_SECONDS", 4 * layer_weights * 600 / 989e12)
+    monkeypatch.setattr(rules, "LEAN_LOGIT_BYTES", 1024)
     found = {}
     for gpu, tokens, is_lean, rows in product(
-        ("NVIDIA H200", "NVIDIA A100"), (50, 200, 400, 1000, 5000), (False, True), (1, 4, 8)
+        ("NVIDIA H200", "NVIDIA A100"), (50, 200, 500, 1000, 5000), (False, True), (1, 4, 8)
     ):
         per_token = sum(cost.input if is_lean else cost.all for cost in costs)
         per_token += max(cost.lean_working if is_lean else cost.working for cost in costs)
-        room = free_bytes_for(round(tokens * per_token / SAFETY))
+        room = rules.free_bytes_for(round(tokens * per_token / SAFETY))
         device = DeviceFacts("cuda", gpu, room + CONTEXT_BYTES, 8)
         recipe = recipe_of(batch_size=8, micro_batch_size=rows, gradient_checkpointing=is_lean, max_length=256)
-        run = settled(engine, recipe, device, room)
+        run = settled(engine, recipe, device, room, LENGTHS)
         expected = run_of(
             recipe, blocks, facts, device, num_steps=10, num_trainable=1000, element=4, precision="float32",
             has_virtual_tokens=name == "prompt_tuning", fixed_bytes=0,
@@ -265,10 +273,65 @@ def test_launches_are_recorded_where_the_estimate_says_so(
     if name == "prompt_tuning":
         assert not any(found.values())
     else:
-        assert found["NVIDIA H200", 200, True, 8], "memory leaves it few tokens at once"
+        assert found["NVIDIA H200", 500, True, 8], "memory leaves it few tokens at once"
+        assert not found["NVIDIA H200", 200, True, 8], "and here less than its longest row has, of recordings"
         assert not found["NVIDIA H200", 5000, True, 8]
-        assert not found["NVIDIA A100", 200, True, 8], "which takes longer than its host"
-        assert found["NVIDIA A100", 50, True, 8]
+        assert found["NVIDIA A100", 5000, True, 1]
+        assert not found["NVIDIA A100", 5000, True, 8], "which takes longer than its host"
+
+
+class OfBlocks:
+    """Stands in for the engine of blocks that are too large for a test, by their sizes."""
+
+    num_virtual_tokens, has_prefix = 0, False
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.costs, self.layer_weights = blocks.costs(2), blocks.num_weights / blocks.shape.num_layers
+        self.plan: MemoryPlan | None = None
+
+    def memory(self, device_bytes: int, host_bytes: int) -> FreeMemory:
+        return FreeMemory(device_bytes, host_bytes)
+
+    def follow(self, plan: MemoryPlan) -> int:
+        self.plan = plan
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch", "is_lean", "mib", "is_recorded"),
+    [
+        # What is left of so little for recordings does not take the longest row.
+        ([2048], 1, False, 450, False), ([2048], 1, False, 600, False), ([1024] * 4, 4, False, 300, False),
+        ([250] * 9 + [512], 1, True, 142, False), ([250] * 9 + [512], 1, True, 213, False),
+        ([2048], 1, True, 450, False), ([250] * 9 + [300], 4, True, 300, False), ([100] * 16, 16, True, 200, False),
+        ([2048], 1, False, 20_000, True), ([250] * 9 + [512], 1, True, 20_000, True),
+        ([2048], 1, True, 20_000, False), ([1024] * 4, 4, False, 100_000, False),
+    ],
+)  # fmt: skip
+def test_launches_are_recorded_only_where_the_longest_row_fits_so(
+    lengths: list[int], batch: int, is_lean: bool, mib: int, is_recorded: bool, eight_b: Blocks
+) -> None:
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    blocks = replace(eight_b, has_dropout=False)
+    room, engine = mib * 2**20, OfBlocks(blocks)
+    device = DeviceFacts("cuda", "NVIDIA H200", room + CONTEXT_BYTES, 8)
+    recipe = recipe_of(
+        batch_size=batch, micro_batch_size=batch, gradient_checkpointing=is_lean, max_length=4096, epochs=1
+    )
+    run = settled(engine, recipe, device, room, lengths)
+    expected = run_of(
+        recipe, blocks, dataset_facts(lengths), device, num_steps=10, num_trainable=1000, element=2,
+        precision="bfloat16", has_virtual_tokens=False, fixed_bytes=0,
+    )  # fmt: skip
+    plan = engine.plan
+    assert plan is not None
+    assert (run.recorder is not None, plan.is_recorded, expected.held.is_recorded) == (is_recorded,) * 3
+    assert (plan.host_bytes == 0) == is_recorded, "recorded launches and offloaded inputs never meet"
+    assert expected.least is not None
+    assert expected.least <= room
+    assert expected.held.activations_bytes <= room * (RECORDING_SHARE if is_recorded else 1)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -311,6 +374,27 @@ def test_lean_runs_hold_least_and_weights_in_4_bits_are_kept_computed_back_only_
     assert small.weights_bytes == 2 * (2 * 14336 + 64) * (4096 + 64)
     assert large.weights_bytes > 2 * eight_b.num_weights
     assert held_with(eight_b, 40, is_quantised=True, is_lean=True).weights_bytes == LEAN_SCRATCH_BYTES
+
+
+def test_copies_of_branches_take_turns_where_launches_are_not_recorded_and_memory_is_scarce_or_to_be_saved() -> None:
+    from tests.workers.test_training import recipe_of
+    from workers.training import dataset_facts
+
+    shape = shape_of(ALL_SHAPES["8b"])
+
+    def copies(length: int, gib: int, *, is_lean: bool) -> int:
+        """Bytes of them in the estimate."""
+        recipe = recipe_of(batch_size=1, micro_batch_size=1, max_length=2048, gradient_checkpointing=is_lean)
+        recipe = recipe.model_copy(update={"method": "qlora", "precision": "nf4"})
+        device = DeviceFacts("cuda", "NVIDIA H200", gib * 2**30, 8)
+        found = estimate(recipe, shape, dataset_facts([length] * 20), device)
+        return found.optimizer_bytes - 12 * found.num_trainable
+
+    in_turns = copies(2048, 140, is_lean=True)
+    assert in_turns > 0
+    assert copies(2048, 7, is_lean=False) == in_turns, "recordings would not fit"
+    assert copies(2048, 140, is_lean=False) == 32 * in_turns
+    assert copies(250, 140, is_lean=True) == 32 * in_turns, "it is recorded"
 
 
 def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:

@@ -16,29 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from workers.batching import Batch, TokenBudget
+from workers.batching import Batch
 from workers.blocks.attention_choice import faster_kernel
 from workers.blocks.budget import block_bytes
 from workers.blocks.copies import Copies, SharedMemory, Turn
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
-from workers.blocks.keeping import (
-    BlockBytes,
-    Keeping,
-    choose_keeping,
-    copies_fit,
-    hides_copies,
-    is_scarce,
-    lean_token_budget,
-    least_keeping,
-    logit_bytes,
-    offloading_wins,
-    planned_bytes,
-    token_budget,
-)
+from workers.blocks.keeping import BlockBytes, Keeping, hides_copies
 from workers.blocks.linears import Group
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.operands import Seed
+from workers.blocks.planning import FreeMemory, MemoryPlan
 from workers.blocks.rows import Kernel, Prefix, Rows
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.blocks.sublayers import Attention, Surroundings
@@ -88,13 +76,10 @@ class Engine:
         self._parts = [list(_parts(one)) for one in read]
         self.blocks = tuple(part.block for parts in self._parts for part in parts)
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
-        # By which `keeping` is chosen for each batch, where it is known, or that it is to be as little as can be.
-        self._free_bytes: int | None = None
-        self._is_lean = False
-        self._host_bytes = 0
+        # By which `keeping` is chosen for each batch.
+        self._plan: MemoryPlan | None = None
         self._host_memory = HostMemory()
         self._inputs: Inputs | None = None
-        self._logit_bytes: int | None = None
         self._scratch = scratch
         self._model = model
         self.layers = tuple(layers)
@@ -134,18 +119,26 @@ class Engine:
         if self._shared:
             return 0
         saved = 0
-        first: dict[Any, Block] = {}
+        first = self._first_of_sizes()
         for block in self.blocks:
-            sizes = tuple(group.sizes for group in block.groups())
-            other = first.setdefault(sizes, block)
+            other = first[_sizes(block)]
             saved += sum(own.share_copies(its) for own, its in zip(block.groups(), other.groups(), strict=True))
         if saved:
             self._shared = {sizes: SharedMemory() for sizes in first}
             for block in self.blocks:
                 own = [copy for group in block.groups() for copy in group.copies()]
-                block.turn = Turn(self._shared[tuple(group.sizes for group in block.groups())], own)
+                block.turn = Turn(self._shared[_sizes(block)], own)
             self._copies = Copies([])  # which would hold what was given up
         return saved
+
+    def _turns_bytes(self) -> int:
+        """What `_share_copies` would save."""
+        first = self._first_of_sizes()
+        others = [] if self._shared else [block for block in self.blocks if first[_sizes(block)] is not block]
+        return sum(group.branch_bytes for block in others for group in block.groups())
+
+    def _first_of_sizes(self) -> dict[Any, Block]:
+        return {_sizes(block): block for block in reversed(self.blocks)}
 
     def _take_over(self, layer: Any, place: int) -> None:
         own_forward = layer.forward
@@ -246,15 +239,12 @@ class Engine:
         checkpointing = [getattr(layer, "gradient_checkpointing", False) for layer in self.layers]
         for layer in self.layers:
             layer.gradient_checkpointing = False  # blocks choose themselves what they compute again
-        if self._is_lean:
-            self.keeping = least_keeping(self._costs, num_tokens=rows.num_tokens, host_bytes=self._host_bytes)
-        elif self._free_bytes is not None:
-            self.keeping = choose_keeping(
-                self._costs, num_tokens=rows.num_tokens, free_bytes=self._free_bytes, host_bytes=self._host_bytes
-            )
+        plan = self._plan
+        if plan is not None:
+            self.keeping = plan.keeping(self.costs, rows.num_tokens)
         self._rows, self._seed, self._inputs = rows, seed, Inputs(self._host_memory)
         try:
-            with logits_within(self._logit_bytes):
+            with logits_within(None if plan is None else plan.logit_bytes):
                 yield
         finally:
             self._rows = self._seed = self._inputs = None
@@ -273,17 +263,26 @@ class Engine:
         finally:
             self._compares = False
 
-    def keep_copies(self) -> None:
-        """Computes quantised weights back once and for all, into memory of their own."""
+    def keep_copies(self) -> int:
+        """Computes quantised weights back once and for all, into memory of their own. Gives the bytes that this takes,
+        beside what they needed before."""
+        taken = sum(group.weights.copy_bytes() for group in self._groups()) - self._scratch.drop()
         for group in self._groups():
             if isinstance(group.weights, Quantised):
                 group.weights = group.weights.kept()
         self._copies, self._shared = self._find_copies(), {}
         for block in self.blocks:
             block.turn = None
+        return taken
 
     @cached_property
-    def _costs(self) -> list[BlockBytes]:
+    def layer_weights(self) -> float:
+        """Frozen weights of a layer's products."""
+        return sum(group.num_inputs * group.num_outputs for group in self._groups()) / len(self.layers)
+
+    @cached_property
+    def costs(self) -> list[BlockBytes]:
+        """What each block keeps for one token."""
         element = _plain(self._model).get_input_embeddings().weight.element_size()
         return [
             block_bytes(part.block, element, has_adapter=part.adapter is not None)
@@ -291,74 +290,30 @@ class Engine:
             for part in parts
         ]
 
-    def keep_least(self, *, free_bytes: int | None = None, host_bytes: int = 0) -> TokenBudget | None:
-        """Each block keeps its input alone, as with gradient checkpointing, and that in up to `host_bytes` of the
-        host's memory; logits come in small chunks, weights in 4 bits in small pieces, and the blocks' copies of their
-        branches take turns. Gives what a micro-batch may have for that to stay within `free_bytes`, where these are
-        known: beside weights and optimizer, the loss not counted."""
-        self._free_bytes, self._is_lean = None, True
-        self._host_bytes = self._offloadable(host_bytes)
-        self.keeping = ["input"] * len(self.blocks)
-        if free_bytes is None:
-            return None
-        self._logit_bytes = logit_bytes(free_bytes, is_lean=True)
-        free_bytes = planned_bytes(free_bytes + self._saved())
-        budget = lean_token_budget(self._costs, free_bytes=free_bytes, host_bytes=self._host_bytes)
-        return TokenBudget(budget, self.num_virtual_tokens)
+    def memory(self, device_bytes: int, host_bytes: int) -> FreeMemory:
+        """The memory that is free, of the device beside weights and optimizer and of the host, with what the blocks
+        could do about it."""
+        streams = sum(cost.stream for cost in self.costs) // len(self.layers)
+        return FreeMemory(
+            device_bytes,
+            host_bytes if hides_copies(self.layer_weights, streams) else 0,
+            copy_bytes=sum(group.weights.copy_bytes() for group in self._groups()),
+            scratch_bytes=self._scratch.num_bytes,
+            turns_bytes=self._turns_bytes(),
+        )
 
-    def keep_what_fits(self, *, free_bytes: int, num_tokens: int, host_bytes: int = 0) -> TokenBudget:
-        """From here on what blocks keep of each batch is chosen by its size, with up to `host_bytes` of the host's
-        memory; and where there is memory beyond that, weights in 4 bits are computed back once. Gives what a
-        micro-batch should have.
-
-        `num_tokens` are the most of a step's rows, `free_bytes` what is free beside weights and optimizer, the loss not
-        counted.
-        """
-        self._is_lean = False
-        self._host_bytes = self._offloadable(host_bytes)
-        if is_scarce(free_bytes):
-            free_bytes += self._saved()
-        self._logit_bytes = logit_bytes(free_bytes, is_lean=False)
-        free_bytes = planned_bytes(free_bytes)
-        copies = sum(group.weights.copy_bytes() for group in self._groups())
-        if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
-            self.keep_copies()
-            free_bytes -= copies
-        self._free_bytes = free_bytes
-        budget = token_budget(self._costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=self._host_bytes)
-        return TokenBudget(budget, self.num_virtual_tokens)
+    def follow(self, plan: MemoryPlan) -> int:
+        """From here on computes batches by a plan. Gives the bytes of the device that this frees; less than none where
+        it takes some."""
+        self._plan = plan
+        if plan.has_copies:
+            return -self.keep_copies()
+        saved = self.limit_scratch() if plan.in_pieces else 0
+        return saved + (self._share_copies() if plan.takes_turns else 0)
 
     def limit_scratch(self) -> int:
         """Has weights in 4 bits computed back in small pieces from here on. Gives the bytes that this saves."""
         return self._scratch.limit(LEAN_SCRATCH_BYTES)
-
-    def _saved(self) -> int:
-        """Bytes that what is computed anew for each use gives back: pieces of weights in 4 bits, and, of launches that
-        are not recorded, copies of branches."""
-        return self.limit_scratch() + (self._share_copies() if self._host_bytes else 0)
-
-    def tokens_at_once(self, *, free_bytes: int, num_tokens: int, is_lean: bool, host_bytes: int = 0) -> int:
-        """Tokens of a micro-batch as `keep_least` or `keep_what_fits` would give them; nothing is chosen yet."""
-        host_bytes = self._offloadable(host_bytes)
-        free_bytes = planned_bytes(free_bytes)
-        if is_lean:
-            return lean_token_budget(self._costs, free_bytes=free_bytes, host_bytes=host_bytes)
-        copies = sum(group.weights.copy_bytes() for group in self._groups())
-        if copies_fit(self._costs, copies, num_tokens=num_tokens, free_bytes=free_bytes):
-            free_bytes -= copies
-        return token_budget(self._costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=host_bytes)
-
-    def prefers_offloading(self, *, num_tokens: float, recorded_tokens: float, host_bytes: int, is_lean: bool) -> bool:
-        """Whether inputs had better be offloaded than launches recorded, by the tokens of usual micro-batches."""
-        return self._offloadable(host_bytes) > 0 and offloading_wins(
-            self._costs, num_tokens=num_tokens, recorded_tokens=recorded_tokens, is_lean=is_lean
-        )
-
-    def _offloadable(self, host_bytes: int) -> int:
-        """Of the host's memory what inputs may take: none where copies would be waited for."""
-        weights = sum(group.num_inputs * group.num_outputs for group in self._groups()) / len(self.layers)
-        streams = sum(cost.stream for cost in self._costs) // len(self.layers)
-        return host_bytes if hides_copies(weights, streams) else 0
 
     @property
     def has_prefix(self) -> bool:
@@ -391,6 +346,10 @@ def install(model: Any, *, is_wide: bool) -> Engine:
     # Virtual tokens that are embeddings stand before each row in every layer's input.
     num_virtual = model.active_peft_config.num_virtual_tokens if isinstance(model, PromptTunedModel) else 0
     return Engine(model, list(layers), read, how.scratch, num_virtual)
+
+
+def _sizes(block: Block) -> Any:
+    return tuple(group.sizes for group in block.groups())
 
 
 def _plain(model: Any) -> Any:

@@ -47,8 +47,6 @@ IN_FLIGHT = 2
 OPERATIONS_PER_BYTE = 20_000
 """Operations of a block, forward, for each byte of its input from which on copies hide behind them: a GPU of some 700
 TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
-WORTH_OFFLOADING = 2**27
-"""Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
 HOST_SHARE = 1 / 8
 """Of the host's free memory, what one run takes for inputs: others train on the same host."""
 _ROUNDED_UP = 2
@@ -140,22 +138,6 @@ def hides_copies(layer_weights: float, inputs_bytes: int) -> bool:
     """Whether a layer of so many weights computes for longer than the inputs of its blocks, so many bytes a token, take
     to the host."""
     return 2 * layer_weights >= OPERATIONS_PER_BYTE * inputs_bytes
-
-
-def offloading_wins(costs: Sequence[BlockBytes], *, num_tokens: float, recorded_tokens: float, is_lean: bool) -> bool:
-    """Whether blocks whose copies are hidden are better off with their inputs offloaded than with launches recorded,
-    where both would do; never are they both: a replayed launch knows neither another input's place nor when to wait.
-
-    Recordings have memory of their own. So in a lean run offloading wins where it saves much; and in any other where
-    recorded micro-batches would have to be half as large or less: then launching costs less than being so small.
-
-    Args:
-        num_tokens: of a usual micro-batch, launched and with inputs offloaded as far as need be.
-        recorded_tokens: of a usual one that is recorded, in what memory is left.
-    """
-    if is_lean:
-        return num_tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING
-    return 2 * recorded_tokens <= num_tokens
 
 
 def choose_keeping(
@@ -260,12 +242,11 @@ def lean_token_budget(costs: Sequence[BlockBytes], *, free_bytes: int, host_byte
     return max(1, min(MOST_TOKENS, max(kept, offloaded)))
 
 
-def copies_fit(costs: Sequence[BlockBytes], copy_bytes: int, *, num_tokens: int, free_bytes: int) -> bool:
+def copies_fit(costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: int) -> bool:
     """Whether weights in 4 bits can be kept computed back, beside all that a micro-batch keeps that fills the device.
 
     Args:
-        copy_bytes: what the weights take when they are computed back; 0 where there is nothing to.
         num_tokens: the most tokens that a step has.
+        free_bytes: what is left beside these weights.
     """
-    tokens = min(num_tokens, FILLING_TOKENS)
-    return copy_bytes > 0 and tokens <= tokens_that_fit(costs, "all", free_bytes=free_bytes - copy_bytes)
+    return min(num_tokens, FILLING_TOKENS) <= tokens_that_fit(costs, "all", free_bytes=free_bytes)

@@ -137,15 +137,23 @@ class Group:
         outputs = tuple(layer.num_outputs for layer in self.layers)
         return self.num_inputs, outputs, ranks, self.is_folded, isinstance(self._weights, Wide)
 
+    @property
+    def branch_bytes(self) -> int:
+        """What its branches' copies take: nothing where they lie around the frozen weights."""
+        if self.is_folded and isinstance(self._weights, Wide):
+            return 0
+        own = [*self._ups, self._down_RK] if self._side_NP is None else [self._side_NP, self._below_PK]
+        return sum(one.nbytes for one in own if one is not None)
+
     def share_copies(self, other: Group) -> int:
         """From here on has its branches' copies where another group of the same sizes has its own. Gives the bytes
-        that this saves: none where they lie around the frozen weights."""
-        own = [*self._ups, self._down_RK] if self._side_NP is None else [self._side_NP, self._below_PK]
-        if self._down_RK is other._down_RK or (self.is_folded and isinstance(self._weights, Wide)):
+        that this saves."""
+        saved = self.branch_bytes
+        if self._down_RK is other._down_RK or not saved:
             return 0
         self._down_RK, self._ups = other._down_RK, other._ups
         self._side_NP, self._below_PK = other._side_NP, other._below_PK
-        return sum(one.nbytes for one in own if one is not None)
+        return saved
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """For each branch the outputs that it adds to, and its place among the ranks."""

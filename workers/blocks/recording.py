@@ -20,7 +20,6 @@ from workers.batching import Batch
 from workers.blocks.engine import Engine
 from workers.blocks.operands import Seed
 from workers.blocks.rows import Rows
-from workers.blocks.sizes import launches_take_longer
 from workers.device_errors import is_out_of_memory
 from workers.graphs import NO_MEMORY, NotRecordedError, record
 from workers.objectives import Objective
@@ -31,17 +30,9 @@ ROW_STEP = 16
 """Numbers of rows are multiples of it."""
 
 
-def is_worth_recording(engine: Engine, num_tokens: float, *, peak_flops: float) -> bool:
-    """Whether layers are so small, for batches of so many tokens, that launching them takes longer than running them
-    on a GPU of such a peak, in FLOP/s.
-
-    Not for adapters that put tokens before each row: where these go is settled by the host.
-    """
-    if engine.num_virtual_tokens or engine.has_prefix:
-        return False
-    groups = [group for block in engine.blocks for half in block.sublayers for group in (half.inputs, half.outputs)]
-    weights = sum(group.num_inputs * group.num_outputs for group in groups) / len(engine.layers)
-    return launches_take_longer(weights, num_tokens, peak_flops=peak_flops)
+def can_be_recorded(engine: Engine) -> bool:
+    """Not for adapters that put tokens before each row: where these go is settled by the host."""
+    return not engine.num_virtual_tokens and not engine.has_prefix
 
 
 @dataclass(frozen=True)
@@ -160,11 +151,14 @@ class Recorder:
         objective: Objective,
         *,
         longest: int,
+        settle_anew: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
-        """`longest` is the length of the longest row of the run, in tokens."""
+        """`longest` is the length of the longest row of the run, in tokens; `settle_anew` has the engine plan with the
+        memory that recordings leave when they are given up."""
         self._engine, self._model, self._objective, self._warn = engine, model, objective, warn
         self._longest = longest
+        self._settle_anew = settle_anew
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
         self._can_record = self._device.type == "cuda"
@@ -265,6 +259,7 @@ class Recorder:
         self._refreshing = self._pool = None
         for step in self._steps.values():
             step.graph = None
+        self._settle_anew()
         torch.cuda.empty_cache()
         self._warn(f"Launches cannot be recorded here, which small models are faster with: {reason}")
 

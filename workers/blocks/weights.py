@@ -123,6 +123,16 @@ class Scratch:
             self._flat = torch.zeros(size, dtype=dtype, device=device)
         return self._flat[:size].view(num_rows, num_columns)
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now."""
+        return 0 if self._flat is None else self._flat.nbytes
+
+    def drop(self) -> int:
+        """Lets go of the memory until it is needed again. Gives its bytes."""
+        before, self._flat = self.num_bytes, None
+        return before
+
 
 class Quantised(Weights):
     """4-bit weights of bitsandbytes."""

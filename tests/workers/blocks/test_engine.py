@@ -21,6 +21,7 @@ from workers.blocks.agreement import Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import Keeping
+from workers.blocks.planning import StepTokens, plan_memory
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
@@ -268,8 +269,16 @@ def test_weights_in_4_bits_are_computed_back_for_each_use(tmp_path: Path, keepin
     engine = install(model, is_wide=is_wide)
     engine.keeping = [keeping] * len(engine.blocks)
     assert_same(model, engine, make_batch(), tolerance=1e-4)
-    engine.keep_copies()
+    memory = engine.memory(2**34, 0)
+    assert (memory.scratch_bytes > 0) == is_wide
+    step = StepTokens(mean=100, most=100, longest=50, num_rows=2, rows_at_once=2)
+    freed = engine.follow(plan_memory(engine.costs, step, memory, is_lean=False))
+    assert freed == memory.scratch_bytes - memory.copy_bytes < 0, "what nobody computes back into is free"
+    kept = engine.memory(2**34 + freed, 0)
+    assert (kept.scratch_bytes, kept.copy_bytes) == (0, 0)
+    engine._plan, engine.keeping = None, [keeping] * len(engine.blocks)
     assert_same(model, engine, make_batch(), tolerance=1e-4)
+    assert engine.memory(0, 0).scratch_bytes == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

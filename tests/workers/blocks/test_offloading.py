@@ -21,6 +21,7 @@ from workers.blocks import engine as engines
 from workers.blocks.engine import Engine, install
 from workers.blocks.keeping import Keeping, least_keeping
 from workers.blocks.offloading import HostMemory, Inputs
+from workers.blocks.planning import StepTokens, plan_memory
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
@@ -163,7 +164,10 @@ def test_copies_of_branches_that_take_turns_in_the_same_memory(make: Any, is_wid
 
     expected = steps()
     own = [group._down_RK for block in engine.blocks for group in block.groups()]
+    expected_saved = engine.memory(0, 0).turns_bytes
     saved = engine._share_copies()
+    assert saved == expected_saved
+    assert engine.memory(0, 0).turns_bytes == 0
     for found, one in zip(steps(), expected, strict=True):
         assert_equal(found, one)
     shared = {id(group._down_RK) for block in engine.blocks for group in block.groups() if group.branches}
@@ -269,24 +273,29 @@ def test_each_input_comes_back_while_the_one_behind_it_is_used() -> None:
     assert len(memory._unused) == 2
 
 
+def follow(engine: Engine, device_bytes: int, host_bytes: int, *, is_lean: bool) -> int:
+    """Has an engine plan with so much memory for a step of two rows. Gives what that frees."""
+    step = StepTokens(mean=110, most=110, longest=60, num_rows=2, rows_at_once=2)
+    return engine.follow(plan_memory(engine.costs, step, engine.memory(device_bytes, host_bytes), is_lean=is_lean))
+
+
 def test_a_lean_engine_offloads_what_the_host_takes_and_computes_logits_in_small_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = lora()
     engine = install(model, is_wide=True)
-    assert engine._offloadable(10**9) == 0, "blocks of this size do not hide their copies"
+    assert engine.memory(2**32, 10**9).host_bytes == 0, "blocks of this size do not hide their copies"
     monkeypatch.setattr(engines, "hides_copies", lambda *_: True)
-    budget = engine.keep_least(free_bytes=2**32, host_bytes=10**9)
-    assert budget is not None
     batch = batch_of()
+    follow(engine, 2**32, 10**9, is_lean=True)
     with engine.rows(batch):
         from workers.losses import _within
 
         assert _within.get() == LEAN_LOGIT_BYTES
-        assert engine.keeping == least_keeping(engine._costs, num_tokens=batch.num_tokens, host_bytes=10**9)
+        assert engine.keeping == least_keeping(engine.costs, num_tokens=batch.num_tokens, host_bytes=10**9)
         assert engine.keeping == ["offload"] * (len(engine.blocks) - 1) + ["input"]
     assert _within.get() is None
-    engine.keep_least(free_bytes=2**32)
+    follow(engine, 2**32, 0, is_lean=True)
     with engine.rows(batch):
         assert set(engine.keeping) == {"input"}
 
@@ -296,10 +305,10 @@ def test_an_engine_short_of_memory_offloads_and_one_with_plenty_does_not(monkeyp
     engine = install(model, is_wide=True)
     monkeypatch.setattr(engines, "hides_copies", lambda *_: True)
     batch = batch_of((50, 60))
-    working = batch.num_tokens * max(cost.lean_working for cost in engine._costs)
+    working = batch.num_tokens * max(cost.lean_working for cost in engine.costs)
     little = LEAN_LOGIT_BYTES + int(working / 0.92) + 1
     for free_bytes, expected in ((little, {"offload", "input"}), (2**33, {"all"})):
-        engine.keep_what_fits(free_bytes=free_bytes, num_tokens=batch.num_tokens, host_bytes=10**9)
+        follow(engine, free_bytes, 10**9, is_lean=False)
         with engine.rows(batch):
             assert set(engine.keeping) == expected
 

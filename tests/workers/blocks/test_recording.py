@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,23 @@ import torch
 from torch import Tensor
 
 from tests.bench.workload import BATCH, MASKED_SHARE, MAX_LENGTH, row_lengths
+from tests.tiny import make_tiny_base
 from tests.workers.blocks.models import make_batch, make_model, with_lora
+from tests.workers.test_training import recipe_of
+from workers import devices, training
+from workers.base_models import load
 from workers.batching import Batch, TokenBudget, split_step
+from workers.blocks import engine as engines
 from workers.blocks import recording
 from workers.blocks.engine import install
-from workers.blocks.recording import ROW_STEP, Recorder, Shape, filled, is_worth_recording
+from workers.blocks.keeping import HOST_SHARE, planned_bytes
+from workers.blocks.recording import ROW_STEP, Recorder, Shape, can_be_recorded, filled
+from workers.blocks.sizes import RECORDING_SHARE
+from workers.facts import DeviceFacts
 from workers.graphs import NO_MEMORY, NotRecordedError
 from workers.layers.prefix import PrefixTunedModel
 from workers.objectives import get_objective
+from workers.recipe import Precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -42,11 +52,15 @@ def of_the_model(model: Any, batch: Batch, loss_weight: float) -> tuple[Tensor, 
     return loss.detach(), of_rows[0], torch.autograd.grad(loss / loss_weight, parameters)
 
 
+def nothing() -> None:
+    """An engine that goes by no plan has none to make anew."""
+
+
 def recorder_of(model: Any, longest: int = 40) -> Recorder:
     def refuse(text: str) -> None:
         raise AssertionError(text)
 
-    return Recorder(install(model, is_wide=True), model, SFT, longest=longest, warn=refuse)
+    return Recorder(install(model, is_wide=True), model, SFT, longest=longest, settle_anew=nothing, warn=refuse)
 
 
 class OfLengths:
@@ -155,16 +169,12 @@ def test_the_shape_that_was_longest_unused_gives_way(monkeypatch: pytest.MonkeyP
 def test_tokens_before_each_row_are_not_recorded() -> None:
     from peft import PrefixTuningConfig
 
-    engine = install(model_of(), is_wide=True)
-    assert is_worth_recording(engine, 5000, peak_flops=989e12)
-    assert not is_worth_recording(engine, 10**9, peak_flops=989e12)
-    assert is_worth_recording(engine, 10**7, peak_flops=989e12)
-    assert not is_worth_recording(engine, 10**7, peak_flops=65e12), "a slow GPU takes as long as its host"
+    assert can_be_recorded(install(model_of(), is_wide=True))
     config = PrefixTuningConfig(num_virtual_tokens=4, num_layers=3, task_type="CAUSAL_LM")
     prefixed = PrefixTunedModel(
         make_model("llama", dtype=DTYPE, device=DEVICE, hidden_size=64, intermediate_size=128, head_dim=32), config
     )
-    assert not is_worth_recording(install(prefixed, is_wide=True), 5000, peak_flops=989e12)
+    assert not can_be_recorded(install(prefixed, is_wide=True))
 
 
 class Recordings:
@@ -184,12 +194,18 @@ class Recordings:
 
     def installed(self, monkeypatch: pytest.MonkeyPatch, model: Any, warnings: list[str]) -> Recorder:
         """A recorder on a CPU that records by it."""
+        recorder = Recorder(
+            install(model, is_wide=True), model, SFT, longest=40, settle_anew=nothing, warn=warnings.append
+        )
+        self.stand_in(monkeypatch, recorder)
+        return recorder
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
+        """Has a recorder on a CPU record by it."""
         monkeypatch.setattr(recording, "record", self.record)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
-        recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, warn=warnings.append)
         recorder._can_record = True
-        return recorder
 
 
 def taught_by(recorder: Recorder, model: Any, batch: Batch) -> None:
@@ -277,6 +293,49 @@ def test_recordings_give_way_to_what_is_launched_beside_them(monkeypatch: pytest
     assert [NO_MEMORY in text for text in warnings] == [True]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("is_lean", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_where_recording_is_given_up_launches_have_the_whole_memory_and_the_hosts(
+    precision: Precision, is_lean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    base = load(make_tiny_base(tmp_path / "base"), precision, "cpu", compute_dtype=torch.float32).model
+    model, recordings = with_lora(base), Recordings(NO_MEMORY)
+    monkeypatch.setattr(engines, "hides_copies", lambda *_: True)
+    monkeypatch.setattr(training, "_room", lambda _run, _model: 2**28)
+    monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
+    engine, settings = install(model, is_wide=True), {"batch_size": 3, "gradient_checkpointing": is_lean}
+    run = SimpleNamespace(
+        recipe=recipe_of(**settings), device_facts=DeviceFacts("cuda", "NVIDIA H200", 2**37, 8),
+        data=SimpleNamespace(tokens=OfLengths([7, 19, 3])), max_micro_batch_size=None, recorder=None, budget=None,
+        say=lambda text, **_how: warnings.append(text),
+    )  # fmt: skip
+    before = engine.memory(0, 0)
+    training._settle(run, model, engine, [2, 0, 1])  # type: ignore[arg-type]
+    recorder, budget, recorded = run.recorder, run.budget, engine._plan
+    assert recorder is not None
+    assert recorded is not None
+    assert (recorded.is_recorded, recorded.host_bytes) == (True, 0)
+    assert recorded.free_bytes < RECORDING_SHARE * 2**28
+
+    recordings.stand_in(monkeypatch, recorder)
+    recorder.refresh()
+    for _ in range(3):
+        taught_by(recorder, model, make_batch((7, 19, 3)))
+        recorder.refresh()
+    assert [NO_MEMORY in text for text in warnings] == [True]
+    launched = engine._plan
+    assert launched is not None
+    assert (launched.is_recorded, launched.host_bytes) == (False, 2**30 * HOST_SHARE)
+    more = before.turns_bytes if is_lean else -before.copy_bytes
+    assert launched.free_bytes == planned_bytes(2**28 + more)
+    assert (more != 0) == (precision == "nf4"), "branches that take turns, or weights computed back before"
+    offloaded = ["offload"] * (len(engine.blocks) - 1) + ["input"]
+    assert engine.keeping == (offloaded if is_lean else ["all"] * len(engine.blocks))
+    assert run.budget is budget, "what is added up stays the same"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_is_replayed_is_what_was_launched(dropout: float) -> None:
@@ -313,7 +372,7 @@ def small_and_large() -> tuple[Batch, Batch]:
 
 def recorded_once(model: Any, batch: Batch, warnings: list[str]) -> Recorder:
     """A recorder that replays the batch."""
-    recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, warn=warnings.append)
+    recorder = Recorder(install(model, is_wide=True), model, SFT, longest=40, settle_anew=nothing, warn=warnings.append)
     recorder.refresh()
     for _ in range(2):
         recorder.run(batch, 1.0)

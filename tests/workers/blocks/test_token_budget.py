@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of, run
-from workers import devices, training
+from workers import training
 from workers.blocks.engine import Engine
-from workers.blocks.keeping import SAFETY, BlockBytes
-from workers.blocks.sizes import LEAN_LOGIT_BYTES, RECORDING_SHARE
+from workers.blocks.keeping import SAFETY
+from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.errors import OutOfMemoryError
 from workers.events import PlanEvent, StepEvent
-from workers.memory import GIB
 from workers.recipe import Recipe
 from workers.training import Folders, train
 
@@ -47,7 +45,7 @@ class Room:
 
         def room(run: training.Run, _model: Any) -> int:
             assert run.engine is not None
-            costs: list[BlockBytes] = run.engine._costs
+            costs = run.engine.costs
             per_token = sum(cost.input if self.lean else cost.all for cost in costs)
             working = max(cost.lean_working if self.lean else cost.working for cost in costs)
             found = int(self.tokens * (per_token + working) / SAFETY) + 64
@@ -56,11 +54,12 @@ class Room:
 
         def rows(engine: Engine, batch: Any) -> Any:
             found = before(engine, batch)
-            if engine._free_bytes is not None:
+            if engine._plan is not None:
                 self.sizes.append(batch.num_tokens)
             return found
 
         monkeypatch.setattr(training, "_room", room)
+        monkeypatch.setattr(training, "can_be_recorded", lambda _engine: False)
         monkeypatch.setattr(Engine, "rows", rows)
 
 
@@ -145,49 +144,3 @@ def test_where_memory_ran_out_the_budget_shrinks_and_is_kept(
     train(eight, own, report=log.report, should_stop=log.should_stop, attempt=2, micro_batch_size=4)
     position = position_of(tmp_path, "6-2")
     assert (position["micro_batch_size"], position["micro_batch_tokens"]) == (4, 50)
-
-
-@pytest.mark.parametrize(
-    ("is_lean", "wins", "expected"),
-    # Recording (recorder, host's bytes, share of the room), or offloading.
-    [(True, True, (False, 8 * GIB // 8, 1.0)), (True, False, (True, 0, RECORDING_SHARE)),
-     (False, True, (False, 8 * GIB // 8, 1.0)), (False, False, (True, 0, RECORDING_SHARE))],
-)  # fmt: skip
-def test_recorded_launches_and_offloaded_inputs_never_meet(
-    is_lean: bool, wins: bool, expected: tuple[bool, int, float], eight: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
-
-    class Settled:
-        def tokens_at_once(self, *, free_bytes: int, host_bytes: int, **how: Any) -> int:
-            assert how == {"num_tokens": 80, "is_lean": is_lean}
-            assert (free_bytes, host_bytes) in ((GIB, GIB), (int(GIB * RECORDING_SHARE), 0))
-            return 40 if host_bytes else 10
-
-        def prefers_offloading(self, **how: Any) -> bool:
-            assert how == {"num_tokens": 40, "recorded_tokens": 10, "host_bytes": GIB, "is_lean": is_lean}
-            return wins
-
-        def keep_least(self, **how: Any) -> None:
-            assert is_lean
-            asked.update(how)
-
-        def keep_what_fits(self, *, num_tokens: int, **how: Any) -> None:
-            assert not is_lean
-            assert num_tokens == 80
-            asked.update(how)
-
-    monkeypatch.setattr(training, "is_worth_recording", lambda *_, **__: True)
-    monkeypatch.setattr(training, "Recorder", lambda *_, **__: "a recorder")
-    monkeypatch.setattr(training, "_room", lambda *_: GIB)
-    monkeypatch.setattr(devices, "free_host_bytes", lambda: 8 * GIB)
-    training_settings = eight.training.model_copy(update={"gradient_checkpointing": is_lean})
-    run = SimpleNamespace(
-        recipe=eight.model_copy(update={"training": training_settings}), device=torch.device("cuda"),
-        data=SimpleNamespace(tokens=SimpleNamespace(length=lambda _: 10)), max_micro_batch_size=None, recorder=None,
-        device_facts=SimpleNamespace(name="NVIDIA H200"),
-    )  # fmt: skip
-    training._settle(run, None, Settled(), range(20))  # type: ignore[arg-type]
-    has_recorder, host_bytes, share = expected
-    assert (run.recorder is not None) == has_recorder
-    assert asked == {"free_bytes": int(GIB * share), "host_bytes": host_bytes}

@@ -1,0 +1,183 @@
+"""What a run plans with: how many tokens at once, what is kept of them, and whether launches are recorded. No torch:
+the form's estimate decides by the same rules as a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from workers.blocks.keeping import (
+    BlockBytes,
+    Keeping,
+    choose_keeping,
+    copies_fit,
+    is_scarce,
+    lean_token_budget,
+    least_keeping,
+    logit_bytes,
+    planned_bytes,
+    token_budget,
+    tokens_that_fit,
+)
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE, launches_take_longer
+
+WORTH_OFFLOADING = 2**27
+"""Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """A step's rows: tokens of an average one and of the largest, and of its longest row; `num_rows` in all, of which
+    `rows_at_once` at most are in memory."""
+
+    mean: float
+    most: float
+    longest: int
+    num_rows: int
+    rows_at_once: int
+
+    def lengthened(self, num_tokens: int) -> StepTokens:
+        """The same with so many more tokens in each row."""
+        more = self.num_rows * num_tokens
+        return replace(self, mean=self.mean + more, most=self.most + more, longest=self.longest + num_tokens)
+
+    def num_micro(self, tokens: float, budget: int | None) -> int:
+        """Micro-batches of a step of so many tokens: no row is cut, whatever the budget."""
+        by_tokens = 1 if budget is None else min(self.num_rows, math.ceil(tokens / budget))
+        return max(math.ceil(self.num_rows / self.rows_at_once), by_tokens)
+
+    def usual_tokens(self, budget: int | None) -> float:
+        """Tokens of a usual micro-batch."""
+        return self.mean / self.num_micro(self.mean, budget)
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Bytes that are free beside weights, adapter and optimizer, and those that could be freed or taken by choice."""
+
+    device_bytes: int
+    """For blocks and the loss, on the device."""
+    host_bytes: int | None = 0
+    """Of the host's for inputs; None without bounds, and 0 where copies would be waited for."""
+    copy_bytes: int = 0
+    """What weights in 4 bits take when they are computed back once; 0 where there is nothing to."""
+    scratch_bytes: int = 0
+    """What they take where they are computed back for each use: taken already."""
+    turns_bytes: int = 0
+    """What blocks give back that take turns in memory for their branches' copies."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How steps are computed. What bounds them is None where nothing does."""
+
+    is_lean: bool
+    """Whether blocks keep their inputs alone, whatever there is room for."""
+    is_recorded: bool = False
+    budget: int | None = None
+    """The most tokens that a micro-batch should have."""
+    free_bytes: int | None = None
+    """What blocks may keep and work with."""
+    host_bytes: int | None = 0
+    logit_bytes: int | None = None
+    """Of one chunk of logits."""
+    has_copies: bool = False
+    """Whether weights in 4 bits are computed back once."""
+    in_pieces: bool = False
+    """Else: whether piece by piece."""
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether blocks take turns in memory for their branches' copies: not in recordings, and not where weights are
+        kept computed back, around which copies have room."""
+        return self.in_pieces and self.host_bytes != 0 and not self.has_copies
+
+    def keeping(self, costs: Sequence[BlockBytes], num_tokens: int) -> list[Keeping]:
+        """For each block what it keeps of a batch of so many tokens."""
+        if self.is_lean:
+            return least_keeping(costs, num_tokens=num_tokens, host_bytes=self.host_bytes)
+        if self.free_bytes is None:
+            return ["all"] * len(costs)
+        return choose_keeping(costs, num_tokens=num_tokens, free_bytes=self.free_bytes, host_bytes=self.host_bytes)
+
+
+def plan_memory(
+    costs: Sequence[BlockBytes], step: StepTokens, memory: FreeMemory, *, is_lean: bool, is_recorded: bool = False
+) -> MemoryPlan:
+    """How steps are computed in the memory that is free, with launches recorded or not.
+
+    Recordings know nothing of the host: a replayed launch knows neither another input's place nor when to wait. Of the
+    device's memory they leave less. Where that is scarce, or to be saved, weights in 4 bits are computed back piece by
+    piece; and launches that are not recorded make copies of branches anew for each use.
+    """
+    share = RECORDING_SHARE if is_recorded else 1.0
+    host_bytes = 0 if is_recorded else memory.host_bytes
+    free_bytes, scratch = memory.device_bytes, memory.scratch_bytes
+    in_pieces = is_lean or is_scarce(int(free_bytes * share))
+    if in_pieces:
+        saved = max(0, scratch - LEAN_SCRATCH_BYTES)
+        scratch -= saved
+        free_bytes += saved + (memory.turns_bytes if host_bytes != 0 else 0)
+    free_bytes = int(free_bytes * share)
+    logits = logit_bytes(free_bytes, is_lean=is_lean)
+    free_bytes = planned_bytes(free_bytes)
+    has_copies = False
+    if is_lean:
+        budget = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
+    else:
+        num_tokens = math.ceil(step.most)
+        # Weights that are kept computed back do without the scratch.
+        with_copies = free_bytes + scratch - memory.copy_bytes
+        has_copies = memory.copy_bytes > 0 and copies_fit(costs, num_tokens=num_tokens, free_bytes=with_copies)
+        free_bytes = with_copies if has_copies else free_bytes
+        budget = token_budget(costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=host_bytes)
+    return MemoryPlan(is_lean, is_recorded, budget, free_bytes, host_bytes, logits, has_copies, in_pieces)
+
+
+def choose_plan(
+    costs: Sequence[BlockBytes],
+    step: StepTokens,
+    memory: FreeMemory,
+    *,
+    is_lean: bool,
+    layer_weights: float,
+    peak_flops: float | None,
+) -> MemoryPlan:
+    """The plan by which steps are fastest. Launches are recorded where they take longer than what they compute, unless
+    offloading inputs wins, and only where any row fits that way.
+
+    Args:
+        layer_weights: frozen weights of a layer's products.
+        peak_flops: of the GPU, in FLOP/s; None where launches cannot be recorded, whatever they take.
+    """
+    launched = plan_memory(costs, step, memory, is_lean=is_lean)
+    # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
+    tokens = step.usual_tokens(launched.budget)
+    if peak_flops is None or not launches_take_longer(layer_weights, tokens, peak_flops=peak_flops):
+        return launched
+    recorded = plan_memory(costs, step, memory, is_lean=is_lean, is_recorded=True)
+    assert recorded.free_bytes is not None
+    # No row is cut, so that a micro-batch of one row says nothing about what fits.
+    if tokens_that_fit(costs, "input", free_bytes=recorded.free_bytes) < step.longest:
+        return launched
+    offloads = memory.host_bytes != 0 and offloading_wins(
+        costs, num_tokens=tokens, recorded_tokens=step.usual_tokens(recorded.budget), is_lean=is_lean
+    )
+    return launched if offloads else recorded
+
+
+def offloading_wins(costs: Sequence[BlockBytes], *, num_tokens: float, recorded_tokens: float, is_lean: bool) -> bool:
+    """Whether blocks whose copies are hidden are better off with their inputs offloaded than with launches recorded,
+    where both would do.
+
+    Recordings have memory of their own. So offloading wins where recorded micro-batches would have to be half as large
+    or less: then launching costs less than being so small; and in a lean run where it saves much.
+
+    Args:
+        num_tokens: of a usual micro-batch, launched and with inputs offloaded as far as need be.
+        recorded_tokens: of a usual one that is recorded, in what memory is left.
+    """
+    saves_much = num_tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING
+    return 2 * recorded_tokens <= num_tokens or (is_lean and saves_much)
