@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import FILLING_TOKENS, IN_FLIGHT, SAFETY, Keeping, free_bytes_for, is_scarce
+from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping, bytes_of_token, free_bytes_for, is_scarce
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DatasetFacts, DeviceFacts
@@ -141,12 +141,8 @@ def run_of(
 
 def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, element: int, is_lean: bool) -> int:
     """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input,
-    with the host where that is as fast, by the rule of `workers.blocks.keeping.tokens_that_fit`."""
-    costs = blocks.costs(element)
-    per_token = sum(cost.input for cost in costs) + max(cost.lean_working for cost in costs)
-    if memory.host_bytes != 0:
-        offloaded = sum(cost.offload for cost in costs) + IN_FLIGHT * max(cost.stream for cost in costs)
-        per_token = offloaded + max(cost.lean_working for cost in costs)
+    with the host where that is as fast."""
+    per_token = bytes_of_token(blocks.costs(element), "input" if memory.host_bytes == 0 else "offload")
     found = free_bytes_for(math.ceil(min(FILLING_TOKENS, math.ceil(step.most)) * per_token / SAFETY))
     if is_lean or is_scarce(found):
         return found + min(memory.scratch_bytes, LEAN_SCRATCH_BYTES)

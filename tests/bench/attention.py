@@ -21,10 +21,12 @@ from torch import Tensor
 
 from tests.bench.workload import ALL_SHAPES, BATCH, row_lengths
 from workers.blocks import attention, row_attention
+from workers.blocks.attention_choice import milliseconds_of
+from workers.blocks.distance import distance
 from workers.blocks.row_attention import TILES, Tile, Tiles
 from workers.blocks.rows import Attended, Rows, Sight
 
-REPEATS, LAUNCHES = 7, 10
+LAUNCHES = 10
 
 
 def main() -> None:
@@ -95,7 +97,7 @@ class Work:
             found = self._both_ways(kernel, tiles)
             attended = self._forward(kernel, tiles)
             line |= {
-                "off": round(max(map(_off, found, self._expected)), 5),
+                "off": round(max(distance([one], [two]) for one, two in zip(found, self._expected, strict=True)), 5),
                 "forward_ms": round(_milliseconds(lambda: self._forward(kernel, tiles)), 4),
                 "backward_ms": round(_milliseconds(lambda: self._backward(kernel, tiles, attended)), 4),
             }
@@ -104,23 +106,12 @@ class Work:
         print(json.dumps(line), flush=True)
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 def _milliseconds(launch: Callable[[], Any]) -> float:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def launches() -> None:
         for _ in range(LAUNCHES):
             launch()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-    graph.replay()
-    for mark in marks:
-        mark.record()
-        if mark is not marks[-1]:
-            graph.replay()
-    torch.cuda.synchronize()
-    return min(marks[at].elapsed_time(marks[at + 1]) for at in range(REPEATS)) / LAUNCHES
+
+    return milliseconds_of(launches, torch.device("cuda", 0)) / LAUNCHES
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tests.processes import wait_for
+from tests.processes import has_ended, trainers_of, wait_for
 
 # --- in the test -----------------------------------------------------------------------------------------------------
 
@@ -91,12 +91,7 @@ class Started:
         self._process = None
 
     def is_gone(self) -> bool:
-        if self._process is None:
-            return True
-        try:
-            return not self._process.is_running() or self._process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+        return self._process is None or has_ended(self._process)
 
     def send(self, number: int) -> None:
         if not self.is_gone():
@@ -104,14 +99,7 @@ class Started:
 
     def trainers(self) -> list[psutil.Process]:
         """The trainers below it that run."""
-        if self._process is None or self.is_gone():
-            return []
-        found = []
-        for child in self._process.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "--supervised" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
-                    found.append(child)
-        return found
+        return [] if self.is_gone() else trainers_of(self.pid)
 
     def wait(self, seconds: float = 120) -> None:
         wait_for(self.is_gone, seconds=seconds, what=f"the end of process {self.pid}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.batching import Batch
+from workers.blocks.distance import distance, finite
 from workers.blocks.engine import Engine
 
 
@@ -98,7 +99,7 @@ def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch
                 parameter.zero_()
     # Against a tenth of a nat a token, where there is less to lose: a row known by heart has a loss near zero.
     off = abs(own_loss - plain_loss) / max(abs(plain_loss), 0.1 * batch.num_loss_tokens)
-    return Difference(worst, _number(off), _relative(own, plain))
+    return Difference(worst, finite(off), distance(own, plain))
 
 
 @contextmanager
@@ -137,20 +138,8 @@ def _of_layer(engine: Engine, batch: Batch, layer: Any, hidden_BTH: Tensor, kwar
         own = run()
     # Each sum was rounded with the stream in it, once or, around an adapter, several times.
     rounded = [0.3 * float(one.float().norm()) for one in (hidden_BTH, gradient_BTH)]
-    streams = [_relative([own[at]], [plain[at]], beside=rounded[at]) for at in range(2)]
-    return max(*streams, _relative(own[2:], plain[2:]) if parameters else 0.0)
-
-
-def _relative(found: list[Tensor], expected: list[Tensor], *, beside: float = 0.0) -> float:
-    """How far tensors are off, all of them as one vector, by its length plus `beside`."""
-    size = float(torch.stack([one.float().norm() for one in expected]).norm()) + beside
-    differences = [(one.float() - two.float()).norm() for one, two in zip(found, expected, strict=True)]
-    difference = float(torch.stack(differences).norm())
-    return _number(difference / size if size else difference)
-
-
-def _number(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
+    streams = [distance([own[at]], [plain[at]], beside=rounded[at]) for at in range(2)]
+    return max(*streams, distance(own[2:], plain[2:]) if parameters else 0.0)
 
 
 def _loss_and_gradients(loss: Tensor, parameters: list[torch.nn.Parameter]) -> tuple[float, list[Tensor]]:

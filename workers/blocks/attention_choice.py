@@ -6,7 +6,6 @@ Which it is depends on the card, on the heads, and on how long rows are; measuri
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.blocks.attention import MOST_FEATURES_OF_ROWS, attend, attend_backward
+from workers.blocks.distance import distance
 from workers.blocks.rows import Kernel, Rows, Sight
 from workers.device_errors import is_gpu_failure
 from workers.errors import first_line
@@ -50,7 +50,7 @@ def faster_kernel(
         return "flash"
     return choose(
         lambda: _both_ways(heads, sight, lengths, dtype=dtype, device=device),
-        lambda run: _milliseconds(run, device),
+        lambda run: milliseconds_of(run, device),
     )
 
 
@@ -93,8 +93,8 @@ def choose(
     """
     try:
         run = prepare()
-        off = max(map(_off, run("rows"), run("flash")))
-        if not off <= TOLERANCE:  # nor is anything that is no number
+        off = max(distance([ours], [torchs]) for ours, torchs in zip(run("rows"), run("flash"), strict=True))
+        if off > TOLERANCE:
             logger.warning("Our attention is off by %.2g from torch's here, which does its work.", off)
             return "flash"
         ours, torchs = milliseconds(lambda: run("rows")), milliseconds(lambda: run("flash"))
@@ -108,12 +108,7 @@ def choose(
     return "rows" if ours < torchs else "flash"
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    off = float((found.float() - expected.float()).norm() / expected.float().norm())
-    return off if math.isfinite(off) else math.inf
-
-
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+def milliseconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """The least that one run took of several, without the host's part where it can be recorded."""
     run()
     launch = run

@@ -31,6 +31,7 @@ class Copies:
         self._are_alike = len(types) == 1 and all(
             source.is_contiguous() and target.stride(1) == 1 for source, target, _ in self._copies
         )
+        self._largest = max((source.numel() for source, _, _ in self._copies), default=0)
         self._table: Tensor | None = None
         self._places: list[int] = []
 
@@ -40,7 +41,8 @@ class Copies:
         if self._are_alike and has_kernels(self._copies[0][1]):
             from workers.blocks import kernels
 
-            kernels.copy_scaled(self._current_table(), self._copies)
+            source, target, _ = self._copies[0]
+            kernels.copy_scaled(self._current_table(), source, target, self._largest)
             return
         for factor, (sources, targets) in self._by_factor.items():
             own = [one.detach() for one in sources]

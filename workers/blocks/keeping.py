@@ -191,8 +191,8 @@ def _num_offloaded(costs: Sequence[BlockBytes], num_tokens: int, host_bytes: int
     return min(most, host_bytes // each)
 
 
-def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int) -> int:
-    """The most tokens of a batch whose blocks all keep so much within `free_bytes`."""
+def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping) -> int:
+    """What a token takes of the device while its batch is gone back through, where all blocks keep so much."""
     per_token = sum(cost.of(keeping) for cost in costs)
     if keeping in ("all", "attention"):
         per_token += max((cost.working for cost in costs), default=0)
@@ -200,7 +200,12 @@ def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes
         per_token += max((cost.lean_working for cost in costs), default=0)
     if keeping == "offload":
         per_token += IN_FLIGHT * max((cost.stream for cost in costs), default=0)
-    return max(0, int(free_bytes * SAFETY)) // max(1, per_token)
+    return per_token
+
+
+def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int) -> int:
+    """The most tokens of a batch whose blocks all keep so much within `free_bytes`."""
+    return max(0, int(free_bytes * SAFETY)) // max(1, bytes_of_token(costs, keeping))
 
 
 def token_budget(

@@ -333,12 +333,11 @@ def table_of(copies: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(copies[0][1].device)
 
 
-def copy_scaled(table: Tensor, copies: Sequence[tuple[Tensor, Tensor, float]]) -> None:
-    """Writes each source times its factor to its target: matrices of two types, whose rows may lie apart in targets."""
-    source, target, _ = copies[0]
+def copy_scaled(table: Tensor, source: Tensor, target: Tensor, largest: int) -> None:
+    """Writes each source of a table times its factor to its target: matrices of two types, whose rows may lie apart in
+    targets. `source` and `target` are a pair of them, `largest` the numbers of the largest."""
     block = 2048
-    largest = max(one.numel() for one, _, _ in copies)
-    _copy_scaled[(len(copies), triton.cdiv(largest, block))](
+    _copy_scaled[(table.shape[0], triton.cdiv(largest, block))](
         table, SOURCE=_TYPES[source.dtype], TARGET=_TYPES[target.dtype], BLOCK=block, num_warps=4
     )
 

@@ -258,7 +258,7 @@ class Group:
     def backward(
         self, gradient_TN: Tensor, read: Read, *, needs_input: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient by the first K columns of the input, in a tensor that may have more; and those of `parameters`.
+        """The gradient by the first K columns of the input, (T, K), and those of `parameters`.
 
         The first is None where not needed. `read.x_TK` holds the same values as in the forward pass.
         """
@@ -268,10 +268,9 @@ class Group:
     def backward_input(
         self, gradient_TN: Tensor, seed: Seed | None, *, needs_input: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradient by the first K columns of the input, in a tensor that may have more, and by x A^T, (T, R); the
-        first is None where not needed, the second without branches."""
-        columns, is_dropping = self.num_inputs, self.dropout > 0 and seed is not None
-        by_input: Tensor | None = None
+        """The gradient by the first K columns of the input, (T, K), and by x A^T, (T, R); the first is None where not
+        needed, the second without branches."""
+        is_dropping = self.dropout > 0 and seed is not None
         by_thin: Tensor | None = None
         if self.is_folded:
             assert self._side_NP is not None
@@ -296,7 +295,7 @@ class Group:
                 # The same mask and scale as on the way forward.
                 add_dropped(by_input, by_thin @ self._down_RK, self.dropout, seed)
             else:
-                by_input[:, :columns].addmm_(by_thin, self._down_RK)
+                by_input.addmm_(by_thin, self._down_RK)
         return by_input, by_thin
 
     def backward_parameters(self, gradient_TN: Tensor, by_thin_TR: Tensor | None, read: Read) -> list[Tensor]:

@@ -218,7 +218,7 @@ class Attention(Sublayer):
             by_out_TH, Read(attended_TN, body.thin_out_TR, _next(kept.seed))
         )
         assert by_attended_TN is not None
-        by_attended = by_attended_TN[:, : self._sizes[0]].unflatten(1, (-1, self.head_size))
+        by_attended = by_attended_TN.unflatten(1, (-1, self.head_size))
         turned_TQ = body.qkv_TQ if body.turned_TQ is None else body.turned_TQ
         by_qkv_TQ = with_room_behind(body.qkv_TQ, self.inputs.num_outputs, self.inputs.room)
         into = self._heads(by_qkv_TQ)

@@ -99,11 +99,7 @@ class Scratch:
     def limit(self, most_bytes: int) -> int:
         """Gives out no more from here on. Gives the bytes that this saves of what there was."""
         self._most_bytes = most_bytes
-        if self._flat is None:
-            return 0
-        before = self._flat.numel() * self._flat.element_size()
-        self._flat = None
-        return max(0, before - most_bytes)
+        return max(0, self.drop() - most_bytes)
 
     def rows_at_once(self, num_rows: int, row_bytes: int) -> int:
         """How many rows of so many come at once, in pieces about equally large."""
@@ -116,11 +112,11 @@ class Scratch:
         return -(-num_rows // (num_pieces * tile)) * tile
 
     def take(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(rows, columns), holding what somebody left there: finite numbers."""
+        """(rows, columns), holding anything."""
         size = num_rows * num_columns
         if self._flat is None or self._flat.numel() < size or self._flat.dtype != dtype:
             self._flat = None  # not both at once
-            self._flat = torch.zeros(size, dtype=dtype, device=device)
+            self._flat = torch.empty(size, dtype=dtype, device=device)
         return self._flat[:size].view(num_rows, num_columns)
 
     @property

@@ -167,7 +167,8 @@ def test_many_copies_are_one_launch(target: torch.dtype) -> None:
         (random(rows, columns), whole[:, 2 : 2 + columns], factor)
         for (rows, columns), whole, factor in zip(shapes, wholes, (1.0, 0.3, -2.0), strict=True)
     ]
-    kernels.copy_scaled(kernels.table_of(copies), copies)
+    source, found, _ = copies[0]
+    kernels.copy_scaled(kernels.table_of(copies), source, found, largest=max(one.numel() for one, _, _ in copies))
     for (source, found, factor), whole in zip(copies, wholes, strict=True):
         assert_close(found, source * factor, target)
         assert int((whole == 9.0).sum()) == whole.numel() - source.numel()
