@@ -44,7 +44,7 @@ def main() -> None:
 
 def others() -> Iterator[Tiles]:
     """Tiles besides the usual ones, each for one kernel; of large ones, four warps have too few registers."""
-    for queries, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+    for queries, keys, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         tile = Tile(queries, keys, warps, stages)
         if warps == 8 or queries * keys <= 64 * 64:
             yield from (replace(TILES, **{name: tile}) for name in asdict(TILES) if getattr(TILES, name) != tile)
