@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_l
 from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
-from workers.blocks.agreement import Difference, Tolerance, compare
+from workers.blocks import agreement
+from workers.blocks.agreement import TOLERANCES, Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import Keeping
 from workers.blocks.planning import StepTokens, plan_memory
+from workers.blocks.sublayers import FeedForward
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
@@ -195,6 +198,26 @@ def test_agreement_is_measured_without_leaving_a_trace() -> None:
     off = compare(engine, model, make_batch(), loss_of)
     assert off.layer is not None
     assert min(off.layer, off.whole) > 1e-3
+
+
+def test_a_layer_may_be_off_by_what_rounding_its_input_again_does() -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
+    model = make_model("llama", dtype=torch.bfloat16, **sizes)
+    method = get_method("bottleneck")
+    model = method.attach(model, method.read_settings({}))
+    engine = install(model, is_wide=True)
+    batch = make_batch((64, 100, 30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "ROUNDED_AGAIN", 0.0)
+        unforgiven = compare(engine, model, batch, loss_of)
+    assert unforgiven.layer is not None
+    tolerance = replace(TOLERANCES[torch.bfloat16], layer=0.02)
+    assert unforgiven.layer > tolerance.layer, "its gradients are no steadier than that"
+    assert compare(engine, model, batch, loss_of).within(tolerance)
+    for block in engine.blocks:
+        if isinstance(block.sublayers[0], FeedForward):
+            block.sublayers[0].activation = "gelu_tanh"
+    assert not compare(engine, model, batch, loss_of).within(tolerance)
 
 
 def test_a_branch_that_begins_at_zero_is_looked_at_as_if_it_did_not() -> None:
