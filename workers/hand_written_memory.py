@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import BlockBytes, Keeping, least_keeping
+from workers.blocks.keeping import BlockBytes, Keeping, least_keeping, num_pieces
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
@@ -145,9 +145,15 @@ def _peak(
     head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + chunk
     most = tokens * kept + max(tokens * (stream + norm), head)
     halves = 2 if any(blocks.adapters) else 1
+    pieces = num_pieces(int(tokens))
     in_use = {
         (half, keeps_body): _in_use(
-            blocks, (half,) if halves == 2 else (0, 1), element, keeps_body=keeps_body, on_cpu=kind == "cpu"
+            blocks,
+            (half,) if halves == 2 else (0, 1),
+            element,
+            pieces=1 if keeps_body else pieces,
+            keeps_body=keeps_body,
+            on_cpu=kind == "cpu",
         )
         for half in range(halves)
         for keeps_body in (False, True)
@@ -160,27 +166,32 @@ def _peak(
     return round(most)
 
 
-def _in_use(blocks: Blocks, sublayers: tuple[int, ...], element: int, *, keeps_body: bool, on_cpu: bool) -> int:
+def _in_use(
+    blocks: Blocks, sublayers: tuple[int, ...], element: int, *, pieces: int, keeps_body: bool, on_cpu: bool
+) -> int:
     """Bytes a token that a block works with on the way back, besides what is kept, when it is most.
 
     In the feed-forward network these are the gradient of the stream, the normalised input, the down projection's input
     and the gradient by it; with dropout, two more of that size. In attention the gradients of queries, keys and values
     in pieces and joined, that of attention's result, the normalised input, and the stream's gradient. What was not kept
-    is there besides.
+    is there besides: of the feed-forward network piece by piece, and of attention until its own way back.
     """
     joined, out, _, down = blocks.groups
     hidden, inner = blocks.shape.hidden_size, down.num_inputs
     bodies = blocks.bodies
-    again = 0 if keeps_body else sum(bodies[one] for one in sublayers) + hidden * (len(sublayers) - 1)
+    attention = 0 if keeps_body or 0 not in sublayers else bodies[0] + hidden * (len(sublayers) - 1)
     found = []
     if 1 in sublayers:
+        network = 0 if keeps_body else bodies[1]
+        # With pieces, the gradient before the network is whole, beside the one behind it, of which a piece has a copy.
+        whole = attention + (1 if pieces == 1 else 2 + 1 / pieces) * hidden
         dropped = 2 * inner if blocks.has_dropout else 0
-        found.append(element * (again + 2 * hidden + 2 * inner + dropped))
+        found.append(element * (whole + (network + hidden + 2 * inner + dropped) / pieces))
         if on_cpu:
             # Plain torch makes a tensor of each step of the activation's slope.
-            found.append(element * (again + 2 * hidden + inner) + 4 * 5 * inner)
+            found.append(element * (whole + (network + hidden + inner) / pieces) + 4 * 5 * inner / pieces)
     if 0 in sublayers:
-        found.append(element * (again + 2 * hidden + 2 * joined.num_outputs + out.num_inputs))
+        found.append(element * (attention + 2 * hidden + 2 * joined.num_outputs + out.num_inputs))
     # An adapter's gradients are float32.
     adapter = 4 * (2 * hidden + blocks.bottleneck) if any(blocks.adapters[one] for one in sublayers) else 0
-    return max(found) + adapter
+    return round(max(found)) + adapter

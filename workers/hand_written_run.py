@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping, bytes_of_token, free_bytes_for, is_scarce
+from workers.blocks.keeping import (
+    FILLING_TOKENS,
+    SAFETY,
+    Keeping,
+    bytes_of_token,
+    free_bytes_for,
+    is_scarce,
+    num_pieces,
+)
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DatasetFacts, DeviceFacts
@@ -142,8 +150,10 @@ def run_of(
 def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, element: int, is_lean: bool) -> int:
     """What a micro-batch takes beside weights, adapter and optimizer that fills a GPU, each block keeping its input,
     with the host where that is as fast."""
-    per_token = bytes_of_token(blocks.costs(element), "input" if memory.host_bytes == 0 else "offload")
-    found = free_bytes_for(math.ceil(min(FILLING_TOKENS, math.ceil(step.most)) * per_token / SAFETY))
+    tokens = min(FILLING_TOKENS, math.ceil(step.most))
+    keeping: Keeping = "input" if memory.host_bytes == 0 else "offload"
+    per_token = bytes_of_token(blocks.costs(element), keeping, pieces=num_pieces(tokens))
+    found = free_bytes_for(math.ceil(tokens * per_token / SAFETY))
     if is_lean or is_scarce(found):
         return found + min(memory.scratch_bytes, LEAN_SCRATCH_BYTES)
     return found + memory.scratch_bytes + memory.turns_bytes

@@ -257,7 +257,7 @@ def test_launches_are_recorded_where_the_estimate_says_so(
         ("NVIDIA H200", "NVIDIA A100"), (50, 200, 500, 1000, 5000), (False, True), (1, 4, 8)
     ):
         per_token = sum(cost.input if is_lean else cost.all for cost in costs)
-        per_token += max(cost.lean_working if is_lean else cost.working for cost in costs)
+        per_token += max(cost.lean_working(1) if is_lean else cost.working for cost in costs)
         room = rules.free_bytes_for(round(tokens * per_token / SAFETY))
         device = DeviceFacts("cuda", gpu, room + CONTEXT_BYTES, 8)
         recipe = recipe_of(batch_size=8, micro_batch_size=rows, gradient_checkpointing=is_lean, max_length=256)
@@ -403,7 +403,7 @@ def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks)
     for tokens, expected in ((FILLING_TOKENS, FILLING_TOKENS), (10 * MOST_TOKENS, MOST_TOKENS), (1000, FILLING_TOKENS)):
         free = round(tokens * per_token / SAFETY) + 4096
         assert token_budget(costs, free_bytes=free, num_tokens=FILLING_TOKENS) == expected
-    tight = round(100 * (sum(cost.input for cost in costs) + costs[0].lean_working) / SAFETY) + 4096
+    tight = round(100 * (sum(cost.input for cost in costs) + costs[0].lean_working(1)) / SAFETY) + 4096
     assert token_budget(costs, free_bytes=tight) == tokens_that_fit(costs, "input", free_bytes=tight) == 100
     assert token_budget(costs, free_bytes=-1) == 1
 

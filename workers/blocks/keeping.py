@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
@@ -47,24 +47,41 @@ IN_FLIGHT = 2
 OPERATIONS_PER_BYTE = 20_000
 """Operations of a block, forward, for each byte of its input from which on copies hide behind them: a GPU of some 700
 TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
+PIECE_TOKENS, MOST_PIECES = 1024, 4
+"""Where a block kept its input alone, its feed-forward network is gone back through in pieces of so many tokens at
+least, and so many at most: what it computes again is most of what a run works with that is short of memory, and as many
+tokens keep a GPU nearly as busy. Weights in 4 bits are computed back for each piece."""
 HOST_SHARE = 1 / 8
 """Of the host's free memory, what one run takes for inputs: others train on the same host."""
 _ROUNDED_UP = 2
 """Page-locked memory comes in powers of two bytes."""
 
 
+def num_pieces(num_tokens: int) -> int:
+    """In how many pieces a feed-forward network goes back through so many tokens that it computes again."""
+    return max(1, min(MOST_PIECES, num_tokens // PIECE_TOKENS))
+
+
 @dataclass(frozen=True)
 class BlockBytes:
-    """Bytes that a block keeps for one token, by what it keeps, and those that are in use only while it computes."""
+    """Bytes that a block keeps for one token, by what it keeps, and those that are in use only while it computes.
+
+    For a block that kept its input alone these are counted term by term, since they are most of what a run has that is
+    short of memory: in attention; in the feed-forward network for all tokens; and there for those of a piece.
+    """
 
     all: int
     attention: int
     input: int
     offload: int
     working: int
-    lean_working: int
-    """In use while a block computes that kept its input alone, term by term: of a run that is short of memory it is
-    most of what there is."""
+    lean_attention: int
+    lean_feed_forward: int = 0
+    piece: int = 0
+
+    def lean_working(self, pieces: int) -> int:
+        """Bytes a token in use while a block computes that kept its input alone, with its tokens in so many pieces."""
+        return max(self.lean_attention, self.lean_feed_forward + math.ceil(self.piece / pieces))
 
     def of(self, keeping: Keeping) -> int:
         """Bytes a token for one way of keeping."""
@@ -89,24 +106,32 @@ def bytes_of_block(
         drops: whether the inputs of low-rank branches are dropped in part.
     """
     sizes = [body * element for body in bodies]
-    inputs = hidden * element * len(bodies)
+    stream = hidden * element
     adapter = 5 * hidden if has_adapter else 0
-    everything = sum(sizes) + inputs + adapter
-    working = 2 * everything
-    lean_working = working
-    if len(bodies) > 1 and not drops:
-        # Beside everything but the input, which is counted as kept: the gradient of the stream, the normalised input,
-        # and the gradient by the down projection's input, which is half of gate and up, the feed-forward network's
-        # body. In attention it is less.
-        lean_working = everything + hidden * element + sizes[-1] // 2
-    return BlockBytes(
+    everything = sum(sizes) + stream * len(bodies) + adapter
+    found = BlockBytes(
         all=everything,
-        attention=sizes[0] + inputs + adapter,
-        input=hidden * element + adapter,
+        attention=sizes[0] + stream * len(bodies) + adapter,
+        input=stream + adapter,
         offload=adapter,
         # One block's own working memory on the way back: everything that it would keep, and as much of gradients.
-        working=working,
-        lean_working=lean_working,
+        working=2 * everything,
+        lean_attention=2 * everything,
+    )
+    if len(bodies) == 1:
+        return found
+    attention, feed_forward = sizes
+    inner = feed_forward // 2
+    return replace(
+        found,
+        # Beside the input, which is counted as kept: what it computed, and as much of gradients; the normalised input
+        # and the gradient by it; and those of the stream, behind and before.
+        lean_attention=2 * attention + (5 if drops else 4) * stream,
+        # What attention computed, the network's input, and the stream's gradients; and of a piece gate and up, the
+        # gradient by the down projection's input, the normalised input, and the stream's gradient with room behind it.
+        # With dropout one more of what layers read.
+        lean_feed_forward=attention + 3 * stream,
+        piece=feed_forward + stream + (2 if drops else 1) * (inner + stream),
     )
 
 
@@ -164,7 +189,7 @@ def choose_keeping(
             return keeping
         keeping[place] = "input"
         needed -= num_tokens * (cost.all - cost.input)
-    room = planned - num_tokens * max(cost.lean_working for cost in costs)
+    room = planned - num_tokens * _lean_working(costs, num_pieces(num_tokens))
     if needed <= room:
         return keeping
     room -= num_tokens * IN_FLIGHT * max(cost.stream for cost in costs)
@@ -191,21 +216,31 @@ def _num_offloaded(costs: Sequence[BlockBytes], num_tokens: int, host_bytes: int
     return min(most, host_bytes // each)
 
 
-def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping) -> int:
-    """What a token takes of the device while its batch is gone back through, where all blocks keep so much."""
+def _lean_working(costs: Sequence[BlockBytes], pieces: int) -> int:
+    return max((cost.lean_working(pieces) for cost in costs), default=0)
+
+
+def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int) -> int:
+    """What a token takes of the device while its batch is gone back through, where all blocks keep so much; with what
+    they compute again in so many pieces."""
     per_token = sum(cost.of(keeping) for cost in costs)
     if keeping in ("all", "attention"):
-        per_token += max((cost.working for cost in costs), default=0)
-    else:
-        per_token += max((cost.lean_working for cost in costs), default=0)
+        return per_token + max((cost.working for cost in costs), default=0)
     if keeping == "offload":
         per_token += IN_FLIGHT * max((cost.stream for cost in costs), default=0)
-    return per_token
+    return per_token + _lean_working(costs, pieces)
 
 
 def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int) -> int:
     """The most tokens of a batch whose blocks all keep so much within `free_bytes`."""
-    return max(0, int(free_bytes * SAFETY)) // max(1, bytes_of_token(costs, keeping))
+    planned = max(0, int(free_bytes * SAFETY))
+    found = 0
+    for pieces in range(MOST_PIECES, 0, -1):
+        # More pieces take less memory, and need more tokens.
+        found = planned // max(1, bytes_of_token(costs, keeping, pieces=pieces))
+        if num_pieces(found) >= pieces:
+            break
+    return found
 
 
 def token_budget(

@@ -125,15 +125,16 @@ def _gated_backward(
     tl.store(gradient_at + row * gradient_row + column, found.to(gradient_at.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["offset"])
+@triton.jit(do_not_specialize=["offset", "first_row"])
 def _dropped(
-    x_at, out_at, seed_at, offset, x_row, out_row, width, share, scale, ADDS: tl.constexpr, QUADS: tl.constexpr
+    x_at, out_at, seed_at, offset, first_row, x_row, out_row, width, share, scale,
+    ADDS: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # Each draw gives four numbers, and all are used.
     quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
     seed = tl.load(seed_at) + offset
-    one, two, three, four = tl.rand4x(seed, row * ((width + 3) // 4) + quad)
+    one, two, three, four = tl.rand4x(seed, (first_row + row) * ((width + 3) // 4) + quad)
     drawn = tl.interleave(tl.interleave(one, three), tl.interleave(two, four))
     column = tl.program_id(1) * 4 * QUADS + tl.arange(0, 4 * QUADS)
     inside = column < width
@@ -303,8 +304,8 @@ def _drop(x_TK: Tensor, out_TK: Tensor, share: float, seed: Seed, *, adds: bool)
     assert x_TK.stride(1) == out_TK.stride(1) == 1
     quads = min(512, triton.next_power_of_2(triton.cdiv(width, 4)))
     _dropped[(num_rows, triton.cdiv(width, 4 * quads))](
-        x_TK, out_TK, seed.base_1, seed.offset, x_TK.stride(0), out_TK.stride(0), width, share, 1.0 / (1.0 - share),
-        ADDS=adds, QUADS=quads, num_warps=4,
+        x_TK, out_TK, seed.base_1, seed.offset, seed.first_row, x_TK.stride(0), out_TK.stride(0), width, share,
+        1.0 / (1.0 - share), ADDS=adds, QUADS=quads, num_warps=4,
     )  # fmt: skip
 
 

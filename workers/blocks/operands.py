@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -24,14 +24,21 @@ class Norm:
 
 @dataclass(frozen=True)
 class Seed:
-    """Where random numbers begin: at `base_1`, (1,) int64, plus `offset`.
+    """Where random numbers begin: at `base_1`, (1,) int64, plus `offset`; for a tensor whose rows are those of a larger
+    one, of `num_rows`, from `first_row` on, the numbers that these rows have there.
 
     The base is on the device, so that launches which were recorded once draw anew each time.
     """
 
     base_1: Tensor
     offset: int = 0
+    first_row: int = 0
+    num_rows: int | None = None
 
     def plus(self, more: int) -> Seed:
         """One of another offset."""
-        return Seed(self.base_1, self.offset + more)
+        return replace(self, offset=self.offset + more)
+
+    def of_rows(self, first: int, num_rows: int) -> Seed:
+        """For the rows from `first` on of a tensor that has `num_rows`."""
+        return replace(self, first_row=first, num_rows=num_rows)

@@ -157,7 +157,10 @@ def dropped(x_TK: Tensor, share: float, seed: Seed) -> Tensor:
 
         return kernels.dropped(x_TK, share, seed)
     generator = torch.Generator(device=x_TK.device).manual_seed(int(seed.base_1) + seed.offset)
-    kept = torch.rand(x_TK.shape, generator=generator, device=x_TK.device) >= share
+    num_rows, width = x_TK.shape
+    whole = (num_rows if seed.num_rows is None else seed.num_rows, width)
+    drawn = torch.rand(whole, generator=generator, device=x_TK.device)
+    kept = drawn[seed.first_row : seed.first_row + num_rows] >= share
     return x_TK * kept.to(x_TK.dtype) * (1.0 / (1.0 - share))
 
 

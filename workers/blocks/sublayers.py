@@ -6,6 +6,7 @@ that is kept is chosen from outside. What is cheap (norms, rotations' inverses, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.attention import attend, attend_backward
+from workers.blocks.keeping import num_pieces
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
@@ -119,14 +121,24 @@ class Sublayer(ABC):
         out_TH = with_room_behind(gradient_TH, gradient_TH.shape[1], self.outputs.room)
         return rms_norm_backward(gradient_TH, body.out_TH, self.post_norm, body.out_inverse_T, out_TH)
 
+    def _room_for_gradient(self, x_TH: Tensor) -> Tensor:
+        """Where the gradient by the input goes."""
+        return with_room_behind(x_TH, x_TH.shape[1], self.gradient_room)
+
     def _out_of_norm(
-        self, gradient_TK: Tensor | None, kept: Kept, inverse_T: Tensor, gradient_TH: Tensor
+        self,
+        gradient_TK: Tensor | None,
+        kept: Kept,
+        inverse_T: Tensor,
+        gradient_TH: Tensor,
+        into_TH: Tensor | None = None,
     ) -> Tensor | None:
-        """The gradient by the sublayer's input from that behind its norm and that of the stream; None without it."""
+        """The gradient by the sublayer's input from that behind its norm and that of the stream, in `into_TH` if given;
+        None without the first."""
         if gradient_TK is None:
             return None
         added_to = gradient_TH if self.adds_input else None
-        out_TH = with_room_behind(kept.x_TH, kept.x_TH.shape[1], self.gradient_room)
+        out_TH = self._room_for_gradient(kept.x_TH) if into_TH is None else into_TH
         return rms_norm_backward(gradient_TK, kept.x_TH, self.norm, inverse_T, out_TH, added_to)
 
 
@@ -293,6 +305,29 @@ class FeedForward(Sublayer):
         return out_TK
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
+        num_tokens = kept.x_TH.shape[0]
+        pieces = 1 if kept.body is not None else num_pieces(num_tokens)
+        if pieces == 1:
+            return Gradients(*self._backward(gradient_TH, kept, needs_input=needs_input))
+        # What is computed again is there for some tokens at a time.
+        out_TH = self._room_for_gradient(kept.x_TH) if needs_input else None
+        by_parameters: list[Tensor] = []
+        step = math.ceil(num_tokens / pieces)
+        for first in range(0, num_tokens, step):
+            rows = slice(first, first + step)
+            piece = Kept(kept.x_TH[rows], None if kept.seed is None else kept.seed.of_rows(first, num_tokens))
+            into_TH = None if out_TH is None else out_TH[rows]
+            _, found = self._backward(gradient_TH[rows], piece, needs_input=needs_input, into_TH=into_TH)
+            if by_parameters:
+                torch._foreach_add_(by_parameters, found)
+            else:
+                by_parameters = found
+        return Gradients(out_TH, by_parameters)
+
+    def _backward(
+        self, gradient_TH: Tensor, kept: Kept, *, needs_input: bool, into_TH: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients by the input, in `into_TH` if given, and by the parameters."""
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
         body, kept.body = kept.body or self._again(normed_TK, kept), None
         by_out_TH = self._by_out(gradient_TH, body)
@@ -310,8 +345,7 @@ class FeedForward(Sublayer):
             by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
         del body, by_gate_up_T2F, normed_TK  # before the result is made
-        by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
-        return Gradients(by_input_TH, of_inputs + of_outputs)
+        return self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH, into_TH), of_inputs + of_outputs
 
 
 def _next(seed: Seed | None) -> Seed | None:

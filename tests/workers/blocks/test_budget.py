@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +17,16 @@ from workers.blocks.keeping import (
     MOST_TOKENS,
     SAFETY,
     BlockBytes,
+    Keeping,
     bytes_of_block,
+    bytes_of_token,
     choose_keeping,
     free_bytes_for,
     hides_copies,
     lean_token_budget,
     least_keeping,
     logit_bytes,
+    num_pieces,
     planned_bytes,
     token_budget,
     tokens_that_fit,
@@ -29,7 +34,7 @@ from workers.blocks.keeping import (
 from workers.blocks.planning import offloading_wins
 from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
 
-COST = BlockBytes(all=100, attention=40, input=8, offload=1, working=200, lean_working=200)
+COST = BlockBytes(all=100, attention=40, input=8, offload=1, working=200, lean_attention=200)
 TOKENS = 10
 WORKING = TOKENS * COST.working
 
@@ -120,13 +125,27 @@ def test_more_tokens_are_taken_only_where_they_save_more_than_is_computed_twice(
 
 def test_a_lean_batch_is_bounded_by_what_is_worked_with_and_by_the_host() -> None:
     costs = [EIGHT_B] * BLOCKS
-    free = free_for(4000, "offload")
-    assert lean_token_budget(costs, free_bytes=free, host_bytes=None) == 4000
+    free = free_for(5000, "offload")
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=None) == 5000
     assert lean_token_budget(costs, free_bytes=2**40, host_bytes=None) == MOST_TOKENS
     of_3000 = 3000 * 2 * EIGHT_B.stream * (BLOCKS - 1)
     assert lean_token_budget(costs, free_bytes=free, host_bytes=of_3000) == 3000
     on_the_device = tokens_that_fit(costs, "input", free_bytes=free)
     assert lean_token_budget(costs, free_bytes=free, host_bytes=1) == on_the_device < 2000
+
+
+@given(tokens=st.integers(1, 20_000), keeping=st.sampled_from(["all", "attention", "input", "offload"]))
+def test_the_tokens_that_fit_are_as_many_as_their_bytes_allow(tokens: int, keeping: Keeping) -> None:
+    costs = [EIGHT_B] * BLOCKS
+
+    def needed(tokens: int) -> int:
+        return tokens * bytes_of_token(costs, keeping, pieces=num_pieces(tokens))
+
+    found = tokens_that_fit(costs, keeping, free_bytes=math.ceil(needed(tokens) / SAFETY))
+    assert found >= tokens
+    assert needed(found) <= needed(tokens) + SAFETY
+    assert num_pieces(1023) == num_pieces(2047) == 1
+    assert (num_pieces(2048), num_pieces(4095), num_pieces(4096), num_pieces(16384)) == (2, 3, 4, 4)
 
 
 @given(free=st.integers(0, 2**38), more=st.integers(0, 2**34))
@@ -165,5 +184,9 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     assert found.attention == 2 * (attention + 2 * hidden)
     assert found.input == found.stream == 2 * hidden
     assert found.offload == 0
-    assert found.lean_working == found.all + 2 * hidden + gate_up
+    assert found.lean_attention == 2 * (2 * attention + 4 * hidden)
+    for pieces in (1, 2, 4):
+        in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * hidden) / pieces)
+        in_feed_forward = 2 * (attention + 3 * hidden) + in_piece
+        assert found.lean_working(pieces) == max(found.lean_attention, in_feed_forward)
     assert found.working == 2 * found.all

@@ -19,6 +19,7 @@ from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
 from workers.blocks import agreement
+from workers.blocks import keeping as rules
 from workers.blocks.agreement import TOLERANCES, Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
@@ -168,6 +169,33 @@ def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping, is
     slope = (losses[0] - losses[1]) / (2 * step)
     expected = sum(float((found[name] * directions[name]).sum()) for name in found)
     assert slope == pytest.approx(expected, rel=3e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "wide"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+def test_what_is_computed_again_in_pieces_gives_the_same(
+    family: str, is_wide: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(make_model(family), dropout=dropout).train()
+    engine = install(model, is_wide=is_wide)
+    engine.keeping = ["input"] * len(engine.blocks)
+    batch = make_batch()
+    torch.manual_seed(3)
+    whole_loss, whole = gradients(model, batch, engine)
+    seen: list[int] = []
+    network = engine.blocks[0].sublayers[1]
+    backward = network.outputs.backward_input
+    monkeypatch.setattr(
+        network.outputs, "backward_input", lambda found, *rest: (seen.append(len(found)), backward(found, *rest))[1]
+    )
+    monkeypatch.setattr(rules, "PIECE_TOKENS", 13)
+    torch.manual_seed(3)
+    loss, found = gradients(model, batch, engine)
+    assert seen == [14, 14, 13], "41 tokens"
+    assert loss == whole_loss
+    for name, expected in whole.items():
+        assert float((found[name] - expected).norm() / expected.norm()) < 1e-5, name
 
 
 def test_agreement_is_measured_without_leaving_a_trace() -> None:

@@ -107,6 +107,8 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     seed = Seed(torch.tensor([7], device=DEVICE))
     found = kernels.dropped(x, 0.25, seed)
     assert torch.equal(found, kernels.dropped(x, 0.25, seed))
+    rows = slice(3, 7)
+    assert torch.equal(found[rows], kernels.dropped(x[rows], 0.25, seed.of_rows(3, len(x))))
     assert not torch.equal(found, kernels.dropped(x, 0.25, seed.plus(1)))
     assert sorted(found.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
     assert float(found.mean()) == pytest.approx(1.0, abs=0.01)

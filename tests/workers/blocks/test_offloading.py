@@ -305,7 +305,7 @@ def test_an_engine_short_of_memory_offloads_and_one_with_plenty_does_not(monkeyp
     engine = install(model, is_wide=True)
     monkeypatch.setattr(engines, "hides_copies", lambda *_: True)
     batch = batch_of((50, 60))
-    working = batch.num_tokens * max(cost.lean_working for cost in engine.costs)
+    working = batch.num_tokens * max(cost.lean_working(1) for cost in engine.costs)
     little = LEAN_LOGIT_BYTES + int(working / 0.92) + 1
     for free_bytes, expected in ((little, {"offload", "input"}), (2**33, {"all"})):
         follow(engine, free_bytes, 10**9, is_lean=False)

@@ -47,7 +47,7 @@ class Room:
             assert run.engine is not None
             costs = run.engine.costs
             per_token = sum(cost.input if self.lean else cost.all for cost in costs)
-            working = max(cost.lean_working if self.lean else cost.working for cost in costs)
+            working = max(cost.lean_working(1) if self.lean else cost.working for cost in costs)
             found = int(self.tokens * (per_token + working) / SAFETY) + 64
             found = found if run.max_micro_batch_size is None else found // 2
             return found + LEAN_LOGIT_BYTES
