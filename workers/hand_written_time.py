@@ -124,7 +124,7 @@ def step_work(
 def _again(blocks: Blocks, keeping: Keeping) -> float:
     """Weights of a layer whose products are computed once more on the way back: the last sublayer's result is not."""
     joined, out, gate_up, _ = (group.num_weights for group in blocks.groups)
-    if keeping == "all":
+    if keeping in ("all", "bodies"):
         return 0
     return gate_up if keeping == "attention" else joined + (0 if any(blocks.adapters) else out) + gate_up
 

@@ -399,7 +399,7 @@ def test_copies_of_branches_take_turns_where_launches_are_not_recorded_and_memor
 
 def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:
     costs = eight_b.costs(2)
-    per_token = sum(cost.all for cost in costs) + costs[0].working
+    per_token = sum(cost.bodies for cost in costs) + costs[0].working
     for tokens, expected in ((FILLING_TOKENS, FILLING_TOKENS), (10 * MOST_TOKENS, MOST_TOKENS), (1000, FILLING_TOKENS)):
         free = round(tokens * per_token / SAFETY) + 4096
         assert token_budget(costs, free_bytes=free, num_tokens=FILLING_TOKENS) == expected

@@ -81,7 +81,7 @@ class _BlockFunction(torch.autograd.Function):
         result_TH, kept = _forward(block, x_TH, around, keeping, seed)
         # Not by save_for_backward: what is kept is written over on the way back, to need no more memory than on the
         # way here, so it cannot be gone through twice.
-        ctx.kept = kept if needs_gradient and keeping in ("all", "attention") else None
+        ctx.kept = kept if needs_gradient and keeping not in ("input", "offload") else None
         if ctx.input is not None:
             ctx.input.settle()
         return result_TH
@@ -124,8 +124,10 @@ def _forward(
 ) -> tuple[Tensor, list[Kept]]:
     kept = []
     for place, sublayer in enumerate(block.sublayers):
-        keeps_body = keeping == "all" or (keeping == "attention" and place == 0)
-        x_TH, left = sublayer.forward(x_TH, around, seed=_seed(seed, place), keeps_body=keeps_body)
+        keeps_body = keeping in ("all", "bodies") or (keeping == "attention" and place == 0)
+        x_TH, left = sublayer.forward(
+            x_TH, around, seed=_seed(seed, place), keeps_body=keeps_body, keeps_normed=keeping == "all"
+        )
         kept.append(left)
     return x_TH, kept
 

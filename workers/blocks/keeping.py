@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, PAD
 
-Keeping = Literal["all", "attention", "input", "offload"]
-"""What a block keeps for the way back: what both sublayers computed; attention's alone; or only its own input, from
-which it computes everything again, on the device or in the host's memory."""
+Keeping = Literal["all", "bodies", "attention", "input", "offload"]
+"""What a block keeps for the way back: what both sublayers computed, with their normalised inputs or without; what
+attention computed; or only its own input, from which it computes everything again, on the device or in the host's
+memory."""
 
 SAFETY = 0.92
 """Share of free memory that is planned with: what is freed comes back in pieces."""
@@ -71,6 +72,7 @@ class BlockBytes:
     """
 
     all: int
+    bodies: int
     attention: int
     input: int
     offload: int
@@ -85,7 +87,8 @@ class BlockBytes:
 
     def of(self, keeping: Keeping) -> int:
         """Bytes a token for one way of keeping."""
-        return {"all": self.all, "attention": self.attention, "input": self.input, "offload": self.offload}[keeping]
+        found: int = getattr(self, keeping)
+        return found
 
     @property
     def stream(self) -> int:
@@ -108,15 +111,16 @@ def bytes_of_block(
     sizes = [body * element for body in bodies]
     stream = hidden * element
     adapter = 5 * hidden if has_adapter else 0
-    everything = sum(sizes) + stream * len(bodies) + adapter
+    bodies_bytes = sum(sizes) + stream * len(bodies) + adapter
     found = BlockBytes(
-        all=everything,
+        all=bodies_bytes + (hidden + PAD) * element * len(bodies),
+        bodies=bodies_bytes,
         attention=sizes[0] + stream * len(bodies) + adapter,
         input=stream + adapter,
         offload=adapter,
-        # One block's own working memory on the way back: everything that it would keep, and as much of gradients.
-        working=2 * everything,
-        lean_attention=2 * everything,
+        # One block's own working memory on the way back: all that it computed, and as much of gradients.
+        working=2 * bodies_bytes,
+        lean_attention=2 * bodies_bytes,
     )
     if len(bodies) == 1:
         return found
@@ -171,24 +175,27 @@ def choose_keeping(
     """For each block what it keeps, so that a batch of `num_tokens` stays within `free_bytes`, with the least done
     twice; where nothing is small enough, each keeps its input alone, offloaded as far as `host_bytes` allow.
 
-    The first blocks give up first: what they keep lies about the longest. The last one to give up keeps what attention
-    computed, where that is enough. Inputs are offloaded only where all blocks keep no more, and the first ones only, as
+    Normalised inputs go first, of all blocks: for their bytes nothing is computed again as fast. Then the first blocks
+    give up first: what they keep lies about the longest. The last one to give up keeps what attention computed, where
+    that is enough. Inputs are offloaded only where all blocks keep no more, and the first ones only, as
     far as need be. None is a host without bounds.
     """
-    keeping: list[Keeping] = ["all"] * len(costs)
     if not costs:
-        return keeping
+        return []
     planned = int(free_bytes * SAFETY)
     room = planned - num_tokens * max(cost.working for cost in costs)
-    needed = num_tokens * sum(cost.all for cost in costs)
+    if num_tokens * sum(cost.all for cost in costs) <= room:
+        return ["all"] * len(costs)
+    keeping: list[Keeping] = ["bodies"] * len(costs)
+    needed = num_tokens * sum(cost.bodies for cost in costs)
     for place, cost in enumerate(costs):
         if needed <= room:
             return keeping
-        if needed - num_tokens * (cost.all - cost.attention) <= room:
+        if needed - num_tokens * (cost.bodies - cost.attention) <= room:
             keeping[place] = "attention"
             return keeping
         keeping[place] = "input"
-        needed -= num_tokens * (cost.all - cost.input)
+        needed -= num_tokens * (cost.bodies - cost.input)
     room = planned - num_tokens * _lean_working(costs, num_pieces(num_tokens))
     if needed <= room:
         return keeping
@@ -199,6 +206,11 @@ def choose_keeping(
         keeping[place] = "offload"
         needed -= num_tokens * costs[place].stream
     return keeping
+
+
+def num_kept(keeping: Sequence[Keeping]) -> int:
+    """Blocks that compute nothing twice but norms, if that."""
+    return keeping.count("all") + keeping.count("bodies")
 
 
 def least_keeping(costs: Sequence[BlockBytes], *, num_tokens: int, host_bytes: int | None) -> list[Keeping]:
@@ -224,7 +236,7 @@ def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int
     """What a token takes of the device while its batch is gone back through, where all blocks keep so much; with what
     they compute again in so many pieces."""
     per_token = sum(cost.of(keeping) for cost in costs)
-    if keeping in ("all", "attention"):
+    if keeping in ("all", "bodies", "attention"):
         return per_token + max((cost.working for cost in costs), default=0)
     if keeping == "offload":
         per_token += IN_FLIGHT * max((cost.stream for cost in costs), default=0)
@@ -257,14 +269,14 @@ def token_budget(
     Args:
         num_tokens: the most tokens that a step has.
     """
-    kept = tokens_that_fit(costs, "all", free_bytes=free_bytes)
+    kept = tokens_that_fit(costs, "bodies", free_bytes=free_bytes)
     if kept >= FILLING_TOKENS:
         return min(kept, MOST_TOKENS)
 
     def time_of_token(tokens: int) -> float:
         tokens = max(1, min(tokens, num_tokens))
         keeping = choose_keeping(costs, num_tokens=tokens, free_bytes=free_bytes, host_bytes=host_bytes)
-        share_again = 1 - keeping.count("all") / max(1, len(keeping))
+        share_again = 1 - num_kept(keeping) / max(1, len(keeping))
         return (1 + BESIDE_TOKENS / tokens) * (1 + AGAIN_SHARE * share_again)
 
     most = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
@@ -289,4 +301,4 @@ def copies_fit(costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: int)
         num_tokens: the most tokens that a step has.
         free_bytes: what is left beside these weights.
     """
-    return min(num_tokens, FILLING_TOKENS) <= tokens_that_fit(costs, "all", free_bytes=free_bytes)
+    return min(num_tokens, FILLING_TOKENS) <= tokens_that_fit(costs, "bodies", free_bytes=free_bytes)

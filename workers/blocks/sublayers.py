@@ -46,11 +46,16 @@ class Gradients:
 
 @dataclass
 class Kept:
-    """What a sublayer's forward pass leaves for its backward pass; `body` only where it is not to be computed again."""
+    """What a sublayer's forward pass leaves for its backward pass; `body` only where it is not to be computed again.
+
+    With `normed` there is `body`, too.
+    """
 
     x_TH: Tensor
     seed: Seed | None
     body: Any = None
+    normed: tuple[Tensor, Tensor] | None = None
+    """The normalised input and 1 / rms; only where it is not to be computed again."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +88,13 @@ class Sublayer(ABC):
 
     @abstractmethod
     def forward(
-        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+        self,
+        x_TH: Tensor,
+        around: Surroundings,
+        *,
+        seed: Seed | None,
+        keeps_body: bool,
+        keeps_normed: bool = False,
     ) -> tuple[Tensor, Kept]:
         """The sublayer's result, (T, H), and what its backward pass needs; drops by `seed`, and nothing for None."""
 
@@ -210,16 +221,22 @@ class Attention(Sublayer):
         return body
 
     def forward(
-        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+        self,
+        x_TH: Tensor,
+        around: Surroundings,
+        *,
+        seed: Seed | None,
+        keeps_body: bool,
+        keeps_normed: bool = False,
     ) -> tuple[Tensor, Kept]:
-        normed_TK, _ = self._normed(x_TH, self.inputs.width)
-        body = self._body(normed_TK, around, seed)
-        del normed_TK
-        result_TH = self._finish(x_TH, body, body.attended.out_TGD.flatten(1), seed)
-        return result_TH, Kept(x_TH, seed, body if keeps_body else None)
+        normed = self._normed(x_TH, self.inputs.width)
+        body = self._body(normed[0], around, seed)
+        kept = Kept(x_TH, seed, body if keeps_body else None, normed if keeps_normed else None)
+        del normed
+        return self._finish(x_TH, body, body.attended.out_TGD.flatten(1), seed), kept
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
-        normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
+        normed_TK, inverse_T = kept.normed or self._normed(kept.x_TH, self.inputs.width)
         body = kept.body
         if body is None:
             body = self._body(normed_TK, around, kept.seed)
@@ -279,14 +296,20 @@ class FeedForward(Sublayer):
         return self.inputs.num_outputs + self.inputs.num_ranks + self.outputs.num_ranks + normed
 
     def forward(
-        self, x_TH: Tensor, around: Surroundings, *, seed: Seed | None, keeps_body: bool
+        self,
+        x_TH: Tensor,
+        around: Surroundings,
+        *,
+        seed: Seed | None,
+        keeps_body: bool,
+        keeps_normed: bool = False,
     ) -> tuple[Tensor, Kept]:
-        normed_TK, _ = self._normed(x_TH, self.inputs.width)
-        gate_up_T2F, read = self.inputs.forward(normed_TK, seed=seed, has_room=True)
+        normed = self._normed(x_TH, self.inputs.width)
+        gate_up_T2F, read = self.inputs.forward(normed[0], seed=seed, has_room=True)
         body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
-        del normed_TK, read
-        result_TH = self._finish(x_TH, body, self._gated(body), seed)
-        return result_TH, Kept(x_TH, seed, body if keeps_body else None)
+        kept = Kept(x_TH, seed, body if keeps_body else None, normed if keeps_normed else None)
+        del normed, read
+        return self._finish(x_TH, body, self._gated(body), seed), kept
 
     def _again(self, normed_TK: Tensor, kept: Kept) -> _FeedForwardBody:
         """What the backward pass needs, without the last product where it can do so."""
@@ -328,7 +351,8 @@ class FeedForward(Sublayer):
         self, gradient_TH: Tensor, kept: Kept, *, needs_input: bool, into_TH: Tensor | None = None
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients by the input, in `into_TH` if given, and by the parameters."""
-        normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
+        normed_TK, inverse_T = kept.normed or self._normed(kept.x_TH, self.inputs.width)
+        kept.normed = None
         body, kept.body = kept.body or self._again(normed_TK, kept), None
         by_out_TH = self._by_out(gradient_TH, body)
         seed = _next(kept.seed)

@@ -32,9 +32,9 @@ from workers.blocks.keeping import (
     tokens_that_fit,
 )
 from workers.blocks.planning import offloading_wins
-from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, PAD
 
-COST = BlockBytes(all=100, attention=40, input=8, offload=1, working=200, lean_attention=200)
+COST = BlockBytes(all=120, bodies=100, attention=40, input=8, offload=1, working=200, lean_attention=200)
 TOKENS = 10
 WORKING = TOKENS * COST.working
 
@@ -47,10 +47,12 @@ def room_for(num_bytes: int) -> int:
 @pytest.mark.parametrize(
     ("num_bytes", "expected"),
     [
-        (4000, ["all"] * 4),
-        (3999, ["attention", "all", "all", "all"]),
-        (3399, ["input", "all", "all", "all"]),
-        (2481, ["input", "attention", "all", "all"]),
+        (4800, ["all"] * 4),
+        (4799, ["bodies"] * 4),
+        (4000, ["bodies"] * 4),
+        (3999, ["attention", "bodies", "bodies", "bodies"]),
+        (3399, ["input", "bodies", "bodies", "bodies"]),
+        (2481, ["input", "attention", "bodies", "bodies"]),
         (320, ["input"] * 4),
         (0, ["input"] * 4),
     ],
@@ -115,9 +117,9 @@ def test_tokens_fill_the_device_before_any_input_stays_on_it() -> None:
 
 def test_more_tokens_are_taken_only_where_they_save_more_than_is_computed_twice() -> None:
     costs = [EIGHT_B] * BLOCKS
-    nearly_all = free_for(FILLING_TOKENS - 100, "all")
+    nearly_all = free_for(FILLING_TOKENS - 100, "bodies")
     assert token_budget(costs, free_bytes=nearly_all, host_bytes=None, num_tokens=4700) == FILLING_TOKENS
-    few = free_for(FILLING_TOKENS // 3, "all")
+    few = free_for(FILLING_TOKENS // 3, "bodies")
     assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=4700) > 2 * FILLING_TOKENS
     # A step that has no more tokens gains nothing by it, and keeps what it can.
     assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=FILLING_TOKENS) == FILLING_TOKENS
@@ -134,7 +136,7 @@ def test_a_lean_batch_is_bounded_by_what_is_worked_with_and_by_the_host() -> Non
     assert lean_token_budget(costs, free_bytes=free, host_bytes=1) == on_the_device < 2000
 
 
-@given(tokens=st.integers(1, 20_000), keeping=st.sampled_from(["all", "attention", "input", "offload"]))
+@given(tokens=st.integers(1, 20_000), keeping=st.sampled_from(["all", "bodies", "attention", "input", "offload"]))
 def test_the_tokens_that_fit_are_as_many_as_their_bytes_allow(tokens: int, keeping: Keeping) -> None:
     costs = [EIGHT_B] * BLOCKS
 
@@ -180,7 +182,8 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     attention = joined + attended + 4 * rank
     gate_up = 2 * inner + 3 * rank
     found = block_bytes(block, 2)
-    assert found.all == 2 * (attention + gate_up + 2 * hidden)
+    assert found.bodies == 2 * (attention + gate_up + 2 * hidden)
+    assert found.all == found.bodies + 2 * 2 * (hidden + PAD)
     assert found.attention == 2 * (attention + 2 * hidden)
     assert found.input == found.stream == 2 * hidden
     assert found.offload == 0
@@ -189,4 +192,4 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
         in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * hidden) / pieces)
         in_feed_forward = 2 * (attention + 3 * hidden) + in_piece
         assert found.lean_working(pieces) == max(found.lean_attention, in_feed_forward)
-    assert found.working == 2 * found.all
+    assert found.working == 2 * found.bodies

@@ -63,7 +63,7 @@ def assert_same(model: Any, engine: Any, batch: Batch, *, tolerance: float = 2e-
         assert float((own[name] - expected).norm()) / size < tolerance * 10, name
 
 
-@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("keeping", ["all", "bodies", "attention", "input"])
 @pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "wide"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_loss_and_gradients_are_those_of_the_model(family: str, is_wide: bool, keeping: Keeping) -> None:
@@ -146,7 +146,7 @@ def test_dropout_is_drawn_anew_and_comes_back_with_the_generator() -> None:
 
 
 @pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "wide"])
-@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("keeping", ["all", "bodies", "attention", "input"])
 def test_dropout_on_the_way_back_is_that_of_the_way_forward(keeping: Keeping, is_wide: bool) -> None:
     model = with_lora(make_model("llama").double(), dropout=0.5).double().train()
     engine = install(model, is_wide=is_wide)
@@ -313,7 +313,7 @@ def test_a_kept_base_and_the_models_on_it_hold_the_widened_weights_once() -> Non
 
 
 @pytest.mark.parametrize("is_wide", [False, True], ids=["apart", "shared memory"])
-@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("keeping", ["all", "bodies", "attention", "input"])
 def test_weights_in_4_bits_are_computed_back_for_each_use(tmp_path: Path, keeping: Keeping, is_wide: bool) -> None:
     base = load(make_tiny_base(tmp_path / "base"), "nf4", "cpu", compute_dtype=torch.float32).model
     model = with_lora(base)
@@ -374,7 +374,7 @@ def test_bottleneck_adapters_stand_where_they_do_in_the_model(family: str, place
     assert_same(model, engine, make_batch())
 
 
-@pytest.mark.parametrize("keeping", ["all", "attention", "input"])
+@pytest.mark.parametrize("keeping", ["all", "bodies", "attention", "input"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text"])
 def test_trained_keys_and_values_stand_before_those_of_each_row(family: str, keeping: Keeping) -> None:
     config = PrefixTuningConfig(num_virtual_tokens=4, num_layers=3, task_type="CAUSAL_LM")

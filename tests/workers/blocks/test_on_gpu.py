@@ -73,7 +73,7 @@ def assert_as_near(model: Any, exact: Any, batch: Batch, **how: Any) -> None:
     assert 0 < plain < 0.5, "the comparison says something"
 
 
-@pytest.mark.parametrize("keeping", ["all", "attention", "input", "offload"])
+@pytest.mark.parametrize("keeping", ["all", "bodies", "attention", "input", "offload"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_low_rank_branches(family: str, keeping: str) -> None:
     model = with_lora(model_of(family))
@@ -149,7 +149,7 @@ def test_dropout_is_the_same_on_the_way_back() -> None:
     batch = batch_of()
     engine = install(model, is_wide=True)
     found = []
-    for keeping in ("all", "attention", "input", "offload"):
+    for keeping in ("all", "bodies", "attention", "input", "offload"):
         engine.keeping = [keeping] * len(engine.blocks)
         torch.manual_seed(2)
         found.append(gradients(model, batch, engine))
