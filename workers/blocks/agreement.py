@@ -147,7 +147,7 @@ def _of_layer(engine: Engine, batch: Batch, layer: Any, hidden_BTH: Tensor, kwar
         streams = [distance([found[at]], [plain[at]], beside=rounded[at]) for at in range(2)]
         return [*streams, distance(found[2:], plain[2:]) if parameters else 0.0]
 
-    with engine.rows(batch):
+    with engine.rows(batch, reads_all=True):
         own = off(run(hidden_BTH))
     again = off(run(_rounded_again(hidden_BTH)))
     beyond = (one for one, by in zip(own, again, strict=True) if not one <= min(1.0, ROUNDED_AGAIN * by))

@@ -88,6 +88,8 @@ class Engine:
         self._configs = list({id(one): one for one in [config, *(layer.self_attn.config for layer in layers)]}.values())
         self._drops = any(group.dropout for group in self._groups())
         self._rows: Rows | None = None
+        # Where the last layer's result is read; None where it may be everywhere.
+        self._read_N: Tensor | None = None
         self._compares = False
         self._seed: Seed | None = None
         halves = [half for block in self.blocks for half in block.sublayers]
@@ -165,7 +167,8 @@ class Engine:
             )
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
         seed = None if self._seed is None else self._seed.plus(_SEEDS_PER_LAYER * place)
-        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH))
+        read_N = self._read_N if place + 1 == len(self.layers) else None
+        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH), read_N)
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
             # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
@@ -223,16 +226,25 @@ class Engine:
         return Seed(base_1 if device.type == "cpu" else base_1.pin_memory().to(device, non_blocking=True))
 
     @contextmanager
-    def rows(self, batch: Batch) -> Iterator[None]:
-        """Inside, a forward pass of the model is one over the packed rows of `batch`."""
+    def rows(self, batch: Batch, *, reads_all: bool = False) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over the packed rows of `batch`.
+
+        Its results are those of the tokens that carry loss; of the others they are left unfinished, as nobody reads
+        them, except with `reads_all`.
+        """
         device = batch.input_ids.device
         rows = Rows.of([length + self.num_virtual_tokens for length in batch.lengths], device)
-        with self.prepared(rows, self.draw(device)):
+        read_N = None
+        if not reads_all and batch.num_loss_tokens < rows.num_tokens:
+            # Each row's virtual tokens, and those of the rows before it, stand before its own.
+            read_N = batch.positions_N + (batch.rows_N + 1) * self.num_virtual_tokens
+        with self.prepared(rows, self.draw(device), read_N):
             yield
 
     @contextmanager
-    def prepared(self, rows: Rows, seed: Seed | None) -> Iterator[None]:
-        """Inside, a forward pass of the model is one over `rows`, dropping by `seed`."""
+    def prepared(self, rows: Rows, seed: Seed | None, read_N: Tensor | None = None) -> Iterator[None]:
+        """Inside, a forward pass of the model is one over `rows`, dropping by `seed`; its results are read only at the
+        places `read_N`, no two the same, or anywhere for None."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NO_MASKS
@@ -242,12 +254,12 @@ class Engine:
         plan = self._plan
         if plan is not None:
             self.keeping = plan.keeping(self.costs, rows.num_tokens)
-        self._rows, self._seed, self._inputs = rows, seed, Inputs(self._host_memory)
+        self._rows, self._seed, self._inputs, self._read_N = rows, seed, Inputs(self._host_memory), read_N
         try:
             with logits_within(None if plan is None else plan.logit_bytes):
                 yield
         finally:
-            self._rows = self._seed = self._inputs = None
+            self._rows = self._seed = self._inputs = self._read_N = None
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
             for layer, is_on in zip(self.layers, checkpointing, strict=True):

@@ -14,8 +14,9 @@ from workers.blocks.keeping import Keeping
 from workers.blocks.linears import Group
 from workers.blocks.offloading import Inputs
 from workers.blocks.operands import Seed
+from workers.blocks.room import among_zeros, rows_at
 from workers.blocks.rows import Prefix
-from workers.blocks.sublayers import Kept, Sublayer, Surroundings
+from workers.blocks.sublayers import Gradients, Kept, Sublayer, Surroundings
 
 
 @dataclass(eq=False)
@@ -44,7 +45,11 @@ def run_block(
     block: Block, x_TH: Tensor, around: Surroundings, keeping: Keeping, seed: Seed | None, inputs: Inputs
 ) -> Tensor:
     """The block's result, (T, H), differentiable by `x_TH`, the block's trained parameters and a prefix; `inputs` are
-    those of the same forward pass, where the block's own is kept."""
+    those of the same forward pass, where the block's own is kept.
+
+    Where only some tokens' is read, a feed-forward network behind attention computes that of these alone: of the others
+    nothing counts but their keys and values. What stands at the others' places is what attention left there.
+    """
     prefix = around.prefix
     key, value = (None, None) if prefix is None else (prefix.key_PHD, prefix.value_PHD)
     found: Tensor = _BlockFunction.apply(x_TH, key, value, block, around, keeping, seed, inputs, *block.parameters())
@@ -105,7 +110,7 @@ class _BlockFunction(torch.autograd.Function):
         by_prefix: Prefix | None = None
         for place in reversed(range(len(block.sublayers))):
             needs_input = place > 0 or ctx.needs_input_grad[0]
-            found = block.sublayers[place].backward(gradient_TH, kept.pop(), ctx.around, needs_input=needs_input)
+            found = _backward(block, place, gradient_TH, kept.pop(), ctx.around, needs_input=needs_input)
             by_parameters.insert(0, found.by_parameters)
             by_prefix = found.by_prefix or by_prefix
             if found.by_input is not None:
@@ -125,11 +130,29 @@ def _forward(
     kept = []
     for place, sublayer in enumerate(block.sublayers):
         keeps_body = keeping in ("all", "bodies") or (keeping == "attention" and place == 0)
-        x_TH, left = sublayer.forward(
-            x_TH, around, seed=_seed(seed, place), keeps_body=keeps_body, keeps_normed=keeping == "all"
+        read_N = _read_of(block, place, around)
+        given_NH = x_TH if read_N is None else x_TH.index_select(0, read_N)
+        result_NH, left = sublayer.forward(
+            given_NH, around, seed=_seed(seed, place), keeps_body=keeps_body, keeps_normed=keeping == "all"
         )
+        # Into the result of the sublayer before it, which nobody else has.
+        x_TH = result_NH if read_N is None else x_TH.index_copy_(0, read_N, result_NH)
         kept.append(left)
     return x_TH, kept
+
+
+def _backward(
+    block: Block, place: int, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool
+) -> Gradients:
+    """The gradients of one sublayer, by all tokens of its input."""
+    sublayer = block.sublayers[place]
+    read_N = _read_of(block, place, around)
+    if read_N is None:
+        return sublayer.backward(gradient_TH, kept, around, needs_input=needs_input)
+    by_read_NH = rows_at(gradient_TH, read_N, sublayer.outputs.room)
+    found = sublayer.backward(by_read_NH, kept, around, needs_input=needs_input)
+    assert found.by_input is not None, "the sublayer before it wants it"
+    return replace(found, by_input=among_zeros(found.by_input, read_N, gradient_TH.shape[0], sublayer.gradient_room))
 
 
 def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: Seed | None) -> list[Kept]:
@@ -139,7 +162,14 @@ def _kept_again(block: Block, x_TH: Tensor, around: Surroundings, seed: Seed | N
     for place, sublayer in enumerate(others):
         x_TH, left = sublayer.forward(x_TH, around, seed=_seed(seed, place), keeps_body=True)
         kept.append(left)
-    return [*kept, Kept(x_TH, _seed(seed, len(others)))]
+    read_N = _read_of(block, len(others), around)
+    given_NH = x_TH if read_N is None else x_TH.index_select(0, read_N)
+    return [*kept, Kept(given_NH, _seed(seed, len(others)))]
+
+
+def _read_of(block: Block, place: int, around: Surroundings) -> Tensor | None:
+    """The tokens that a sublayer computes, None for all: behind attention each is computed by itself."""
+    return around.read_N if 0 < place == len(block.sublayers) - 1 else None
 
 
 def _seed(seed: Seed | None, place: int) -> Seed | None:

@@ -34,3 +34,18 @@ def widened(tensor_TN: Tensor, room: int) -> Tensor:
         )
         found[:, : tensor_TN.shape[1]] = tensor_TN
     return found
+
+
+def rows_at(tensor_TH: Tensor, places_N: Tensor, room: int) -> Tensor:
+    """(N, H), the rows at some places, each with `room` behind it."""
+    width = tensor_TH.shape[1]
+    whole = torch.empty(places_N.shape[0], width + room, dtype=tensor_TH.dtype, device=tensor_TH.device)
+    return torch.index_select(tensor_TH, 0, places_N, out=whole[:, :width])
+
+
+def among_zeros(rows_NH: Tensor, places_N: Tensor, num_rows: int, room: int) -> Tensor:
+    """(T, H) of `num_rows` rows, those given at their places, each of which is another, and zeros elsewhere; with
+    `room` behind each."""
+    width = rows_NH.shape[1]
+    whole = torch.empty(num_rows, width + room, dtype=rows_NH.dtype, device=rows_NH.device)
+    return whole[:, :width].zero_().index_copy_(0, places_N, rows_NH)

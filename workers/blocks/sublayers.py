@@ -26,12 +26,16 @@ from workers.blocks.rows import Attended, Prefix, Rows, Sight
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a batch gives a block: its rows, the angles of its tokens, (T, E) each, and what stands before its keys."""
+    """What a batch gives a block: its rows, the angles of its tokens, (T, E) each, and what stands before its keys.
+
+    `read_N` are the only places, no two the same, at which anyone reads the block's result; None where it may be all.
+    """
 
     rows: Rows
     cos_TE: Tensor
     sin_TE: Tensor
     prefix: Prefix | None = None
+    read_N: Tensor | None = None
 
 
 @dataclass

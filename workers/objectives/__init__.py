@@ -28,7 +28,9 @@ class Objective(ABC):
 
         A sum, not a mean: the loop divides by the tokens of all micro-batches of a step, so that
         accumulating 4 micro-batches of 1 row gives the gradient of one batch of 4. `note` is given the summed loss of
-        each row, without its weights: what shows which rows the model disagrees with.
+        each row, without its weights: what shows which rows the model disagrees with. Of what the model gives, only
+        that of the tokens that carry loss may be read, at `batch.positions_N`: hand-written blocks leave the others
+        unfinished.
         """
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from workers.blocks.linears import Branch, Group, Layer, Read
-from workers.blocks.room import widened, with_room_behind
+from workers.blocks.room import among_zeros, lying_wide, rows_at, widened, with_room_behind
 from workers.blocks.weights import widen
 
 
@@ -24,6 +24,17 @@ def test_room_is_found_where_it_was_made_and_else_made() -> None:
         assert torch.equal(found[:, :8], strange)
         found.zero_()
         assert torch.equal(whole, before)
+
+
+def test_rows_are_taken_and_put_back_with_room_behind_them() -> None:
+    whole_TH, places_N = torch.randn(7, 5), torch.tensor([6, 1, 2])
+    taken_NH = rows_at(whole_TH[:, :3], places_N, 4)
+    assert torch.equal(taken_NH, whole_TH[places_N, :3])
+    back_TH = among_zeros(taken_NH, places_N, 7, 2)
+    assert torch.equal(back_TH[places_N], taken_NH)
+    assert not back_TH[[0, 3, 4, 5]].any()
+    assert lying_wide(taken_NH, 4) is not None
+    assert lying_wide(back_TH, 2) is not None
 
 
 def test_gradients_are_the_same_with_room_and_without() -> None:

@@ -52,8 +52,8 @@ class Room:
             found = found if run.max_micro_batch_size is None else found // 2
             return found + LEAN_LOGIT_BYTES
 
-        def rows(engine: Engine, batch: Any) -> Any:
-            found = before(engine, batch)
+        def rows(engine: Engine, batch: Any, **how: Any) -> Any:
+            found = before(engine, batch, **how)
             if engine._plan is not None:
                 self.sizes.append(batch.num_tokens)
             return found
