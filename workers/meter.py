@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
 LOG_SECONDS = 0.2
-"""Least time between two reported steps on a GPU, where reading a loss makes the host wait for it."""
+"""Least time between two reported steps on a GPU, where reading a loss costs the host some time."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is on its way from the device: loss per token, gradient norm, and whether all steps were finite, (3,)
+    float32; there once `done` is over. `num_tokens` and `num_steps` are those since the reading before."""
+
+    values: torch.Tensor
+    done: torch.cuda.Event | None
+    num_tokens: int
+    num_steps: int
 
 
 class Meter:
-    """Times of steps, and which of them are read. A GPU is read at intervals, a CPU at every step for nothing."""
+    """Times of steps, and which of them are read. A GPU is read at intervals, a CPU at every step for nothing.
+
+    A reading is asked for when its step is queued, and taken when the next one is: so the host never waits for a device
+    that has nothing left to do meanwhile.
+    """
 
     def __init__(self, device: torch.device, num_steps: int) -> None:
+        self.gets_ahead = device.type != "cpu"
+        """Whether the host queues steps on a device that computes them later."""
         self._device = device
         self._num_steps = num_steps
-        self._last_read = self._last_lap = time.monotonic()
+        self._last_asked = self._last_read = self._last_lap = time.monotonic()
         self._skipped = 0.0
         self._tokens = 0
         self._steps = 0
@@ -27,11 +45,7 @@ class Meter:
 
     def is_due(self, step: int) -> bool:
         """Whether the loss of this step is to be read."""
-        return (
-            self._device.type == "cpu"
-            or step in (1, self._num_steps)
-            or time.monotonic() - self._last_read >= LOG_SECONDS
-        )
+        return not self.gets_ahead or step in (1, self._num_steps) or time.monotonic() - self._last_asked >= LOG_SECONDS
 
     def note(self, loss_sum: torch.Tensor, norm: torch.Tensor, num_tokens: int) -> None:
         """Remembers, on the device, whether every step so far was finite."""
@@ -40,17 +54,31 @@ class Meter:
         self._tokens += num_tokens
         self._steps += 1
 
-    def read(self, mean_loss: torch.Tensor) -> tuple[float, float]:
-        """Loss per token and gradient norm; NaN when any step since the last reading was not finite."""
+    def ask(self, mean_loss: torch.Tensor) -> Reading:
+        """Begins to copy what the steps so far gave; behind everything that was queued before."""
         values = torch.stack([mean_loss, self._norm.float(), self._all_finite.float()])
-        loss, norm, all_finite = values.tolist()
+        done: torch.cuda.Event | None = None
+        if self._device.type == "cuda":
+            on_host = torch.empty(values.shape, pin_memory=True)
+            on_host.copy_(values, non_blocking=True)
+            values, done = on_host, torch.cuda.current_stream(self._device).record_event()
+        reading = Reading(values, done, self._tokens, self._steps)
+        self._last_asked, self._tokens, self._steps = time.monotonic(), 0, 0
+        return reading
+
+    def read(self, reading: Reading) -> tuple[float, float]:
+        """Loss per token and gradient norm, once they are there; NaN when any step since the reading before was not
+        finite."""
+        if reading.done is not None:
+            reading.done.synchronize()
+        loss, norm, all_finite = reading.values.tolist()
         now = time.monotonic()
         seconds = max(now - self._last_read - self._skipped, 1e-9)
-        self.tokens_per_second = self._tokens / seconds
-        latest = seconds / self._steps
+        self.tokens_per_second = reading.num_tokens / seconds
+        latest = seconds / reading.num_steps
         previous = self._seconds_per_step
         self._seconds_per_step = latest if previous is None else 0.9 * previous + 0.1 * latest
-        self._last_read, self._skipped, self._tokens, self._steps = now, 0.0, 0, 0
+        self._last_read, self._skipped = now, 0.0
         return (loss, norm) if all_finite else (math.nan if math.isfinite(loss) else loss, norm)
 
     def seconds_left(self, step: int) -> float:

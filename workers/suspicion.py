@@ -51,26 +51,53 @@ class Visits:
         self.num_R = np.zeros(num_rows, np.int32)
         self.excess_R = np.zeros(num_rows, np.float32)
         self.recent_V = np.zeros(0, np.float32)
-        self._pending: list[tuple[Sequence[int], Sequence[int], Any]] = []
+        self._noted: list[tuple[Sequence[int], Sequence[int], Any]] = []
+        self._sent: list[tuple[Sequence[int], Sequence[int], Any]] = []
+        self._done: Any = None
 
     def note(self, rows: Sequence[int], num_tokens: Sequence[int], loss_sums: Any) -> None:
         """A step's rows, their loss-carrying tokens and summed losses: tensors on the device, one per micro-batch.
 
         Nothing is read before `settle`: the host does not wait for the device.
         """
-        self._pending.append((rows, num_tokens, loss_sums))
+        self._noted.append((rows, num_tokens, loss_sums))
 
-    def settle(self) -> None:
-        """Reads what was noted, step by step, in the order in which it was."""
+    def send(self) -> None:
+        """Begins to copy what was noted to the host; `take` reads it once the device has got there."""
+        import torch
+
+        if not self._noted:
+            return
+        # In one copy, however many steps it is.
+        sums = torch.cat([part.float() for *_, parts in self._noted for part in parts])
+        on_host = sums
+        if sums.is_cuda:
+            on_host = torch.empty(sums.shape, pin_memory=True)
+            on_host.copy_(sums, non_blocking=True)
+            self._done = torch.cuda.current_stream(sums.device).record_event()
+        lengths = [len(rows) for rows, *_ in self._noted]
+        for (rows, num_tokens, _), own in zip(self._noted, on_host.split(lengths), strict=True):
+            self._sent.append((rows, num_tokens, own))
+        self._noted.clear()
+
+    def take(self) -> None:
+        """Reads what was sent, step by step, in the order in which it was noted."""
         import numpy as np
 
-        for rows, num_tokens, loss_sums in self._pending:
-            sums = np.concatenate([part.float().cpu().numpy() for part in loss_sums])
-            losses = sums / np.maximum(np.asarray(num_tokens), 1)
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        for rows, num_tokens, loss_sums in self._sent:
+            losses = loss_sums.numpy() / np.maximum(np.asarray(num_tokens), 1)
             self.recent_V = np.concatenate([self.recent_V, losses.astype(np.float32)])[-max(WINDOW, len(losses)) :]
             np.add.at(self.excess_R, rows, losses - np.median(self.recent_V))
             np.add.at(self.num_R, rows, 1)
-        self._pending.clear()
+        self._sent.clear()
+
+    def settle(self) -> None:
+        """Reads all that was noted; waits for the device."""
+        self.send()
+        self.take()
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps; `restore` takes it back."""

@@ -57,7 +57,7 @@ from workers.layers.neftune import EmbeddingNoise
 from workers.lm_eval_layout import write_run
 from workers.losses import head_is_plain
 from workers.memory import GIB
-from workers.meter import Meter
+from workers.meter import Meter, Reading
 from workers.methods import get_method
 from workers.mixing import Portion, dealt, line_at, place_of, portions, source_at, told_lines
 from workers.objectives import Objective, get_objective
@@ -740,9 +740,11 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     if prompts.is_due(position.step) or (position.step > 0 and validator.is_over(position)):
         prompts.answer(model, position.step)
     meter = Meter(run.device, plan.num_steps)
-    read_step = position.step
+    asked: _Asked | None = None
     while not validator.is_over(position):
         mode = run.should_stop()
+        if mode is not None and asked is not None:
+            position, asked = _report_step(run, plan, meter, asked, position), None
         if mode == "keep" and position.step > 0:
             # Whoever goes on after a crash while scoring keeps this step, and not an older one.
             _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
@@ -767,19 +769,23 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             min_share=settings.min_learning_rate_share,
         )
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
-        is_logged = meter.is_due(step) or is_checkpoint or validator.is_due(step)
+        # Whoever looks at what a step left behind waits for it. Else it is read once the next one is queued, so that the
+        # device never has nothing to do.
+        waits = is_checkpoint or validator.is_due(step) or not meter.gets_ahead
         rows = [data.train[row] for row in plan.rows(position.step)]
         took = _forward_backward(run, model, objective, rows, position.micro_batch_size, position)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if asked is not None:
+            position, asked = _report_step(run, plan, meter, asked, position), None
         meter.note(took.loss_sum, norm, took.num_tokens)
-        # The one moment at which the host waits for the device.
-        values = meter.read(took.loss_sum / took.loss_weight) if is_logged else None
-        if is_logged:
-            run.visits.settle()
-        if values is not None and not _is_alive(*values):
-            # Of the steps since the last reading any may have been the first: only a lone one's rows are to blame.
-            _diverged(run, position, values, rate, rows if read_step == position.step else [])
-        read_step = step if is_logged else read_step
+        if waits or meter.is_due(step):
+            run.visits.send()
+            reading = meter.ask(took.loss_sum / took.loss_weight)
+            # Of the steps since the last reading any may have been not finite: only a lone one's rows are to blame.
+            blamed = rows if reading.num_steps == 1 else []
+            asked = _Asked(position, reading, rate, position.num_tokens + took.num_tokens, blamed)
+        if asked is not None and waits:
+            position, asked = _report_step(run, plan, meter, asked, position), None
         for group in optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_factor"]
         optimizer.step()
@@ -792,27 +798,6 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             num_loss_tokens=position.num_loss_tokens + took.num_loss_tokens,
             train_seconds=position.train_seconds + meter.lap(),
         )
-        if values is not None:
-            loss, norm_value = values[0], values[1]
-            position = replace(
-                position,
-                first_loss=loss if position.first_loss is None else position.first_loss,
-                last_loss=loss,
-            )
-            run.report(
-                StepEvent(
-                    step=step,
-                    num_steps=plan.num_steps,
-                    epoch=plan.epoch(step),
-                    loss=loss,
-                    learning_rate=rate,
-                    grad_norm=norm_value,
-                    num_tokens=position.num_tokens,
-                    tokens_per_second=meter.tokens_per_second,
-                    seconds_left=meter.seconds_left(step),
-                    peak_memory_bytes=devices.peak_memory_bytes(run.device),
-                )
-            )
         # Validation first: a checkpoint holds what it showed, and a run resumed from there decides the same.
         position = validator.validate(model, position)
         if is_checkpoint or validator.is_over(position):
@@ -824,6 +809,49 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
     run.step = None
     validator.take_best(model, position)
     return position, None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A step whose loss and gradient norm are on their way from the device.
+
+    `before` is the position before it, `num_tokens` are those of the run until its end, and `rows` its own where they
+    alone are to blame for what comes.
+    """
+
+    before: Position
+    reading: Reading
+    learning_rate: float
+    num_tokens: int
+    rows: list[int]
+
+
+def _report_step(run: Run, plan: Plan, meter: Meter, asked: _Asked, position: Position) -> Position:
+    """Waits for a step's loss and reports it; `position` with the loss, wherever it has got to meanwhile.
+
+    Raises:
+        DivergedError: a step since the last one that was read was not finite.
+    """
+    loss, norm = meter.read(asked.reading)
+    run.visits.take()
+    if not _is_alive(loss, norm):
+        _diverged(run, asked.before, (loss, norm), asked.learning_rate, asked.rows)
+    step = asked.before.step + 1
+    run.report(
+        StepEvent(
+            step=step,
+            num_steps=plan.num_steps,
+            epoch=plan.epoch(step),
+            loss=loss,
+            learning_rate=asked.learning_rate,
+            grad_norm=norm,
+            num_tokens=asked.num_tokens,
+            tokens_per_second=meter.tokens_per_second,
+            seconds_left=meter.seconds_left(step),
+            peak_memory_bytes=devices.peak_memory_bytes(run.device),
+        )
+    )
+    return replace(position, first_loss=loss if position.first_loss is None else position.first_loss, last_loss=loss)
 
 
 def parameter_groups(recipe: Recipe, model: Any) -> list[dict[str, Any]]:

@@ -159,7 +159,7 @@ def test_a_checkpoint_goes_on_with_the_same_figures() -> None:
     whole = visits_of(losses)
     first, second = visits_of(losses[:2]), Visits(100)
     second.restore(first.arrays())
-    for rows, tokens, sums in visits_of(losses[2:])._pending:
+    for rows, tokens, sums in visits_of(losses[2:])._noted:
         second.note(rows, tokens, sums)
     for name, array in whole.arrays().items():
         assert np.array_equal(second.arrays()[name], array), name

@@ -37,6 +37,7 @@ from workers.events import (
     ValidationEvent,
 )
 from workers.examples import Example, Message
+from workers.meter import Meter
 from workers.recipe import Recipe
 from workers.rendering import Renderer
 from workers.results import Result
@@ -381,6 +382,75 @@ def test_a_diverging_run_ends_at_once_and_keeps_the_last_finite_checkpoint(
     with pytest.raises(DivergedError, match="step 5"):
         run(tiny, tmp_path, recipe_of(), log)
     assert max(log.losses()) == 4
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
+
+
+class Ahead(Meter):
+    """As of a GPU, which the host queues steps for: each step is read once the next one is queued."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.gets_ahead = True
+
+    def is_due(self, step: int) -> bool:
+        return True
+
+
+def test_a_step_is_read_once_the_next_one_is_queued_and_nothing_else_changes(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, waiting = run(tiny, tmp_path / "waits", recipe_of())
+    monkeypatch.setattr(training, "Meter", Ahead)
+    log = Log()
+    reported: list[list[int]] = []
+    real = training._forward_backward
+
+    def queued(*given: Any) -> Any:
+        reported.append(sorted(log.losses()))
+        return real(*given)
+
+    monkeypatch.setattr(training, "_forward_backward", queued)
+    product, _ = run(tiny, tmp_path / "ahead", recipe_of(), log)
+    # Steps 3 and 6 are checkpoints: nothing of them is under way when they are saved.
+    assert reported == [[], [], [1], [1, 2, 3], [1, 2, 3], [1, 2, 3, 4]]
+
+    def told(log: Log) -> list[Any]:
+        return [(one.step, one.loss, one.grad_norm, one.num_tokens, one.learning_rate) for one in log.of(StepEvent)]
+
+    assert told(log) == told(waiting)
+    assert adapter_bytes(product) == adapter_bytes(expected)
+    theirs, own = (Result.from_folder(one or tmp_path).provenance for one in (expected, product))
+    assert (own.first_loss, own.last_loss) == (theirs.first_loss, theirs.last_loss)
+
+    stopping = Log(stop="checkpoint", stop_when=at_step(4))
+    assert run(tiny, tmp_path / "stopped", recipe_of(), stopping)[0] is None
+    assert list(stopping.losses()) == [1, 2, 3, 4, 5], "the one that was queued, too"
+    resumed, log = run(tiny, tmp_path / "stopped", recipe_of(), attempt=2)
+    assert list(log.losses()) == [6]
+    assert adapter_bytes(resumed) == adapter_bytes(expected)
+
+
+def test_a_step_that_is_read_late_is_the_one_that_diverged(
+    tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "Meter", Ahead)
+    real = training._forward_backward
+    rows_of_four: list[int] = []
+
+    def poisoned(run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
+        took = real(run, model, objective, rows, size, position)
+        if position.step == 3:
+            rows_of_four.extend(run.data.tokens.lines[row] for row in rows)
+            took.loss_sum.mul_(math.nan)
+        return took
+
+    monkeypatch.setattr(training, "_forward_backward", poisoned)
+    log = Log()
+    with pytest.raises(DivergedError, match="step 4") as caught:
+        run(tiny, tmp_path, recipe_of(), log)
+    assert max(log.losses()) == 3
+    assert [point.step for point in log.of(DivergedEvent)] == [4]
+    assert f"lines {', '.join(map(str, sorted(rows_of_four)))}" in caught.value.next_step
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
 
 
