@@ -769,8 +769,8 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             min_share=settings.min_learning_rate_share,
         )
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
-        # Whoever looks at what a step left behind waits for it. Else it is read once the next one is queued, so that the
-        # device never has nothing to do.
+        # Whoever looks at what a step left behind waits for it. Else it is read once the next one is queued, so that
+        # the device never has nothing to do.
         waits = is_checkpoint or validator.is_due(step) or not meter.gets_ahead
         rows = [data.train[row] for row in plan.rows(position.step)]
         took = _forward_backward(run, model, objective, rows, position.micro_batch_size, position)

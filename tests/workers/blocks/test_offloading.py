@@ -372,6 +372,7 @@ def test_the_peak_is_lower_by_what_was_offloaded() -> None:
 @needs_gpu
 def test_copies_are_right_however_far_the_host_is_ahead() -> None:
     model, engine, batch = large()
+    engine.attend_by("rows")  # whose gradients are the same bit by bit
     engine.refresh()
     expected: list[Tensor] | None = None
     for keeping in ("input", *["offload"] * 20):
@@ -380,5 +381,4 @@ def test_copies_are_right_however_far_the_host_is_ahead() -> None:
         forward_backward(model, engine, batch, keeping)  # type: ignore[arg-type]
         found = [one.grad.clone() for one in model.parameters() if one.requires_grad]
         expected = expected or found
-        for one, other in zip(found, expected, strict=True):
-            assert float((one - other).norm() / other.norm()) < 0.01
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

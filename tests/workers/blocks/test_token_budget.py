@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
 from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of, run
-from workers import training
+from workers import devices, training
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import SAFETY
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
@@ -25,6 +25,12 @@ from workers.training import Folders, train
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("tiny")
     return Folders(make_tiny_base(folder / "base"), write_rows(folder / "data.jsonl", tiny_rows(40)), folder / "unused")
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with a GPU, whose memory is what it is."""
+    monkeypatch.setattr(devices, "choose_device", lambda: torch.device("cpu"))
 
 
 @pytest.fixture
