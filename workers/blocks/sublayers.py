@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.attention import attend, attend_backward
+from workers.blocks.gated_products import can_make_products, gated_backward_with_products
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
@@ -294,12 +295,20 @@ class FeedForward(Sublayer):
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = self._normed(kept.x_TH, self.inputs.width)
+        # Else the block takes the most that it ever does right here, without memory for programs' sums.
+        had_body = kept.body is not None
         body, kept.body = kept.body or self._again(normed_TK, kept), None
         by_out_TH = self._by_out(gradient_TH, body)
         seed = _next(kept.seed)
         by_act_TK, by_thin_TR = self.outputs.backward_input(by_out_TH, seed)
         assert by_act_TK is not None
-        by_gate_up_T2F = gated_backward(by_act_TK, body.gate_up_T2F, self.activation)
+        by_gate_up_T2F, by_sides = body.gate_up_T2F, None
+        if had_body and can_make_products(self.inputs, by_gate_up_T2F, self.activation):
+            by_sides = gated_backward_with_products(
+                by_act_TK, by_gate_up_T2F, self.activation, self.inputs, body.thin_TR
+            )
+        else:
+            gated_backward(by_act_TK, by_gate_up_T2F, self.activation)
         of_outputs = []
         if by_thin_TR is not None:
             # Where the gradient was, there is now what the product had read.
@@ -307,7 +316,7 @@ class FeedForward(Sublayer):
             of_outputs = self.outputs.backward_parameters(by_out_TH, by_thin_TR, Read(by_act_TK, thin_TR, seed))
         del by_act_TK, by_thin_TR
         by_normed_TK, of_inputs = self.inputs.backward(
-            by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
+            by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input, by_sides=by_sides
         )
         del body, by_gate_up_T2F, normed_TK  # before the result is made
         by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
