@@ -27,6 +27,7 @@ from workers.blocks.distance import distance
 from workers.blocks.gated_kernels import TILES, Tile
 from workers.blocks.operands import Activation
 from workers.blocks.sizes import PAD
+from workers.errors import first_line
 
 LAUNCHES = 10
 
@@ -48,13 +49,14 @@ def main() -> None:
 
 
 def others(usual: Tile) -> Iterator[Tile]:
-    """Tiles besides the usual one: those whose registers and shared memory may do."""
-    for tokens, columns, warps, stages in product((16, 32), (256, 512), (8, 16), (2, 3, 4)):
-        for programs in (1, 2, 3):
-            tile = Tile(tokens, columns, warps, stages, programs)
-            loads = 3 * 2 * tokens * columns
-            if loads * stages * programs <= 2**18 and tokens * columns <= 32 * 32 * warps // programs and tile != usual:
-                yield tile
+    """Tiles besides the usual one whose programs have room on a multiprocessor: each number that a thread has of a tile
+    takes some seven registers."""
+    for tokens, columns, warps, stages, programs in product((16, 32), (256, 512), (4, 8, 16), (2, 3, 4), (1, 2)):
+        tile = Tile(tokens, columns, warps, stages, programs)
+        has_registers = 7 * tokens * columns <= 32 * warps * tile.registers
+        shared_bytes = 3 * 2 * tokens * columns * stages * programs
+        if has_registers and 8 <= warps * programs <= 16 and shared_bytes <= 2**18 and tile != usual:
+            yield tile
 
 
 class Work:
@@ -126,7 +128,7 @@ class Work:
             off = max(distance([one], [two]) for one, two in zip(found, self._expected, strict=True))
             line |= {"off": round(off, 5), "all_ms": _milliseconds(lambda: self._at_once(tile))}
         except Exception as error:  # noqa: BLE001 - of a compiler, which has many
-            line["error"] = str(error).splitlines()[0]
+            line["error"] = first_line(error)
         print(json.dumps(line), flush=True)
 
 
