@@ -42,9 +42,9 @@ TILES = {16: Tile(16, 256, 8, 3, 2), 32: Tile(16, 256, 16, 3, 1)}
 """By the ranks of a layer's branch, rounded up. By arithmetic: what a tile loads is 24 KB, so that an H200's
 multiprocessor has 48 KB or 24 on their way at all times, and 16 bytes for each cycle need some 15 for 900 cycles. From
 compute capability 8.0 to 9.0 no register is spilled inside the loop."""
-SMALL_TILES = TILES | {32: Tile(16, 256, 8, 2, 1)}
-"""Where a program has less than LARGE bytes of shared memory: they take 90 KB at most."""
-LARGE = 2**17 + 2**10
+SMALL_TILES = TILES | {32: Tile(16, 256, 16, 2, 1)}
+"""Where a program has less than LARGE bytes of shared memory, as on cards that are not for servers: 99 KB."""
+LARGE = 2**17
 
 
 @triton.jit
@@ -57,10 +57,13 @@ def _once(x, IS_COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _over_columns(left_TF, right_PCR, P: tl.constexpr):
-    """left @ right. Each warp has a part of the columns: there are too few results to divide among warps."""
-    parts_TPC = tl.reshape(left_TF, [left_TF.shape[0], P, left_TF.shape[1] // P])
-    return tl.sum(tl.dot(tl.permute(parts_TPC, [1, 0, 2]), right_PCR), 0)
+def _products(by_TF, side_PCR, thin_TR, sum_PCR, P: tl.constexpr):
+    """by @ side, and the sum with by^T @ thin on top. Each warp has its part of the columns in both: of the first there
+    are too few results to divide, and in the second the sums stay where they are."""
+    parts_TPC = tl.reshape(by_TF, [by_TF.shape[0], P, by_TF.shape[1] // P])
+    by_thin_TR = tl.sum(tl.dot(tl.permute(parts_TPC, [1, 0, 2]), side_PCR), 0)
+    thin_PTR = tl.broadcast_to(thin_TR[None, :, :], [P, thin_TR.shape[0], thin_TR.shape[1]])
+    return by_thin_TR, tl.dot(tl.permute(parts_TPC, [1, 2, 0]), thin_PTR, sum_PCR)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -83,8 +86,8 @@ def _gated_backward(
     up_side = tl.load(sides_at + width * side_row + gate_rank, mask=is_ups, other=0.0)
     gate_side = tl.reshape(gate_side, [P, COLUMNS // P, RANK])
     up_side = tl.reshape(up_side, [P, COLUMNS // P, RANK])
-    by_gate_side = tl.zeros([COLUMNS, RANK], tl.float32)
-    by_up_side = tl.zeros([COLUMNS, RANK], tl.float32)
+    by_gate_side = tl.zeros([P, COLUMNS // P, RANK], tl.float32)
+    by_up_side = tl.zeros([P, COLUMNS // P, RANK], tl.float32)
     # Where results go is the same memory, but other pointers: those of a load are not to be kept until its store.
     gradient_at += start.to(tl.int64) * gradient_row + first_column
     act_at += start.to(tl.int64) * gradient_row + first_column
@@ -119,17 +122,17 @@ def _gated_backward(
         acts_at = act_at + (token * gradient_row + column[None, :])
         tl.store(acts_at, found.to(act_at.dtype.element_ty), mask=is_real)
         by_thins_at = by_thin_at + (first + token) * num_ranks + rank
-        tl.store(by_thins_at, _over_columns(by_gate, gate_side, P), mask=is_real & is_gates)
-        tl.store(by_thins_at + gate_rank, _over_columns(by_up, up_side, P), mask=is_real & is_ups)
-        by_gate_side = tl.dot(tl.trans(by_gate), gate_thin, by_gate_side)
-        by_up_side = tl.dot(tl.trans(by_up), up_thin, by_up_side)
+        by_gate_thin, by_gate_side = _products(by_gate, gate_side, gate_thin, by_gate_side, P)
+        by_up_thin, by_up_side = _products(by_up, up_side, up_thin, by_up_side, P)
+        tl.store(by_thins_at, by_gate_thin, mask=is_real & is_gates)
+        tl.store(by_thins_at + gate_rank, by_up_thin, mask=is_real & is_ups)
         gradient_at += TOKENS * gradient_row
         act_at += TOKENS * gradient_row
         gate_up_at += TOKENS * gate_up_row
         by_gate_up_at += TOKENS * gate_up_row
     by_sides_at = by_side_at + (tl.program_id(1) * 2 * width + first_column) * RANK + (column[:, None] * RANK + rank)
-    tl.store(by_sides_at, by_gate_side)
-    tl.store(by_sides_at + width * RANK, by_up_side)
+    tl.store(by_sides_at, tl.reshape(by_gate_side, [COLUMNS, RANK]))
+    tl.store(by_sides_at + width * RANK, tl.reshape(by_up_side, [COLUMNS, RANK]))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_parts"])
