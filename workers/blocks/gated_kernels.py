@@ -39,12 +39,12 @@ class Tile:
 
 
 TILES = {16: Tile(16, 256, 8, 3, 2), 32: Tile(16, 256, 16, 3, 1)}
-"""By the ranks of a layer's branch, rounded up. By arithmetic: what a tile loads is 24 KB, so that an H200's
-multiprocessor has 48 KB or 24 on their way at all times, and 16 bytes for each cycle need some 15 for 900 cycles. From
-compute capability 8.0 to 9.0 no register is spilled inside the loop."""
-SMALL_TILES = TILES | {32: Tile(16, 256, 16, 2, 1)}
-"""Where a program has less than LARGE bytes of shared memory, as on cards that are not for servers: 99 KB."""
-LARGE = 2**17
+"""By the ranks of a layer's branch, rounded up; by arithmetic, not measured. What a tile loads is 24 KB, so that an
+H200's multiprocessor has 48 KB on their way, or 24, of which it needs some 15: 16 bytes for each of 900 cycles.
+Programs take 80 KB of shared memory and 144, and none of a loop's registers are spilled for capability 9.0."""
+SMALL_TILES = {16: Tile(16, 256, 8, 3, 1), 32: Tile(16, 256, 8, 2, 1)}
+"""Where a program has less than LARGE bytes of shared memory, as on cards that are not for servers: 80 KB and 88."""
+LARGE = 144 * 2**10
 
 
 @triton.jit
@@ -58,12 +58,12 @@ def _once(x, IS_COMPILED: tl.constexpr):
 
 @triton.jit
 def _products(by_TF, side_PCR, thin_TR, sum_PCR, P: tl.constexpr):
-    """by @ side, and the sum with by^T @ thin on top. Each warp has its part of the columns in both: of the first there
-    are too few results to divide, and in the second the sums stay where they are."""
+    """by @ side over each part of the columns, and the sum with by^T @ thin on top. Each warp has one part: there are
+    too few results of the first to divide them among warps, and of the second each keeps its own."""
     parts_TPC = tl.reshape(by_TF, [by_TF.shape[0], P, by_TF.shape[1] // P])
-    by_thin_TR = tl.sum(tl.dot(tl.permute(parts_TPC, [1, 0, 2]), side_PCR), 0)
     thin_PTR = tl.broadcast_to(thin_TR[None, :, :], [P, thin_TR.shape[0], thin_TR.shape[1]])
-    return by_thin_TR, tl.dot(tl.permute(parts_TPC, [1, 2, 0]), thin_PTR, sum_PCR)
+    by_thin_PTR = tl.dot(tl.permute(parts_TPC, [1, 0, 2]), side_PCR)
+    return by_thin_PTR, tl.dot(tl.permute(parts_TPC, [1, 2, 0]), thin_PTR, sum_PCR)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -80,6 +80,7 @@ def _gated_backward(
     token = tl.arange(0, TOKENS)[:, None]
     column = tl.arange(0, COLUMNS)
     rank = tl.arange(0, RANK)[None, :]
+    gate_or_up = tl.arange(0, 2)[None, None, :]
     is_gates, is_ups = rank < gate_rank, rank < up_rank
     sides_at = side_at + first_column * side_row + (column[:, None] * side_row + rank)
     gate_side = tl.load(sides_at, mask=is_gates, other=0.0)
@@ -121,11 +122,13 @@ def _gated_backward(
         tl.store(by_gates_at + width, by_up, mask=is_real)
         acts_at = act_at + (token * gradient_row + column[None, :])
         tl.store(acts_at, found.to(act_at.dtype.element_ty), mask=is_real)
-        by_thins_at = by_thin_at + (first + token) * num_ranks + rank
         by_gate_thin, by_gate_side = _products(by_gate, gate_side, gate_thin, by_gate_side, P)
         by_up_thin, by_up_side = _products(by_up, up_side, up_thin, by_up_side, P)
-        tl.store(by_thins_at, by_gate_thin, mask=is_real & is_gates)
-        tl.store(by_thins_at + gate_rank, by_up_thin, mask=is_real & is_ups)
+        # Both together, since warps wait for one another to add up.
+        by_thin_TR2 = tl.sum(tl.join(by_gate_thin, by_up_thin), 0)
+        by_thins_at = by_thin_at + (((first + token) * num_ranks + rank)[:, :, None] + gate_or_up * gate_rank)
+        is_own = rank[:, :, None] < gate_rank + gate_or_up * (up_rank - gate_rank)
+        tl.store(by_thins_at, by_thin_TR2, mask=is_real[:, :, None] & is_own)
         gradient_at += TOKENS * gradient_row
         act_at += TOKENS * gradient_row
         gate_up_at += TOKENS * gate_up_row
