@@ -99,22 +99,6 @@ def _gated(gate_up_at, out_at, gate_up_row, out_row, width, SILU: tl.constexpr, 
 
 
 @triton.jit
-def slope_of(gate, SILU: tl.constexpr):
-    """The activation of a gate, and its derivative there."""
-    if SILU:
-        sigmoid = tl.sigmoid(gate)
-        act = gate * sigmoid
-        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    else:
-        bent = _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate))
-        act = 0.5 * gate * (1.0 + bent)
-        slope = 0.5 * (1.0 + bent) + 0.5 * gate * (1.0 - bent * bent) * 0.7978845608028654 * (
-            1.0 + 3.0 * 0.044715 * gate * gate
-        )
-    return act, slope
-
-
-@triton.jit
 def _gated_backward(
     gradient_at, gate_up_at, gradient_row, gate_up_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -125,7 +109,16 @@ def _gated_backward(
     at = gate_up_at + row * gate_up_row + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    act, slope = slope_of(gate, SILU)
+    if SILU:
+        sigmoid = tl.sigmoid(gate)
+        act = gate * sigmoid
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    else:
+        bent = _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate))
+        act = 0.5 * gate * (1.0 + bent)
+        slope = 0.5 * (1.0 + bent) + 0.5 * gate * (1.0 - bent * bent) * 0.7978845608028654 * (
+            1.0 + 3.0 * 0.044715 * gate * gate
+        )
     tl.store(at, (gradient * up * slope).to(gate_up_at.dtype.element_ty), mask=inside)
     tl.store(at + width, (gradient * act).to(gate_up_at.dtype.element_ty), mask=inside)
     found = act.to(gradient_at.dtype.element_ty).to(tl.float32) * up

@@ -74,8 +74,7 @@ class Group:
         self._bias_N = _joined_bias(layers)
         self._down_RK: Tensor | None = None
         self._ups: list[Tensor] = []
-        self.side_NP: Tensor | None = None
-        """s B of each layer in its rows, side by side in the first columns, and zeros; None where none is folded."""
+        self._side_NP: Tensor | None = None
         self._below_PK: Tensor | None = None
         self.weights = weights
 
@@ -95,12 +94,12 @@ class Group:
             self._ups = [torch.zeros_like(branch.up, dtype=self._dtype) for branch in self.branches]
             return
         if isinstance(weights, Wide):
-            self.side_NP, self._below_PK = weights.side_NP.zero_(), weights.below_PK.zero_()  # of an earlier adapter
+            self._side_NP, self._below_PK = weights.side_NP.zero_(), weights.below_PK.zero_()  # of an earlier adapter
         else:
-            self.side_NP = torch.zeros(self.num_outputs, PAD, dtype=self._dtype, device=device)
+            self._side_NP = torch.zeros(self.num_outputs, PAD, dtype=self._dtype, device=device)
             self._below_PK = torch.zeros(PAD, self.num_inputs, dtype=self._dtype, device=device)
         self._down_RK = self._below_PK[: self.num_ranks]
-        self._ups = [self.side_NP[outputs, ranks] for outputs, ranks in self._places()]
+        self._ups = [self._side_NP[outputs, ranks] for outputs, ranks in self._places()]
 
     @property
     def is_folded(self) -> bool:
@@ -116,11 +115,6 @@ class Group:
     def room(self) -> int:
         """Columns that inputs and gradients should have behind their own, so that the branches ride in the products."""
         return PAD if self.is_folded else 0
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Each layer's; 0 of one without a branch."""
-        return tuple(0 if layer.branch is None else layer.branch.rank for layer in self.layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, A before B, layer by layer: the order of the gradients of `backward`."""
@@ -139,15 +133,16 @@ class Group:
     @property
     def sizes(self) -> tuple[Any, ...]:
         """What two groups have in common whose branches' copies can share memory."""
+        ranks = tuple(0 if layer.branch is None else layer.branch.rank for layer in self.layers)
         outputs = tuple(layer.num_outputs for layer in self.layers)
-        return self.num_inputs, outputs, self.ranks, self.is_folded, isinstance(self._weights, Wide)
+        return self.num_inputs, outputs, ranks, self.is_folded, isinstance(self._weights, Wide)
 
     @property
     def branch_bytes(self) -> int:
         """What its branches' copies take: nothing where they lie around the frozen weights."""
         if self.is_folded and isinstance(self._weights, Wide):
             return 0
-        own = [*self._ups, self._down_RK] if self.side_NP is None else [self.side_NP, self._below_PK]
+        own = [*self._ups, self._down_RK] if self._side_NP is None else [self._side_NP, self._below_PK]
         return sum(one.nbytes for one in own if one is not None)
 
     def share_copies(self, other: Group) -> int:
@@ -157,7 +152,7 @@ class Group:
         if self._down_RK is other._down_RK or not saved:
             return 0
         self._down_RK, self._ups = other._down_RK, other._ups
-        self.side_NP, self._below_PK = other.side_NP, other._below_PK
+        self._side_NP, self._below_PK = other._side_NP, other._below_PK
         return saved
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
@@ -187,7 +182,7 @@ class Group:
             torch.mm(self._dropped(x_TK[:, :columns], seed), self._below_PK.T, out=room_TP)
             # A copy, because whoever keeps it does not keep the whole input.
             thin_TR = room_TP[:, : self.num_ranks].clone()
-            found = self._joined(wide_TK, self.side_NP, added_to, has_room=has_room)
+            found = self._joined(wide_TK, self._side_NP, added_to, has_room=has_room)
             return found, Read(x_TK, thin_TR, seed)
         thin_TR = self.thin(x_TK, seed=seed)
         out_TN = self._frozen(x_TK[:, :columns], added_to)
@@ -261,35 +256,26 @@ class Group:
         return joined_TN.split([layer.num_outputs for layer in self.layers], dim=1)
 
     def backward(
-        self,
-        gradient_TN: Tensor,
-        read: Read,
-        *,
-        needs_input: bool = True,
-        by_sides: Sequence[Tensor] | None = None,
+        self, gradient_TN: Tensor, read: Read, *, needs_input: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradient by the first K columns of the input, (T, K), and those of `parameters`.
 
-        The first is None where not needed. `read.x_TK` holds the same values as in the forward pass. `by_sides` is what
-        `gated_products` made of the gradient.
+        The first is None where not needed. `read.x_TK` holds the same values as in the forward pass.
         """
-        by_input, by_thin = self.backward_input(
-            gradient_TN, read.seed, needs_input=needs_input, has_thin=by_sides is not None
-        )
-        return by_input, self.backward_parameters(gradient_TN, by_thin, read, by_sides)
+        by_input, by_thin = self.backward_input(gradient_TN, read.seed, needs_input=needs_input)
+        return by_input, self.backward_parameters(gradient_TN, by_thin, read)
 
     def backward_input(
-        self, gradient_TN: Tensor, seed: Seed | None, *, needs_input: bool = True, has_thin: bool = False
+        self, gradient_TN: Tensor, seed: Seed | None, *, needs_input: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient by the first K columns of the input, (T, K), and by x A^T, (T, R); the first is None where not
-        needed, the second without branches. With `has_thin` the second stands behind the gradient already."""
+        needed, the second without branches."""
         is_dropping = self.dropout > 0 and seed is not None
         by_thin: Tensor | None = None
         if self.is_folded:
-            assert self.side_NP is not None
+            assert self._side_NP is not None
             wide_TN = widened(gradient_TN, self.room)
-            if not has_thin:
-                torch.mm(gradient_TN, self.side_NP, out=wide_TN[:, self.num_outputs :])
+            torch.mm(gradient_TN, self._side_NP, out=wide_TN[:, self.num_outputs :])
             by_thin = wide_TN[:, self.num_outputs : self.num_outputs + self.num_ranks]
             if needs_input and not is_dropping:
                 return self._joined_backward(wide_TN, self._below_PK), by_thin
@@ -312,31 +298,24 @@ class Group:
                 by_input.addmm_(by_thin, self._down_RK)
         return by_input, by_thin
 
-    def backward_parameters(
-        self, gradient_TN: Tensor, by_thin_TR: Tensor | None, read: Read, by_sides: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """The gradients of `parameters`, from that by x A^T; and from those by s B of each branch, where they are there
-        already."""
+    def backward_parameters(self, gradient_TN: Tensor, by_thin_TR: Tensor | None, read: Read) -> list[Tensor]:
+        """The gradients of `parameters`, from that by x A^T."""
         if by_thin_TR is None:
             return []
         assert read.x_TK is not None
         assert read.thin_TR is not None
         x_TK = self._dropped(read.x_TK[:, : self.num_inputs], read.seed)
         by_down_RK = _product_float(by_thin_TR.T, x_TK)
-        if by_sides is None:
-            by_sides = self._by_sides(gradient_TN, read.thin_TR)
+        # On a GPU one product of all outputs and ranks, a part of it for nothing, is faster than one for each branch.
+        joined_NR = _product_float(gradient_TN.T, read.thin_TR) if gradient_TN.is_cuda else None
         gradients = []
-        for (_, ranks), branch, by_side_NR in zip(self._places(), self.branches, by_sides, strict=True):
-            gradients += [by_down_RK[ranks].to(branch.down.dtype), (by_side_NR * branch.scale).to(branch.up.dtype)]
+        for (outputs, ranks), branch in zip(self._places(), self.branches, strict=True):
+            if joined_NR is None:
+                by_up = _product_float(gradient_TN[:, outputs].T, read.thin_TR[:, ranks])
+            else:
+                by_up = joined_NR[outputs, ranks]
+            gradients += [by_down_RK[ranks].to(branch.down.dtype), (by_up * branch.scale).to(branch.up.dtype)]
         return gradients
-
-    def _by_sides(self, gradient_TN: Tensor, thin_TR: Tensor) -> list[Tensor]:
-        """The gradient by s B of each branch, in float32."""
-        if gradient_TN.is_cuda:
-            # One product of all outputs and ranks, a part of it for nothing, is faster than one for each branch.
-            joined_NR = _product_float(gradient_TN.T, thin_TR)
-            return [joined_NR[outputs, ranks] for outputs, ranks in self._places()]
-        return [_product_float(gradient_TN[:, outputs].T, thin_TR[:, ranks]) for outputs, ranks in self._places()]
 
     def _frozen_backward(self, gradient_TN: Tensor) -> Tensor:
         if self._weights.are_joined:

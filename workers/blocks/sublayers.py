@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.attention import attend, attend_backward
-from workers.blocks.gated_products import can_make_products, gated_backward_with_products
 from workers.blocks.keeping import num_pieces
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
@@ -358,20 +357,12 @@ class FeedForward(Sublayer):
         """The gradients by the input, in `into_TH` if given, and by the parameters."""
         normed_TK, inverse_T = kept.normed or self._normed(kept.x_TH, self.inputs.width)
         kept.normed = None
-        # Else the block takes the most that it ever does right here, without memory for programs' sums.
-        had_body = kept.body is not None
         body, kept.body = kept.body or self._again(normed_TK, kept), None
         by_out_TH = self._by_out(gradient_TH, body)
         seed = _next(kept.seed)
         by_act_TK, by_thin_TR = self.outputs.backward_input(by_out_TH, seed)
         assert by_act_TK is not None
-        by_gate_up_T2F, by_sides = body.gate_up_T2F, None
-        if had_body and can_make_products(self.inputs, by_gate_up_T2F, self.activation):
-            by_sides = gated_backward_with_products(
-                by_act_TK, by_gate_up_T2F, self.activation, self.inputs, body.thin_TR
-            )
-        else:
-            gated_backward(by_act_TK, by_gate_up_T2F, self.activation)
+        by_gate_up_T2F = gated_backward(by_act_TK, body.gate_up_T2F, self.activation)
         of_outputs = []
         if by_thin_TR is not None:
             # Where the gradient was, there is now what the product had read.
@@ -379,7 +370,7 @@ class FeedForward(Sublayer):
             of_outputs = self.outputs.backward_parameters(by_out_TH, by_thin_TR, Read(by_act_TK, thin_TR, seed))
         del by_act_TK, by_thin_TR
         by_normed_TK, of_inputs = self.inputs.backward(
-            by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input, by_sides=by_sides
+            by_gate_up_T2F, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
         del body, by_gate_up_T2F, normed_TK  # before the result is made
         return self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH, into_TH), of_inputs + of_outputs

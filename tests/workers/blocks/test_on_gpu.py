@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from tests.workers.blocks.models import FAMILIES, make_batch, make_model, with_lora
 from workers.batching import Batch
-from workers.blocks import attention, gated_products
+from workers.blocks import attention
 from workers.blocks.attention import attend, attend_backward
 from workers.blocks.engine import Engine, install
 from workers.blocks.linears import _product_float
-from workers.blocks.operands import Activation
-from workers.blocks.pointwise import gated_backward
 from workers.blocks.rows import Kernel, Prefix, Rows, Sight
-from workers.blocks.sizes import PAD
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
 from workers.layers.prompt import PromptTunedModel
@@ -81,46 +78,6 @@ def assert_as_near(model: Any, exact: Any, batch: Batch, **how: Any) -> None:
 def test_low_rank_branches(family: str, keeping: str) -> None:
     model = with_lora(model_of(family))
     assert_as_near(model, copy.deepcopy(model).float(), batch_of(), keeping=keeping)
-
-
-@pytest.mark.parametrize("rank", [3, 16, 30])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_thin_products_made_with_the_gradient(family: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_products, "WORTH_BYTES", 0)
-    monkeypatch.setattr(gated_products, "_works", {})
-    model = with_lora(model_of(family, intermediate_size=512), rank=rank)
-    assert_as_near(model, copy.deepcopy(model).float(), batch_of(), keeping="all")
-    assert list(gated_products._works.values()) == [True]
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("rank", [16, 32])
-def test_thin_products_of_a_large_shape(rank: int, activation: Activation) -> None:
-    from workers.blocks import gated_kernels
-
-    num_tokens, width = 4601, 14336
-    torch.manual_seed(4)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    side, thin = drawn(2 * width, PAD), drawn(num_tokens, 2 * rank)
-    side[:width, rank:] = side[width:, :rank] = side[:, 2 * rank :] = 0
-    given = drawn(num_tokens, width), drawn(num_tokens, 2 * width + PAD)
-    found: list[list[Tensor]] = []
-    for _ in range(2):
-        gradient, joined = (one.clone() for one in given)
-        by_sides = gated_kernels.gated_backward(
-            gradient, joined[:, : 2 * width], activation, side, thin, (rank, rank), joined[:, 2 * width :]
-        )
-        found.append([gradient, joined[:, : 2 * width], joined[:, 2 * width :], *by_sides])
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
-    by_act, gate_up = given[0].clone(), given[1][:, : 2 * width].clone()
-    gated_backward(by_act, gate_up, activation)
-    by_side = _product_float(gate_up.T, thin)
-    expected = [by_act, gate_up, gate_up @ side, by_side[:width, :rank], by_side[width:, rank:]]
-    for one, other in zip(found[0], expected, strict=True):
-        assert float((one.float() - other.float()).norm() / other.float().norm()) < 5e-3
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
