@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import BlockBytes, Keeping, least_keeping, num_kept, num_pieces
+from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, least_keeping, num_kept
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
@@ -93,7 +93,9 @@ def held(
         is_recorded=plan.is_recorded,
         takes_turns=plan.takes_turns,
         weights_bytes=blocks.wide_bytes() if plan.has_copies else scratch,
-        activations_bytes=_peak(blocks, costs, kept, largest, element, kind, loss_share, logits),
+        activations_bytes=_peak(
+            blocks, costs, kept, largest, element, kind, loss_share, logits, plan.pieces(costs, math.ceil(largest))
+        ),
     )
 
 
@@ -114,7 +116,7 @@ def least_bytes(
     host_bytes = None if kind == "cuda" and blocks.hides_copies(element) else 0
     lean = least_keeping(costs, num_tokens=longest, host_bytes=host_bytes)
     logits = LEAN_LOGIT_BYTES if kind == "cuda" else CPU_LOGIT_BYTES
-    return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share, logits)
+    return scratch + _peak(blocks, costs, lean, longest, element, kind, loss_share, logits, MOST_PIECES)
 
 
 def _scratch(blocks: Blocks, element: int, kind: Literal["cuda", "cpu"], *, is_lean: bool) -> int:
@@ -133,6 +135,7 @@ def _peak(
     kind: Literal["cuda", "cpu"],
     loss_share: float,
     logits: int,
+    pieces: int,
 ) -> int:
     """Bytes at the moment when most is held: while the loss is computed, or on the way back through one of the blocks,
     when those behind it have let go."""
@@ -145,7 +148,6 @@ def _peak(
     head = tokens * (4 * shape.hidden_size + 2 * stream + loss_share * 2 * stream) + chunk
     most = tokens * kept + max(tokens * (stream + norm), head)
     halves = 2 if any(blocks.adapters) else 1
-    pieces = num_pieces(int(tokens))
     in_use = {
         (half, keeps_body): _in_use(
             blocks,

@@ -13,7 +13,6 @@ from workers.blocks.keeping import (
     bytes_of_token,
     free_bytes_for,
     is_scarce,
-    num_pieces,
 )
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
@@ -152,7 +151,7 @@ def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, elem
     with the host where that is as fast."""
     tokens = min(FILLING_TOKENS, math.ceil(step.most))
     keeping: Keeping = "input" if memory.host_bytes == 0 else "offload"
-    per_token = bytes_of_token(blocks.costs(element), keeping, pieces=num_pieces(tokens))
+    per_token = bytes_of_token(blocks.costs(element), keeping)
     found = free_bytes_for(math.ceil(tokens * per_token / SAFETY))
     if is_lean or is_scarce(found):
         return found + min(memory.scratch_bytes, LEAN_SCRATCH_BYTES)

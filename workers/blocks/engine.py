@@ -66,7 +66,8 @@ def _parts(read: Adapted) -> Iterator[_Part]:
 
 
 class Engine:
-    """The hand-written blocks of one model, in the order of its `layers`; `keeping` says what each keeps."""
+    """The hand-written blocks of one model, in the order of its `layers`; `keeping` says what each keeps, and
+    `pieces` in how many what is computed again is gone back through."""
 
     def __init__(
         self, model: Any, layers: Sequence[Any], read: Sequence[Adapted], scratch: Scratch, num_virtual_tokens: int = 0
@@ -76,6 +77,7 @@ class Engine:
         self._parts = [list(_parts(one)) for one in read]
         self.blocks = tuple(part.block for parts in self._parts for part in parts)
         self.keeping: list[Keeping] = ["all"] * len(self.blocks)
+        self.pieces = 1
         # By which `keeping` is chosen for each batch.
         self._plan: MemoryPlan | None = None
         self._host_memory = HostMemory()
@@ -168,7 +170,7 @@ class Engine:
         cos_TE, sin_TE = (one.flatten(0, -2) for one in angles)
         seed = None if self._seed is None else self._seed.plus(_SEEDS_PER_LAYER * place)
         read_N = self._read_N if place + 1 == len(self.layers) else None
-        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH), read_N)
+        around = Surroundings(rows, cos_TE, sin_TE, self._prefix(place, hidden_BTH), read_N, self.pieces)
         first = sum(map(len, self._parts[:place]))
         for part, keeping in zip(self._parts[place], self.keeping[first:], strict=False):
             # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
@@ -254,6 +256,7 @@ class Engine:
         plan = self._plan
         if plan is not None:
             self.keeping = plan.keeping(self.costs, rows.num_tokens)
+            self.pieces = plan.pieces(self.costs, rows.num_tokens)
         self._rows, self._seed, self._inputs, self._read_N = rows, seed, Inputs(self._host_memory), read_N
         try:
             with logits_within(None if plan is None else plan.logit_bytes):

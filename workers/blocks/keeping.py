@@ -48,19 +48,14 @@ IN_FLIGHT = 2
 OPERATIONS_PER_BYTE = 20_000
 """Operations of a block, forward, for each byte of its input from which on copies hide behind them: a GPU of some 700
 TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
-PIECE_TOKENS, MOST_PIECES = 1024, 4
-"""Where a block kept its input alone, its feed-forward network is gone back through in pieces of so many tokens at
-least, and so many at most: what it computes again is most of what a run works with that is short of memory, and as many
-tokens keep a GPU nearly as busy. Weights in 4 bits are computed back for each piece."""
+MOST_PIECES = 4
+"""A row is not cut, however long it is. Where not even offloaded inputs leave enough for one, feed-forward networks
+that compute anew go back through it in so many pieces at most: gate and up are most of what a block works with. They
+come last: on an H200 two pieces of 1,024 tokens made a step of QLoRA 14 % slower."""
 HOST_SHARE = 1 / 8
 """Of the host's free memory, what one run takes for inputs: others train on the same host."""
 _ROUNDED_UP = 2
 """Page-locked memory comes in powers of two bytes."""
-
-
-def num_pieces(num_tokens: int) -> int:
-    """In how many pieces a feed-forward network goes back through so many tokens that it computes again."""
-    return max(1, min(MOST_PIECES, num_tokens // PIECE_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -129,8 +124,8 @@ def bytes_of_block(
     return replace(
         found,
         # Beside the input, which is counted as kept: what it computed, and as much of gradients; the normalised input
-        # and the gradient by it; and those of the stream, behind and before.
-        lean_attention=2 * attention + (5 if drops else 4) * stream,
+        # and the gradient by it; and those of the stream, behind the block, between its halves and before it.
+        lean_attention=2 * attention + (6 if drops else 5) * stream,
         # What attention computed, the network's input, and the stream's gradients; and of a piece gate and up, the
         # gradient by the down projection's input, the normalised input, and the stream's gradient with room behind it.
         # With dropout one more of what layers read.
@@ -196,7 +191,9 @@ def choose_keeping(
             return keeping
         keeping[place] = "input"
         needed -= num_tokens * (cost.bodies - cost.input)
-    room = planned - num_tokens * _lean_working(costs, num_pieces(num_tokens))
+    if choose_pieces(costs, num_tokens=num_tokens, free_bytes=free_bytes, host_bytes=host_bytes) > 1:
+        return least_keeping(costs, num_tokens=num_tokens, host_bytes=host_bytes)
+    room = planned - num_tokens * _lean_working(costs, 1)
     if needed <= room:
         return keeping
     room -= num_tokens * IN_FLIGHT * max(cost.stream for cost in costs)
@@ -206,6 +203,20 @@ def choose_keeping(
         keeping[place] = "offload"
         needed -= num_tokens * costs[place].stream
     return keeping
+
+
+def choose_pieces(costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: int, host_bytes: int | None = 0) -> int:
+    """In how many pieces feed-forward networks that compute anew go back through so many tokens: in as few as stay
+    within `free_bytes` where blocks keep the least that they can."""
+    num_offloaded = _num_offloaded(costs, num_tokens, host_bytes)
+    if num_offloaded == len(costs) - 1:
+        num_offloaded += 1  # as `tokens_that_fit` has it: what the last block keeps is gone once the others compute
+    kept = sum(cost.offload if place < num_offloaded else cost.input for place, cost in enumerate(costs))
+    if num_offloaded:
+        kept += IN_FLIGHT * max(cost.stream for cost in costs)
+    planned = int(free_bytes * SAFETY)
+    fitting = (one for one in range(1, MOST_PIECES) if num_tokens * (kept + _lean_working(costs, one)) <= planned)
+    return next(fitting, MOST_PIECES)
 
 
 def num_kept(keeping: Sequence[Keeping]) -> int:
@@ -232,7 +243,7 @@ def _lean_working(costs: Sequence[BlockBytes], pieces: int) -> int:
     return max((cost.lean_working(pieces) for cost in costs), default=0)
 
 
-def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int) -> int:
+def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int = 1) -> int:
     """What a token takes of the device while its batch is gone back through, where all blocks keep so much; with what
     they compute again in so many pieces."""
     per_token = sum(cost.of(keeping) for cost in costs)
@@ -243,16 +254,9 @@ def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int
     return per_token + _lean_working(costs, pieces)
 
 
-def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int) -> int:
+def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes: int, pieces: int = 1) -> int:
     """The most tokens of a batch whose blocks all keep so much within `free_bytes`."""
-    planned = max(0, int(free_bytes * SAFETY))
-    found = 0
-    for pieces in range(MOST_PIECES, 0, -1):
-        # More pieces take less memory, and need more tokens.
-        found = planned // max(1, bytes_of_token(costs, keeping, pieces=pieces))
-        if num_pieces(found) >= pieces:
-            break
-    return found
+    return max(0, int(free_bytes * SAFETY)) // max(1, bytes_of_token(costs, keeping, pieces=pieces))
 
 
 def token_budget(

@@ -12,6 +12,7 @@ from workers.blocks.keeping import (
     BlockBytes,
     Keeping,
     choose_keeping,
+    choose_pieces,
     copies_fit,
     is_scarce,
     lean_token_budget,
@@ -101,6 +102,12 @@ class MemoryPlan:
         if self.free_bytes is None:
             return ["all"] * len(costs)
         return choose_keeping(costs, num_tokens=num_tokens, free_bytes=self.free_bytes, host_bytes=self.host_bytes)
+
+    def pieces(self, costs: Sequence[BlockBytes], num_tokens: int) -> int:
+        """In how many pieces blocks that compute anew go back through a batch of so many tokens."""
+        if self.free_bytes is None:
+            return 1
+        return choose_pieces(costs, num_tokens=num_tokens, free_bytes=self.free_bytes, host_bytes=self.host_bytes)
 
 
 def plan_memory(

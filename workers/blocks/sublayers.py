@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.attention import attend, attend_backward
-from workers.blocks.keeping import num_pieces
 from workers.blocks.linears import Group, Read
 from workers.blocks.operands import Activation, Norm, Seed
 from workers.blocks.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
@@ -29,6 +28,7 @@ class Surroundings:
     """What a batch gives a block: its rows, the angles of its tokens, (T, E) each, and what stands before its keys.
 
     `read_N` are the only places, no two the same, at which anyone reads the block's result; None where it may be all.
+    What a feed-forward network computes again, it computes in so many `pieces` of tokens.
     """
 
     rows: Rows
@@ -36,6 +36,7 @@ class Surroundings:
     sin_TE: Tensor
     prefix: Prefix | None = None
     read_N: Tensor | None = None
+    pieces: int = 1
 
 
 @dataclass
@@ -333,7 +334,7 @@ class FeedForward(Sublayer):
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         num_tokens = kept.x_TH.shape[0]
-        pieces = 1 if kept.body is not None else num_pieces(num_tokens)
+        pieces = 1 if kept.body is not None else min(around.pieces, num_tokens)
         if pieces == 1:
             return Gradients(*self._backward(gradient_TH, kept, needs_input=needs_input))
         # What is computed again is there for some tokens at a time.

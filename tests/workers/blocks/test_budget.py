@@ -14,6 +14,7 @@ from workers.blocks.engine import install
 from workers.blocks.keeping import (
     FILLING_TOKENS,
     IN_FLIGHT,
+    MOST_PIECES,
     MOST_TOKENS,
     SAFETY,
     BlockBytes,
@@ -21,12 +22,12 @@ from workers.blocks.keeping import (
     bytes_of_block,
     bytes_of_token,
     choose_keeping,
+    choose_pieces,
     free_bytes_for,
     hides_copies,
     lean_token_budget,
     least_keeping,
     logit_bytes,
-    num_pieces,
     planned_bytes,
     token_budget,
     tokens_that_fit,
@@ -133,21 +134,50 @@ def test_a_lean_batch_is_bounded_by_what_is_worked_with_and_by_the_host() -> Non
     of_3000 = 3000 * 2 * EIGHT_B.stream * (BLOCKS - 1)
     assert lean_token_budget(costs, free_bytes=free, host_bytes=of_3000) == 3000
     on_the_device = tokens_that_fit(costs, "input", free_bytes=free)
-    assert lean_token_budget(costs, free_bytes=free, host_bytes=1) == on_the_device < 2000
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=1) == on_the_device < 2500
 
 
-@given(tokens=st.integers(1, 20_000), keeping=st.sampled_from(["all", "bodies", "attention", "input", "offload"]))
-def test_the_tokens_that_fit_are_as_many_as_their_bytes_allow(tokens: int, keeping: Keeping) -> None:
+@given(
+    tokens=st.integers(1, 20_000),
+    keeping=st.sampled_from(["all", "bodies", "attention", "input", "offload"]),
+    pieces=st.integers(1, MOST_PIECES),
+)
+def test_the_tokens_that_fit_are_as_many_as_their_bytes_allow(tokens: int, keeping: Keeping, pieces: int) -> None:
     costs = [EIGHT_B] * BLOCKS
 
     def needed(tokens: int) -> int:
-        return tokens * bytes_of_token(costs, keeping, pieces=num_pieces(tokens))
+        return tokens * bytes_of_token(costs, keeping, pieces=pieces)
 
-    found = tokens_that_fit(costs, keeping, free_bytes=math.ceil(needed(tokens) / SAFETY))
-    assert found >= tokens
-    assert needed(found) <= needed(tokens) + SAFETY
-    assert num_pieces(1023) == num_pieces(2047) == 1
-    assert (num_pieces(2048), num_pieces(4095), num_pieces(4096), num_pieces(16384)) == (2, 3, 4, 4)
+    found = tokens_that_fit(costs, keeping, free_bytes=math.ceil(needed(tokens) / SAFETY), pieces=pieces)
+    assert found == tokens
+
+
+@given(tokens=st.integers(1, 20_000), free=st.integers(0, 2**31), has_host=st.booleans())
+def test_pieces_are_as_few_as_fit_and_none_where_anything_else_would_do(tokens: int, free: int, has_host: bool) -> None:
+    costs = [EIGHT_B] * BLOCKS
+    host_bytes = None if has_host else 0
+    found = choose_pieces(costs, num_tokens=tokens, free_bytes=free, host_bytes=host_bytes)
+    fits = [
+        tokens <= tokens_that_fit(costs, keeping, free_bytes=free, pieces=found)
+        for keeping in (["offload"] if has_host else ["input"])
+    ]
+    assert all(fits) or found == MOST_PIECES or has_host, "the last block's input stays, too"
+    if found > 1:
+        keeping: Keeping = "offload" if has_host else "input"
+        assert tokens > tokens_that_fit(costs, keeping, free_bytes=free, pieces=found - 1) - 1000
+    kept = choose_keeping(costs, num_tokens=tokens, free_bytes=free, host_bytes=host_bytes)
+    if found > 1:
+        assert kept == least_keeping(costs, num_tokens=tokens, host_bytes=host_bytes)
+
+
+def test_a_row_that_is_longer_than_what_fits_is_gone_back_through_in_pieces() -> None:
+    costs = [EIGHT_B] * BLOCKS
+    free = free_for(1500, "offload")
+    assert lean_token_budget(costs, free_bytes=free, host_bytes=None) == 1500
+    found = [
+        choose_pieces(costs, num_tokens=tokens, free_bytes=free, host_bytes=None) for tokens in (1500, 1900, 2300, 9000)
+    ]
+    assert found == [1, 2, 3, 4]
 
 
 @given(free=st.integers(0, 2**38), more=st.integers(0, 2**34))
@@ -187,7 +217,7 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     assert found.attention == 2 * (attention + 2 * hidden)
     assert found.input == found.stream == 2 * hidden
     assert found.offload == 0
-    assert found.lean_attention == 2 * (2 * attention + 4 * hidden)
+    assert found.lean_attention == 2 * (2 * attention + 5 * hidden)
     for pieces in (1, 2, 4):
         in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * hidden) / pieces)
         in_feed_forward = 2 * (attention + 3 * hidden) + in_piece

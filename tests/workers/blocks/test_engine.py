@@ -22,7 +22,6 @@ from workers.base_models import load
 from workers.bases import share, weights_digest
 from workers.batching import Batch
 from workers.blocks import agreement, function
-from workers.blocks import keeping as rules
 from workers.blocks.agreement import TOLERANCES, Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
@@ -249,7 +248,7 @@ def test_what_is_computed_again_in_pieces_gives_the_same(
     monkeypatch.setattr(
         network.outputs, "backward_input", lambda found, *rest: (seen.append(len(found)), backward(found, *rest))[1]
     )
-    monkeypatch.setattr(rules, "PIECE_TOKENS", 13)
+    engine.pieces = 3
     torch.manual_seed(3)
     loss, found = gradients(model, batch, engine)
     assert seen == [14, 14, 13], "41 tokens"

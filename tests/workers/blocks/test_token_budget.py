@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tiny import make_tiny_base, tiny_rows, write_rows
-from tests.workers.test_training import Log, adapter_bytes, at_step, recipe_of, run
+from tests.workers.test_training import Log, at_step, recipe_of, run
 from workers import devices, training
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import SAFETY
@@ -106,11 +107,18 @@ def test_a_resumed_run_adds_up_the_micro_batches_that_it_began_with(
 ) -> None:
     room = Room(monkeypatch, 100, lean=True)
     whole, _ = run(folders, tmp_path / "whole", eight)
+    sizes = list(room.sizes)
     stopping = Log(stop="checkpoint", stop_when=at_step(3))
     assert run(folders, tmp_path / "resumed", eight, stopping)[0] is None
     room.tokens = 70  # somebody else is on the card now
     resumed, _ = run(folders, tmp_path / "resumed", eight, attempt=2)
-    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert room.sizes[len(sizes) :] == sizes, "not those that a smaller memory would give"
+    assert resumed is not None
+    assert whole is not None
+    # What is computed again may come in pieces now, which add up in another order.
+    found, expected = (load_file(one / "adapter_model.safetensors") for one in (resumed, whole))
+    for name, one in expected.items():
+        assert torch.allclose(found[name], one, rtol=1e-4, atol=1e-6), name
 
 
 def test_another_try_is_worth_it_as_long_as_it_plans_with_less_memory(
