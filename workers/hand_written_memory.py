@@ -191,7 +191,8 @@ def _in_use(
             # Plain torch makes a tensor of each step of the activation's slope.
             found.append(element * (whole + (network + hidden + inner) / pieces) + 4 * 5 * inner / pieces)
     if 0 in sublayers:
-        found.append(element * (attention + 2 * hidden + 2 * joined.num_outputs + out.num_inputs))
+        apart = max(joined.num_outputs, blocks.attention_features)
+        found.append(element * (attention + 2 * hidden + joined.num_outputs + apart + out.num_inputs))
     # An adapter's gradients are float32.
     adapter = 4 * (2 * hidden + blocks.bottleneck) if any(blocks.adapters[one] for one in sublayers) else 0
     return round(max(found)) + adapter

@@ -295,9 +295,16 @@ class Engine:
     @cached_property
     def costs(self) -> list[BlockBytes]:
         """What each block keeps for one token."""
-        element = _plain(self._model).get_input_embeddings().weight.element_size()
+        weight = _plain(self._model).get_input_embeddings().weight
+        prefixed = self.has_prefix
         return [
-            block_bytes(part.block, element, has_adapter=part.adapter is not None)
+            block_bytes(
+                part.block,
+                weight.element_size(),
+                has_adapter=part.adapter is not None,
+                has_prefix=prefixed,
+                on_gpu=weight.is_cuda,
+            )
             for parts in self._parts
             for part in parts
         ]

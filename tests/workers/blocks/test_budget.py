@@ -21,6 +21,7 @@ from workers.blocks.keeping import (
     bytes_of_block,
     bytes_of_token,
     choose_keeping,
+    flash_features,
     free_bytes_for,
     hides_copies,
     lean_token_budget,
@@ -148,6 +149,23 @@ def test_the_tokens_that_fit_are_as_many_as_their_bytes_allow(tokens: int, keepi
     assert needed(found) <= needed(tokens) + SAFETY
     assert num_pieces(1023) == num_pieces(2047) == 1
     assert (num_pieces(2048), num_pieces(4095), num_pieces(4096), num_pieces(16384)) == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("num_key_heads", "has_prefix"), [(8, False), (32, False), (8, True)])
+def test_what_torchs_attention_works_with_on_its_way_back_is_counted(num_key_heads: int, has_prefix: bool) -> None:
+    hidden = queries = 4096
+    keys = num_key_heads * 128
+    joined = queries + 2 * keys
+    features = flash_features(joined, queries, has_prefix=has_prefix)
+    cost = bytes_of_block([joined + queries, 28672], hidden, 2, attention_features=features)
+    there = joined + queries + 3 * hidden + joined + queries  # with the gradients behind and before, and the norm's
+    by_kernel = queries + 2 * keys + 2 * queries  # the last in float32, in which queries' gradients are added up
+    if num_key_heads < 32:
+        by_kernel += 2 * queries  # of keys and values for each query head
+    if has_prefix:
+        by_kernel += 2 * keys
+    assert 2 * (there + by_kernel) <= cost.lean_working(4) < 2.1 * (there + by_kernel)
+    assert cost.of("bodies") == bytes_of_block([joined + queries, 28672], hidden, 2).of("bodies")
 
 
 @given(free=st.integers(0, 2**38), more=st.integers(0, 2**34))
