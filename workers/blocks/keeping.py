@@ -49,9 +49,9 @@ OPERATIONS_PER_BYTE = 20_000
 """Operations of a block, forward, for each byte of its input from which on copies hide behind them: a GPU of some 700
 TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
 PIECE_TOKENS, MOST_PIECES = 1024, 4
-"""Where a block kept its input alone, its feed-forward network is gone back through in pieces of so many tokens at
-least, and so many at most: what it computes again is most of what a run works with that is short of memory, and as many
-tokens keep a GPU nearly as busy. Weights in 4 bits are computed back for each piece."""
+"""Where a block keeps its input alone, its feed-forward network is gone through in pieces, there and back, of so many
+tokens at least, and so many at most: what it computes is most of what a run works with that is short of memory, and as
+many tokens keep a GPU nearly as busy. Weights in 4 bits are computed back for each piece."""
 HOST_SHARE = 1 / 8
 """Of the host's free memory, what one run takes for inputs: others train on the same host."""
 _ROUNDED_UP = 2
@@ -59,7 +59,7 @@ _ROUNDED_UP = 2
 
 
 def num_pieces(num_tokens: int) -> int:
-    """In how many pieces a feed-forward network goes back through so many tokens that it computes again."""
+    """In how many pieces a feed-forward network goes through so many tokens where it does not keep what it computes."""
     return max(1, min(MOST_PIECES, num_tokens // PIECE_TOKENS))
 
 
@@ -147,17 +147,18 @@ def bytes_of_block(
         return found
     attention, feed_forward = sizes
     inner = feed_forward // 2
+    wide = (hidden + PAD) * element
     return replace(
         found,
         # Beside the input, which is counted as kept: what it computed, and as much of gradients; the normalised input
         # and the gradient by it; and those of the stream, behind and before. The kernel is done before the gradient by
-        # the normalised input is there.
-        lean_attention=2 * attention + max((5 if drops else 4) * stream, 3 * stream + scratch),
+        # the normalised input is there. Each with the room that rows have for branches, as in what follows.
+        lean_attention=2 * attention + max((5 if drops else 4) * wide, 3 * wide + scratch),
         # What attention computed, the network's input, and the stream's gradients; and of a piece gate and up, the
         # gradient by the down projection's input, the normalised input, and the stream's gradient with room behind it.
         # With dropout one more of what layers read.
-        lean_feed_forward=attention + 3 * stream,
-        piece=feed_forward + stream + (2 if drops else 1) * (inner + stream),
+        lean_feed_forward=attention + 3 * wide,
+        piece=feed_forward + wide + (2 if drops else 1) * (inner + wide),
     )
 
 

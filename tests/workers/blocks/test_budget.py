@@ -205,9 +205,9 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     assert found.attention == 2 * (attention + 2 * hidden)
     assert found.input == found.stream == 2 * hidden
     assert found.offload == 0
-    assert found.lean_attention == 2 * (2 * attention + 4 * hidden)
+    assert found.lean_attention == 2 * (2 * attention + 4 * (hidden + PAD))
     for pieces in (1, 2, 4):
-        in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * hidden) / pieces)
-        in_feed_forward = 2 * (attention + 3 * hidden) + in_piece
+        in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * (hidden + PAD)) / pieces)
+        in_feed_forward = 2 * (attention + 3 * (hidden + PAD)) + in_piece
         assert found.lean_working(pieces) == max(found.lean_attention, in_feed_forward)
     assert found.working == 2 * found.bodies
