@@ -195,7 +195,8 @@ def test_offloading_wins_over_recording_where_it_saves_much_or_lets_micro_batche
 
 
 def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
-    block = install(with_lora(make_model("llama")), is_wide=False).blocks[0]
+    engine = install(with_lora(make_model("llama")), is_wide=False)
+    block = engine.blocks[0]
     hidden, inner, joined, attended, rank = 48, 80, 48 + 2 * 24, 48, 4
     attention = joined + attended + 4 * rank
     gate_up = 2 * inner + 3 * rank
@@ -211,3 +212,7 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
         in_feed_forward = 2 * (attention + 3 * (hidden + PAD)) + in_piece
         assert found.lean_working(pieces) == max(found.lean_attention, in_feed_forward)
     assert found.working == 2 * found.bodies
+    by_torch = block_bytes(block, 2, on_gpu=True)
+    assert by_torch.lean_attention == 2 * (2 * attention + 3 * (hidden + PAD) + flash_features(joined, attended))
+    engine.attend_by("rows")
+    assert block_bytes(block, 2, on_gpu=True) == found
