@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workers.blocks.keeping import BlockBytes, bytes_of_block, hides_copies
-from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD
+from workers.blocks.keeping import BlockBytes, bytes_of_block, flash_features, hides_copies
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD, takes_rows
 from workers.methods import Method
 from workers.recipe import Precision
 from workers.shapes import LinearShape, ModelShape
@@ -80,6 +80,8 @@ class Blocks:
     """Embeddings before each row, which pass through every block like tokens."""
     has_dropout: bool
     """Whether the inputs of low-rank branches are dropped in part."""
+    has_prefix: bool
+    """Whether trained keys and values stand before those of each row."""
 
     @classmethod
     def of(cls, shape: ModelShape, method: Method, settings: Any) -> Blocks:
@@ -109,6 +111,7 @@ class Blocks:
             max(0, bottleneck - sum(adapters) * shape.hidden_size),
             method.num_virtual_tokens(settings) if method.lengthens_rows else 0,
             has_dropout=rank > 0 and getattr(settings, "dropout", 0.0) > 0,
+            has_prefix=method.num_virtual_tokens(settings) > 0 and not method.lengthens_rows,
         )
 
     @property
@@ -128,14 +131,27 @@ class Blocks:
             gate_up.num_outputs + gate_up.num_ranks + down.num_ranks + normed,
         )
 
+    @property
+    def attention_features(self) -> int:
+        """Numbers for one token that attention's kernel works with on its way back: none where ours can do it."""
+        if takes_rows(self.shape.head_size, has_prefix=self.has_prefix):
+            return 0
+        joined, out, _, _ = self.groups
+        return flash_features(joined.num_outputs, out.num_inputs, has_prefix=self.has_prefix)
+
     def costs(self, element: int) -> list[BlockBytes]:
         """What each block keeps of a token whose numbers take `element` bytes, as `workers.blocks.engine` has it."""
         hidden, bodies = self.shape.hidden_size, self.bodies
         if not any(self.adapters):
-            return [bytes_of_block(bodies, hidden, element, drops=self.has_dropout)] * self.shape.num_layers
+            cost = bytes_of_block(
+                bodies, hidden, element, drops=self.has_dropout, attention_features=self.attention_features
+            )
+            return [cost] * self.shape.num_layers
         halves = [
-            bytes_of_block([body], hidden, element, has_adapter=has_adapter, drops=self.has_dropout)
-            for body, has_adapter in zip(bodies, self.adapters, strict=True)
+            bytes_of_block(
+                [body], hidden, element, has_adapter=has_adapter, drops=self.has_dropout, attention_features=features
+            )
+            for body, has_adapter, features in zip(bodies, self.adapters, (self.attention_features, 0), strict=True)
         ]
         return halves * self.shape.num_layers
 

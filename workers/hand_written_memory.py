@@ -24,13 +24,15 @@ class Held:
     """How a step is computed, and the most bytes that it needs beside weights, adapter and optimizer.
 
     `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones; `keeping` is what each block
-    keeps of it. `weights_bytes` are those of the 4-bit base computed back, `takes_turns` whether blocks do so in memory
-    for their branches' copies; the activations are of the largest micro-batch.
+    keeps of it, and `pieces` in how many feed-forward networks that keep nothing go through it. `weights_bytes` are
+    those of the 4-bit base computed back, `takes_turns` whether blocks do so in memory for their branches' copies; the
+    activations are of the largest micro-batch.
     """
 
     tokens: float
     num_micro: int
     keeping: tuple[Keeping, ...]
+    pieces: int
     has_copies: bool
     is_recorded: bool
     takes_turns: bool
@@ -89,6 +91,7 @@ def held(
         tokens=usual,
         num_micro=step.num_micro(step.mean, plan.budget),
         keeping=tuple(plan.keeping(costs, math.ceil(usual))),
+        pieces=plan.pieces(costs, math.ceil(usual)),
         has_copies=plan.has_copies,
         is_recorded=plan.is_recorded,
         takes_turns=plan.takes_turns,
@@ -193,7 +196,8 @@ def _in_use(
             # Plain torch makes a tensor of each step of the activation's slope.
             found.append(element * (whole + (network + hidden + inner) / pieces) + 4 * 5 * inner / pieces)
     if 0 in sublayers:
-        found.append(element * (attention + 2 * hidden + 2 * joined.num_outputs + out.num_inputs))
+        apart = max(joined.num_outputs, blocks.attention_features)
+        found.append(element * (attention + 2 * hidden + joined.num_outputs + apart + out.num_inputs))
     # An adapter's gradients are float32.
     adapter = 4 * (2 * hidden + blocks.bottleneck) if any(blocks.adapters[one] for one in sublayers) else 0
     return round(max(found)) + adapter

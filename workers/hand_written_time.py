@@ -103,11 +103,12 @@ def step_work(
     attention = 2 * weighted_length * heads * layers * (3.5 + attended_again)
     adapter = 6 * num_trainable if any(blocks.adapters) else 0
     moved = tokens * layers * element * _moved_features(blocks, held.kept_share)
-    if is_quantised and not held.has_copies:
-        # Half a byte is read and two are written for each weight, each time that it is used.
-        moved += held.num_micro * 2.5 * (2 * blocks.num_weights + again)
-    else:
-        moved += held.num_micro * 2 * (2 * blocks.num_weights + again)
+    # A feed-forward network that goes in pieces uses its weights for each.
+    _, _, gate_up, down = (group.num_weights for group in blocks.groups)
+    more = (held.pieces - 1) * attended_again * layers * (3 * gate_up + 2 * down)
+    # Half a byte is read and two are written for each weight in 4 bits, each time that it is used.
+    each = 2.5 if is_quantised and not held.has_copies else 2
+    moved += held.num_micro * each * (2 * blocks.num_weights + again + more)
     moved += 50 * num_trainable
     return StepWork(
         product_flops=tokens * (products + head + adapter),

@@ -15,12 +15,14 @@ LOG_SECONDS = 0.2
 @dataclass(frozen=True)
 class Reading:
     """What is on its way from the device: loss per token, gradient norm, and whether all steps were finite, (3,)
-    float32; there once `done` is over. `num_tokens` and `num_steps` are those since the reading before."""
+    float32; there once `done` is over. `num_tokens` and `num_steps` are those since the reading before. `asked_at` is
+    when the host had queued it."""
 
     values: torch.Tensor
     done: torch.cuda.Event | None
     num_tokens: int
     num_steps: int
+    asked_at: float
 
 
 class Meter:
@@ -35,7 +37,7 @@ class Meter:
         """Whether the host queues steps on a device that computes them later."""
         self._device = device
         self._num_steps = num_steps
-        self._last_asked = self._last_read = self._last_lap = time.monotonic()
+        self._last_asked = self._last_ended = self._last_lap = time.monotonic()
         self._skipped = 0.0
         self._tokens = 0
         self._steps = 0
@@ -62,23 +64,26 @@ class Meter:
             on_host = torch.empty(values.shape, pin_memory=True)
             on_host.copy_(values, non_blocking=True)
             values, done = on_host, torch.cuda.current_stream(self._device).record_event()
-        reading = Reading(values, done, self._tokens, self._steps)
-        self._last_asked, self._tokens, self._steps = time.monotonic(), 0, 0
+        self._last_asked = time.monotonic()
+        reading = Reading(values, done, self._tokens, self._steps, self._last_asked)
+        self._tokens, self._steps = 0, 0
         return reading
 
     def read(self, reading: Reading) -> tuple[float, float]:
         """Loss per token and gradient norm, once they are there; NaN when any step since the reading before was not
         finite."""
-        if reading.done is not None:
+        # Where the device is through by now, it was waiting for the host: the step ended about when it was queued.
+        ended_at = reading.asked_at
+        if reading.done is not None and not reading.done.query():
             reading.done.synchronize()
+            ended_at = time.monotonic()
         loss, norm, all_finite = reading.values.tolist()
-        now = time.monotonic()
-        seconds = max(now - self._last_read - self._skipped, 1e-9)
+        seconds = max(ended_at - self._last_ended - self._skipped, 1e-9)
         self.tokens_per_second = reading.num_tokens / seconds
         latest = seconds / reading.num_steps
         previous = self._seconds_per_step
         self._seconds_per_step = latest if previous is None else 0.9 * previous + 0.1 * latest
-        self._last_read, self._skipped = now, 0.0
+        self._last_ended, self._skipped = ended_at, 0.0
         return (loss, norm) if all_finite else (math.nan if math.isfinite(loss) else loss, norm)
 
     def seconds_left(self, step: int) -> float:

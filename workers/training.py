@@ -741,25 +741,10 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
         prompts.answer(model, position.step)
     meter = Meter(run.device, plan.num_steps)
     asked: _Asked | None = None
-    while not validator.is_over(position):
-        mode = run.should_stop()
-        if mode is not None and asked is not None:
-            position, asked = _report_step(run, plan, meter, asked, position), None
-        if mode == "keep" and position.step > 0:
-            # Whoever goes on after a crash while scoring keeps this step, and not an older one.
-            _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
-            validator.take_best(model, position)
-            return position, position.step
-        run.step, run.micro_batch_size = position.step + 1, position.micro_batch_size
-        # Before the first step there is nothing to keep: one is taken.
-        if mode in ("now", "checkpoint"):
-            if mode == "checkpoint" and position.step > 0:
-                _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
-            raise _Stopped(mode, position.step)
 
-        failpoint("training.step")
-        step = position.step + 1
-        rate = learning_rate(
+    def rate_of(step: int) -> float:
+        assert settings.learning_rate != "auto"
+        return learning_rate(
             step,
             num_steps=plan.num_steps,
             peak=settings.learning_rate,
@@ -768,6 +753,27 @@ def optimise(run: Run, model: Any) -> tuple[Position, int | None]:
             decay_share=settings.decay_share,
             min_share=settings.min_learning_rate_share,
         )
+
+    while not validator.is_over(position):
+        mode = run.should_stop()
+        if mode is not None and asked is not None:
+            position, asked = _report_step(run, plan, meter, asked, position), None
+        if mode in ("keep", "checkpoint") and position.step > 0:
+            # Of a step that was not read nobody knows yet. Whoever goes on after a crash while scoring keeps this step,
+            # and not an older one.
+            _check_weights(run, parameters, position, rate_of(position.step))
+            _save_checkpoint(run, model, optimizer, position, validator.best_weights, prompts.kept)
+        if mode == "keep" and position.step > 0:
+            validator.take_best(model, position)
+            return position, position.step
+        run.step, run.micro_batch_size = position.step + 1, position.micro_batch_size
+        # Before the first step there is nothing to keep: one is taken.
+        if mode in ("now", "checkpoint"):
+            raise _Stopped(mode, position.step)
+
+        failpoint("training.step")
+        step = position.step + 1
+        rate = rate_of(step)
         is_checkpoint = step % settings.checkpoint_every_steps == 0 or step == plan.num_steps
         # Whoever looks at what a step left behind waits for it. Else it is read once the next one is queued, so that
         # the device never has nothing to do.

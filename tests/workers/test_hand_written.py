@@ -35,7 +35,7 @@ from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 from workers.facts import DeviceFacts
 from workers.gpus import Gpu, gpu_named
 from workers.hand_written import Blocks, is_hand_written
-from workers.hand_written_memory import CONTEXT_BYTES, free_memory, held
+from workers.hand_written_memory import CONTEXT_BYTES, Held, free_memory, held
 from workers.hand_written_run import ENOUGH_SLOWDOWN, HandWrittenRun, run_of
 from workers.hand_written_time import LINK_BANDWIDTH, PACE, step_work
 from workers.memory import estimate
@@ -395,6 +395,20 @@ def test_copies_of_branches_take_turns_where_launches_are_not_recorded_and_memor
     assert copies(2048, 7, is_lean=False) == in_turns, "recordings would not fit"
     assert copies(2048, 140, is_lean=False) == 32 * in_turns
     assert copies(250, 140, is_lean=True) == 32 * in_turns, "it is recorded"
+
+
+def test_the_weights_of_networks_that_go_in_pieces_are_computed_back_for_each(eight_b: Blocks) -> None:
+    layers = eight_b.shape.num_layers
+
+    def moved(tokens: int, num_micro: int, pieces: int) -> float:
+        kept = Held(tokens, num_micro, ("input",) * layers, pieces, False, False, False, 0, 0)
+        return step_work(
+            eight_b, kept, num_trainable=0, loss_share=1.0, weighted_length=300, is_quantised=True
+        ).moved_bytes  # fmt: skip
+
+    joined, out, _, _ = (group.num_weights for group in eight_b.groups)
+    # Four pieces of one micro-batch differ from four micro-batches by attention's weights alone.
+    assert moved(1024, 4, 1) - moved(4096, 1, 4) == pytest.approx(3 * layers * 2.5 * 3 * (joined + out))
 
 
 def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:

@@ -454,6 +454,28 @@ def test_a_step_that_is_read_late_is_the_one_that_diverged(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
 
 
+@pytest.mark.parametrize("mode", ["keep", "checkpoint"])
+def test_a_run_that_is_stopped_keeps_no_step_that_diverged_and_was_not_read(
+    mode: StopMode, tiny: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "Meter", Ahead)
+    monkeypatch.setattr(Ahead, "is_due", lambda self, step: False)
+    real = training._forward_backward
+    log = Log(stop=mode)
+
+    def poisoned(run: Any, model: Any, objective: Any, rows: Any, size: int, position: Any) -> Any:
+        took = real(run, model, objective, rows, size, position)
+        if position.step == 3:
+            next(one for one in model.parameters() if one.requires_grad).grad.mul_(math.nan)
+        log.asked = position.step == 4
+        return took
+
+    monkeypatch.setattr(training, "_forward_backward", poisoned)
+    with pytest.raises(DivergedError, match="step 5"):
+        run(tiny, tmp_path, recipe_of(), log)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3-1"]
+
+
 def with_an_overflowing_token(folder: Path) -> Path:
     """The tiny base, but for one token, "Z", at the end of what float32 holds: a row with it gives NaN."""
     base = make_tiny_base(folder)

@@ -14,9 +14,7 @@ from torch import Tensor
 from workers.blocks.pointwise import rotate
 from workers.blocks.room import with_room_behind
 from workers.blocks.rows import Attended, Prefix, Rows, Sight
-
-MOST_FEATURES_OF_ROWS = 128
-"""Features of a head that our kernel takes: tiles of more do not fit the registers."""
+from workers.blocks.sizes import takes_rows
 
 
 def attend(
@@ -125,7 +123,7 @@ def _backward_row_by_row(
 
 
 def _is_by_rows(query_TGD: Tensor, sight: Sight, prefix: Prefix | None) -> bool:
-    fits = prefix is None and query_TGD.shape[2] <= MOST_FEATURES_OF_ROWS
+    fits = takes_rows(query_TGD.shape[2], has_prefix=prefix is not None)
     return query_TGD.is_cuda and sight.kernel == "rows" and fits
 
 

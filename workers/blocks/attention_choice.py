@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.blocks.attention import MOST_FEATURES_OF_ROWS, attend, attend_backward
+from workers.blocks.attention import attend, attend_backward
 from workers.blocks.distance import distance
 from workers.blocks.rows import Kernel, Rows, Sight
+from workers.blocks.sizes import takes_rows
 from workers.device_errors import is_gpu_failure
 from workers.errors import first_line
 from workers.graphs import NotRecordedError, record
@@ -46,7 +47,7 @@ def faster_kernel(
     Raises:
         RuntimeError: the GPU failed.
     """
-    if device.type != "cuda" or heads[2] > MOST_FEATURES_OF_ROWS:
+    if device.type != "cuda" or not takes_rows(heads[2], has_prefix=False):
         return "flash"
     return choose(
         lambda: _both_ways(heads, sight, lengths, dtype=dtype, device=device),

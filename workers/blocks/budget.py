@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from workers.blocks.function import Block
-from workers.blocks.keeping import BlockBytes, bytes_of_block
+from workers.blocks.keeping import BlockBytes, bytes_of_block, flash_features
+from workers.blocks.sizes import takes_rows
+from workers.blocks.sublayers import Attention
 
 
-def block_bytes(block: Block, element: int, *, has_adapter: bool = False) -> BlockBytes:
-    """Bytes for one token of a block whose numbers take `element` bytes; with a bottleneck adapter behind it or not."""
+def block_bytes(
+    block: Block, element: int, *, has_adapter: bool = False, has_prefix: bool = False, on_gpu: bool = False
+) -> BlockBytes:
+    """Bytes for one token of a block whose numbers take `element` bytes; with a bottleneck adapter behind it or not,
+    and with a prefix before its keys or not. What attention's kernel works with is that of the one which was chosen on
+    a GPU, and elsewhere of that which would do."""
     bodies = [sublayer.kept_features() for sublayer in block.sublayers]
     drops = any(group.dropout > 0 for group in block.groups())
-    hidden = block.sublayers[0].inputs.num_inputs
-    return bytes_of_block(bodies, hidden, element, has_adapter=has_adapter, drops=drops)
+    first = block.sublayers[0]
+    features = 0
+    if isinstance(first, Attention):
+        chosen = first.sight.kernel if on_gpu else "rows"
+        if chosen != "rows" or not takes_rows(first.head_size, has_prefix=has_prefix):
+            features = flash_features(first.inputs.num_outputs, first.outputs.num_inputs, has_prefix=has_prefix)
+    return bytes_of_block(
+        bodies, first.inputs.num_inputs, element, has_adapter=has_adapter, drops=drops, attention_features=features
+    )

@@ -38,6 +38,9 @@ from workers.losses import head_is_plain, logits_within
 
 NO_MASKS = "rows_by_hand"
 """A name of attention that transformers knows no masks for, so that it makes none."""
+WORTH_LEAVING_OUT = 0.75
+"""Of a batch's tokens, those that carry loss at most for the last layer to leave the others out: finding them takes
+copies, and memory for these."""
 _SEEDS = 2**31 - 16
 _SEEDS_PER_LAYER = 4
 """Of two groups in each of two sublayers."""
@@ -237,7 +240,7 @@ class Engine:
         device = batch.input_ids.device
         rows = Rows.of([length + self.num_virtual_tokens for length in batch.lengths], device)
         read_N = None
-        if not reads_all and batch.num_loss_tokens < rows.num_tokens:
+        if not reads_all and batch.num_loss_tokens <= WORTH_LEAVING_OUT * rows.num_tokens:
             # Each row's virtual tokens, and those of the rows before it, stand before its own.
             read_N = batch.positions_N + (batch.rows_N + 1) * self.num_virtual_tokens
         with self.prepared(rows, self.draw(device), read_N):
@@ -298,9 +301,16 @@ class Engine:
     @cached_property
     def costs(self) -> list[BlockBytes]:
         """What each block keeps for one token."""
-        element = _plain(self._model).get_input_embeddings().weight.element_size()
+        weight = _plain(self._model).get_input_embeddings().weight
+        prefixed = self.has_prefix
         return [
-            block_bytes(part.block, element, has_adapter=part.adapter is not None)
+            block_bytes(
+                part.block,
+                weight.element_size(),
+                has_adapter=part.adapter is not None,
+                has_prefix=prefixed,
+                on_gpu=weight.is_cuda,
+            )
             for parts in self._parts
             for part in parts
         ]

@@ -50,8 +50,8 @@ OPERATIONS_PER_BYTE = 20_000
 TFLOP/s behind a link of 35 GB/s. Those before it were slower by more than their links were."""
 MOST_PIECES = 4
 """A row is not cut, however long it is. Where not even offloaded inputs leave enough for one, feed-forward networks
-that compute anew go back through it in so many pieces at most: gate and up are most of what a block works with. They
-come last: on an H200 two pieces of 1,024 tokens made a step of QLoRA 14 % slower."""
+that keep nothing go through it in so many pieces at most, there and back: gate and up are most of what a block works
+with. They come last: on an H200 two pieces of 1,024 tokens on the way back made a step of QLoRA 14 % slower."""
 HOST_SHARE = 1 / 8
 """Of the host's free memory, what one run takes for inputs: others train on the same host."""
 _ROUNDED_UP = 2
@@ -91,8 +91,27 @@ class BlockBytes:
         return self.input - self.offload
 
 
+def flash_features(joined: int, attended: int, *, has_prefix: bool = False) -> int:
+    """Numbers for one token that torch's attention works with on its way back beside what goes in and comes out: the
+    gradients of queries, keys and values before they are joined; that of queries in float32, which is two; those of
+    keys and values for each of the heads that share them; and with a prefix keys and values behind it.
+
+    Args:
+        joined: features of queries, keys and values together.
+        attended: features of queries alone.
+    """
+    shared = 2 * attended if joined < 3 * attended else 0
+    return joined + 2 * attended + shared + (joined - attended if has_prefix else 0)
+
+
 def bytes_of_block(
-    bodies: Sequence[int], hidden: int, element: int, *, has_adapter: bool = False, drops: bool = False
+    bodies: Sequence[int],
+    hidden: int,
+    element: int,
+    *,
+    has_adapter: bool = False,
+    drops: bool = False,
+    attention_features: int = 0,
 ) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes.
 
@@ -102,7 +121,9 @@ def bytes_of_block(
         has_adapter: whether a bottleneck adapter stands behind it, which keeps what it reads in float32, and a mask of
             its dropout, whatever the block keeps.
         drops: whether the inputs of low-rank branches are dropped in part.
+        attention_features: numbers for one token that attention's kernel works with on its way back (`flash_features`).
     """
+    scratch = attention_features * element
     sizes = [body * element for body in bodies]
     stream = hidden * element
     adapter = 5 * hidden if has_adapter else 0
@@ -115,22 +136,24 @@ def bytes_of_block(
         offload=adapter,
         # One block's own working memory on the way back: all that it computed, and as much of gradients.
         working=2 * bodies_bytes,
-        lean_attention=2 * bodies_bytes,
+        lean_attention=2 * bodies_bytes + scratch,
     )
     if len(bodies) == 1:
         return found
     attention, feed_forward = sizes
     inner = feed_forward // 2
+    wide = (hidden + PAD) * element
     return replace(
         found,
         # Beside the input, which is counted as kept: what it computed, and as much of gradients; the normalised input
-        # and the gradient by it; and those of the stream, behind the block, between its halves and before it.
-        lean_attention=2 * attention + (6 if drops else 5) * stream,
+        # and the gradient by it; and those of the stream, behind and before. The kernel is done before the gradient by
+        # the normalised input is there. Each with the room that rows have for branches, as in what follows.
+        lean_attention=2 * attention + max((5 if drops else 4) * wide, 3 * wide + scratch),
         # What attention computed, the network's input, and the stream's gradients; and of a piece gate and up, the
         # gradient by the down projection's input, the normalised input, and the stream's gradient with room behind it.
         # With dropout one more of what layers read.
-        lean_feed_forward=attention + 3 * stream,
-        piece=feed_forward + stream + (2 if drops else 1) * (inner + stream),
+        lean_feed_forward=attention + 3 * wide,
+        piece=feed_forward + wide + (2 if drops else 1) * (inner + wide),
     )
 
 

@@ -309,7 +309,7 @@ def _drop(x_TK: Tensor, out_TK: Tensor, share: float, seed: Seed, *, adds: bool)
     num_rows, width = x_TK.shape
     assert x_TK.stride(1) == out_TK.stride(1) == 1
     octets = min(256, triton.next_power_of_2(triton.cdiv(width, 8)))
-    threshold = round(share * 2**16)
+    threshold = min(round(share * 2**16), 2**16 - 1)
     _dropped[(num_rows, triton.cdiv(width, 8 * octets))](
         x_TK, out_TK, seed.base_1, seed.offset, seed.first_row, x_TK.stride(0), out_TK.stride(0), width, threshold,
         1.0 / (1.0 - threshold / 2**16), ADDS=adds, OCTETS=octets, num_warps=4,

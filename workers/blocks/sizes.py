@@ -7,6 +7,8 @@ PAD = 64
 rank 16 and for two layers at rank 32."""
 MAX_HEAD_FEATURES = 256
 """Features of a head that flash attention takes."""
+MOST_FEATURES_OF_ROWS = 128
+"""Features of a head that our kernel for packed rows takes: tiles of more do not fit the registers."""
 LAUNCH_SECONDS = 3.0e-3
 """Seconds at a GPU's peak of the operations of a layer and batch, forward and back, that take it as long as launching
 them takes the host, some 5 ms."""
@@ -21,6 +23,11 @@ LEAN_LOGIT_BYTES = 2**26
 reads its weights."""
 LEAN_SCRATCH_BYTES = 2**26
 """The same of weights in 4 bits that are computed back at once: gate and up of an 8B shape come in four pieces."""
+
+
+def takes_rows(head_size: int, *, has_prefix: bool) -> bool:
+    """Whether our kernel for packed rows can compute attention; torch's does the rest."""
+    return head_size <= MOST_FEATURES_OF_ROWS and not has_prefix
 
 
 def launches_take_longer(layer_weights: float, num_tokens: float, *, peak_flops: float) -> bool:

@@ -242,7 +242,7 @@ class Attention(Sublayer):
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
         normed_TK, inverse_T = kept.normed or self._normed(kept.x_TH, self.inputs.width)
-        body = kept.body
+        body, kept.body, kept.normed = kept.body, None, None
         if body is None:
             body = self._body(normed_TK, around, kept.seed)
             self._finish_again(kept.x_TH, body, kept.seed)
@@ -260,15 +260,18 @@ class Attention(Sublayer):
             by_attended, *self._heads(turned_TQ), body.attended, around.rows, self.sight, into,
             (around.cos_TE, around.sin_TE), around.prefix,
         )  # fmt: skip
+        del by_out_TH, attended_TN, by_attended_TN, by_attended, turned_TQ  # before anything more is made
         by_query, by_key, _ = into
         if self.head_norms is not None:
             assert body.inverses is not None
             raw_query, raw_key, _ = self._heads(body.qkv_TQ)
             by_query.copy_(_norm_heads_backward(by_query, raw_query, self.head_norms.query, body.inverses[0]))
             by_key.copy_(_norm_heads_backward(by_key, raw_key, self.head_norms.key, body.inverses[1]))
+            del raw_query, raw_key
         by_normed_TK, of_inputs = self.inputs.backward(
             by_qkv_TQ, Read(normed_TK, body.thin_TR, kept.seed), needs_input=needs_input
         )
+        del body, by_qkv_TQ, into, by_query, by_key, normed_TK  # before the result is made
         by_input_TH = self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH)
         return Gradients(by_input_TH, of_inputs + of_outputs, by_prefix)
 
@@ -309,12 +312,26 @@ class FeedForward(Sublayer):
         keeps_body: bool,
         keeps_normed: bool = False,
     ) -> tuple[Tensor, Kept]:
+        pieces = [] if keeps_body else list(_pieces(x_TH.shape[0], around, seed))
+        if len(pieces) > 1:
+            # What is not kept is there for some tokens at a time, on the way back, too.
+            out_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
+            for rows, own_seed in pieces:
+                out_TH[rows] = self._forward(x_TH[rows], own_seed)[0]
+            return out_TH, Kept(x_TH, seed)
+        result_TH, body, normed = self._forward(x_TH, seed, keeps_normed=keeps_normed)
+        return result_TH, Kept(x_TH, seed, body if keeps_body else None, normed)
+
+    def _forward(
+        self, x_TH: Tensor, seed: Seed | None, *, keeps_normed: bool = False
+    ) -> tuple[Tensor, _FeedForwardBody, tuple[Tensor, Tensor] | None]:
+        """The result, what was computed between, and the normalised input with 1 / rms, None where it is not kept."""
         normed = self._normed(x_TH, self.inputs.width)
         gate_up_T2F, read = self.inputs.forward(normed[0], seed=seed, has_room=True)
         body = _FeedForwardBody(gate_up_T2F=gate_up_T2F, thin_TR=read.thin_TR)
-        kept = Kept(x_TH, seed, body if keeps_body else None, normed if keeps_normed else None)
+        kept = normed if keeps_normed else None
         del normed, read
-        return self._finish(x_TH, body, self._gated(body), seed), kept
+        return self._finish(x_TH, body, self._gated(body), seed), body, kept
 
     def _again(self, normed_TK: Tensor, kept: Kept) -> _FeedForwardBody:
         """What the backward pass needs, without the last product where it can do so."""
@@ -333,17 +350,14 @@ class FeedForward(Sublayer):
         return out_TK
 
     def backward(self, gradient_TH: Tensor, kept: Kept, around: Surroundings, *, needs_input: bool) -> Gradients:
-        num_tokens = kept.x_TH.shape[0]
-        pieces = 1 if kept.body is not None else min(around.pieces, num_tokens)
-        if pieces == 1:
+        pieces = [] if kept.body is not None else list(_pieces(kept.x_TH.shape[0], around, kept.seed))
+        if len(pieces) <= 1:
             return Gradients(*self._backward(gradient_TH, kept, needs_input=needs_input))
         # What is computed again is there for some tokens at a time.
         out_TH = self._room_for_gradient(kept.x_TH) if needs_input else None
         by_parameters: list[Tensor] = []
-        step = math.ceil(num_tokens / pieces)
-        for first in range(0, num_tokens, step):
-            rows = slice(first, first + step)
-            piece = Kept(kept.x_TH[rows], None if kept.seed is None else kept.seed.of_rows(first, num_tokens))
+        for rows, own_seed in pieces:
+            piece = Kept(kept.x_TH[rows], own_seed)
             into_TH = None if out_TH is None else out_TH[rows]
             _, found = self._backward(gradient_TH[rows], piece, needs_input=needs_input, into_TH=into_TH)
             if by_parameters:
@@ -375,6 +389,14 @@ class FeedForward(Sublayer):
         )
         del body, by_gate_up_T2F, normed_TK  # before the result is made
         return self._out_of_norm(by_normed_TK, kept, inverse_T, gradient_TH, into_TH), of_inputs + of_outputs
+
+
+def _pieces(num_tokens: int, around: Surroundings, seed: Seed | None) -> Iterator[tuple[slice, Seed | None]]:
+    """The tokens of each piece in which a feed-forward network computes what is not kept, and where they drop: pieces
+    are as large as those of all the batch's tokens, of which it computes `num_tokens`."""
+    step = math.ceil(around.rows.num_tokens / around.pieces)
+    for first in range(0, num_tokens, step):
+        yield slice(first, first + step), None if seed is None else seed.of_rows(first, num_tokens)
 
 
 def _next(seed: Seed | None) -> Seed | None:

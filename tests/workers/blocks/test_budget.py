@@ -23,6 +23,7 @@ from workers.blocks.keeping import (
     bytes_of_token,
     choose_keeping,
     choose_pieces,
+    flash_features,
     free_bytes_for,
     hides_copies,
     lean_token_budget,
@@ -180,6 +181,23 @@ def test_a_row_that_is_longer_than_what_fits_is_gone_back_through_in_pieces() ->
     assert found == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("num_key_heads", "has_prefix"), [(8, False), (32, False), (8, True)])
+def test_what_torchs_attention_works_with_on_its_way_back_is_counted(num_key_heads: int, has_prefix: bool) -> None:
+    hidden = queries = 4096
+    keys = num_key_heads * 128
+    joined = queries + 2 * keys
+    features = flash_features(joined, queries, has_prefix=has_prefix)
+    cost = bytes_of_block([joined + queries, 28672], hidden, 2, attention_features=features)
+    there = joined + queries + 3 * hidden + joined + queries  # with the gradients behind and before, and the norm's
+    by_kernel = queries + 2 * keys + 2 * queries  # the last in float32, in which queries' gradients are added up
+    if num_key_heads < 32:
+        by_kernel += 2 * queries  # of keys and values for each query head
+    if has_prefix:
+        by_kernel += 2 * keys
+    assert 2 * (there + by_kernel) <= cost.lean_working(4) < 2.1 * (there + by_kernel)
+    assert cost.of("bodies") == bytes_of_block([joined + queries, 28672], hidden, 2).of("bodies")
+
+
 @given(free=st.integers(0, 2**38), more=st.integers(0, 2**34))
 def test_the_more_is_free_the_more_is_planned_with(free: int, more: int) -> None:
     assert planned_bytes(free + more) >= planned_bytes(free)
@@ -207,7 +225,8 @@ def test_offloading_wins_over_recording_where_it_saves_much_or_lets_micro_batche
 
 
 def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
-    block = install(with_lora(make_model("llama")), is_wide=False).blocks[0]
+    engine = install(with_lora(make_model("llama")), is_wide=False)
+    block = engine.blocks[0]
     hidden, inner, joined, attended, rank = 48, 80, 48 + 2 * 24, 48, 4
     attention = joined + attended + 4 * rank
     gate_up = 2 * inner + 3 * rank
@@ -217,9 +236,13 @@ def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:
     assert found.attention == 2 * (attention + 2 * hidden)
     assert found.input == found.stream == 2 * hidden
     assert found.offload == 0
-    assert found.lean_attention == 2 * (2 * attention + 5 * hidden)
+    assert found.lean_attention == 2 * (2 * attention + 4 * (hidden + PAD))
     for pieces in (1, 2, 4):
-        in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * hidden) / pieces)
-        in_feed_forward = 2 * (attention + 3 * hidden) + in_piece
+        in_piece = math.ceil(2 * (gate_up + gate_up // 2 + 2 * (hidden + PAD)) / pieces)
+        in_feed_forward = 2 * (attention + 3 * (hidden + PAD)) + in_piece
         assert found.lean_working(pieces) == max(found.lean_attention, in_feed_forward)
     assert found.working == 2 * found.bodies
+    by_torch = block_bytes(block, 2, on_gpu=True)
+    assert by_torch.lean_attention == 2 * (2 * attention + 3 * (hidden + PAD) + flash_features(joined, attended))
+    engine.attend_by("rows")
+    assert block_bytes(block, 2, on_gpu=True) == found

@@ -111,6 +111,7 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     assert torch.equal(found[rows], kernels.dropped(x[rows], 0.25, seed.of_rows(3, len(x))))
     assert not torch.equal(found, kernels.dropped(x, 0.25, seed.plus(1)))
     assert sorted(found.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
+    assert float((kernels.dropped(x, 1 - 1e-6, seed) > 0).float().mean()) < 0.01
     assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
     # No row, column or neighbour is like another.
     is_kept = found > 0

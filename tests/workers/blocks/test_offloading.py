@@ -19,7 +19,7 @@ from workers.base_models import load
 from workers.batching import Batch
 from workers.blocks import engine as engines
 from workers.blocks.engine import Engine, install
-from workers.blocks.keeping import IN_FLIGHT, Keeping, least_keeping
+from workers.blocks.keeping import Keeping, least_keeping
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.planning import StepTokens, plan_memory
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
@@ -305,10 +305,7 @@ def test_an_engine_short_of_memory_offloads_and_one_with_plenty_does_not(monkeyp
     engine = install(model, is_wide=True)
     monkeypatch.setattr(engines, "hides_copies", lambda *_: True)
     batch = batch_of((50, 60))
-    cost = engine.costs[0]
-    # Of blocks' inputs there is that of the one that is gone back through, and of the one before it, but no third.
-    needed = batch.num_tokens * (cost.lean_working(1) + IN_FLIGHT * cost.stream)
-    little = LEAN_LOGIT_BYTES + int(needed / 0.92) + 1
+    little = LEAN_LOGIT_BYTES + batch.num_tokens * engine.costs[0].input
     for free_bytes, expected in ((little, {"offload", "input"}), (2**33, {"all"})):
         follow(engine, free_bytes, 10**9, is_lean=False)
         with engine.rows(batch):
