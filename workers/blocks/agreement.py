@@ -88,6 +88,8 @@ def compare(engine: Engine, model: Any, batch: Batch, loss: Callable[[Any, Batch
                 torch.nn.init.normal_(parameter, 0.0, 0.02)
             with engine.compared(), _inputs_of_layers(engine) as inputs:
                 plain_loss, plain = _loss_and_gradients(loss(model, batch), parameters)
+            # As many numbers as are trained: a run of little memory has no room for them twice.
+            plain = [one.cpu() for one in plain]
             engine.refresh()
             engine.keeping = ["input" if place + 1 < num_blocks else "all" for place in range(num_blocks)]
             with engine.rows(batch):

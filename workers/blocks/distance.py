@@ -11,9 +11,9 @@ from torch import Tensor
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor], *, beside: float = 0.0) -> float:
     """How far tensors are off, all of them as one vector, by its length plus `beside`; infinitely where that is no
-    number."""
+    number. What is expected may be on another device."""
     size = float(torch.stack([one.float().norm() for one in expected]).norm()) + beside
-    differences = [(one.float() - two.float()).norm() for one, two in zip(found, expected, strict=True)]
+    differences = [(one.float() - two.to(one.device).float()).norm() for one, two in zip(found, expected, strict=True)]
     difference = float(torch.stack(differences).norm())
     return finite(difference / size if size else difference)
 

@@ -43,6 +43,9 @@ RESERVED_BYTES = 3 * LOGIT_BYTES
 RESERVED_SHARE = 1 / 8
 """Of free memory, what it leaves so elsewhere, and a lean chunk of logits at least: while the loss is computed, no
 block works."""
+PLENTY_SHARE = 1 / 2
+"""Of what is planned with, what may be taken by a batch whose blocks keep also what takes a moment to compute again:
+half a hundredth of a step."""
 IN_FLIGHT = 2
 """Inputs on the device at once where they are offloaded: that of a block, and the next one on its way."""
 OPERATIONS_PER_BYTE = 20_000
@@ -193,16 +196,16 @@ def choose_keeping(
     """For each block what it keeps, so that a batch of `num_tokens` stays within `free_bytes`, with the least done
     twice; where nothing is small enough, each keeps its input alone, offloaded as far as `host_bytes` allow.
 
-    Normalised inputs go first, of all blocks: for their bytes nothing is computed again as fast. Then the first blocks
-    give up first: what they keep lies about the longest. The last one to give up keeps what attention computed, where
-    that is enough. Inputs are offloaded only where all blocks keep no more, and the first ones only, as
+    Normalised inputs are kept only where memory is plentiful: for their bytes nothing is computed again as fast. Else
+    the first blocks give up first: what they keep lies about the longest. The last one to give up keeps what attention
+    computed, where that is enough. Inputs are offloaded only where all blocks keep no more, and the first ones only, as
     far as need be. None is a host without bounds.
     """
     if not costs:
         return []
     planned = int(free_bytes * SAFETY)
     room = planned - num_tokens * max(cost.working for cost in costs)
-    if num_tokens * sum(cost.all for cost in costs) <= room:
+    if num_tokens * (sum(cost.all for cost in costs) + max(cost.working for cost in costs)) <= PLENTY_SHARE * planned:
         return ["all"] * len(costs)
     keeping: list[Keeping] = ["bodies"] * len(costs)
     needed = num_tokens * sum(cost.bodies for cost in costs)

@@ -49,8 +49,8 @@ def room_for(num_bytes: int) -> int:
 @pytest.mark.parametrize(
     ("num_bytes", "expected"),
     [
-        (4800, ["all"] * 4),
-        (4799, ["bodies"] * 4),
+        (11600, ["all"] * 4),
+        (11599, ["bodies"] * 4),
         (4000, ["bodies"] * 4),
         (3999, ["attention", "bodies", "bodies", "bodies"]),
         (3399, ["input", "bodies", "bodies", "bodies"]),
