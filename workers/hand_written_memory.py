@@ -25,8 +25,8 @@ class Held:
 
     `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones; `keeping` is what each block
     keeps of it, and `pieces` in how many feed-forward networks that keep nothing go through it. `weights_bytes` are
-    those of the 4-bit base computed back, `takes_turns` whether blocks do so in memory for their branches' copies; the
-    activations are of the largest micro-batch.
+    those of the 4-bit base computed back, `in_pieces` whether that is done piece by piece, and `takes_turns` whether
+    blocks take turns in memory for their branches' copies; the activations are of the largest micro-batch.
     """
 
     tokens: float
@@ -34,6 +34,7 @@ class Held:
     keeping: tuple[Keeping, ...]
     pieces: int
     has_copies: bool
+    in_pieces: bool
     is_recorded: bool
     takes_turns: bool
     weights_bytes: int
@@ -93,6 +94,7 @@ def held(
         keeping=tuple(plan.keeping(costs, math.ceil(usual))),
         pieces=plan.pieces(costs, math.ceil(usual)),
         has_copies=plan.has_copies,
+        in_pieces=plan.in_pieces,
         is_recorded=plan.is_recorded,
         takes_turns=plan.takes_turns,
         weights_bytes=blocks.wide_bytes() if plan.has_copies else scratch,

@@ -90,7 +90,7 @@ def test_measured_peaks_make_the_estimates_of_other_recipes_better() -> None:
 
 
 def test_the_constants_of_a_gpu_are_found_again_from_times_that_they_give() -> None:
-    truth = replace(PACE, products=0.5, host_per_block=1.2e-3, bandwidth=0.8)
+    truth = replace(PACE, products=0.5, host_per_block=1.2e-3, bandwidth=1.1)
     lines = []
     for case in CASES:
         if case.method == "dora":
@@ -109,11 +109,15 @@ def test_the_constants_of_a_gpu_are_found_again_from_times_that_they_give() -> N
 
 
 def test_the_arithmetic_of_a_gpu_is_near_what_was_measured_on_one() -> None:
-    """On an H200, in eight runs of hand-written blocks; four of them gave the constants of the time."""
-    found = [one for one in errors_of(read_lines(H200)) if one.line["blocks"] == "by hand"]
-    assert Counter(one.line["learns"] for one in found) == {True: 4, False: 4}
-    assert max(abs(one.memory) for one in found) < 0.1
-    assert max(abs(one.time) for one in found) < 0.2
+    """On an H200, in twenty runs; ten of them gave the constants, and those of the ten others are what counts."""
+    found = errors_of(read_lines(H200))
+    assert Counter(one.line["learns"] for one in found) == {True: 10, False: 10}
+    others = [one for one in found if not one.line["learns"]]
+    assert max(abs(one.time) for one in others) < 0.2
+    assert max(abs(one.time_corrected) for one in others) < 0.2
+    assert sum(abs(one.memory) < 0.1 for one in others) == sum(abs(one.memory_corrected) < 0.1 for one in others) == 9
+    assert max(abs(one.memory_corrected) for one in others) < 0.12
+    assert max(abs(one.memory) for one in found if one.line["blocks"] == "by hand" and not one.line["card"]) < 0.1
 
 
 def test_rows_of_two_devices_are_not_merged() -> None:

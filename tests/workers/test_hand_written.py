@@ -401,7 +401,7 @@ def test_the_weights_of_networks_that_go_in_pieces_are_computed_back_for_each(ei
     layers = eight_b.shape.num_layers
 
     def moved(tokens: int, num_micro: int, pieces: int) -> float:
-        kept = Held(tokens, num_micro, ("input",) * layers, pieces, False, False, False, 0, 0)
+        kept = Held(tokens, num_micro, ("input",) * layers, pieces, False, False, False, False, 0, 0)
         return step_work(
             eight_b, kept, num_trainable=0, loss_share=1.0, weighted_length=300, is_quantised=True
         ).moved_bytes  # fmt: skip

@@ -133,7 +133,12 @@ class Method(ABC):
         return 1.0
 
     def adapted_features(self, settings: Any, shape: ModelShape) -> int:
-        """Features per token and layer that the backward pass keeps in float32 for adapters not on linear layers."""
+        """Features per token and layer that the backward pass keeps in float32 for adapters, besides the inputs of
+        adapted linear layers; below 0 where it keeps less than these twice."""
+        return 0
+
+    def float32_weights(self, settings: Any, shape: ModelShape) -> int:
+        """Frozen weights that tokens are multiplied by in float32 on a 16-bit base, of which copies are kept so."""
         return 0
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:

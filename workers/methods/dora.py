@@ -62,5 +62,16 @@ class Dora(Lora):
         magnitudes = shape.num_layers * sum(linear.out_features for linear in targeted(settings, shape))
         return super().num_trainable(settings, shape) + magnitudes
 
+    def adapted_features(self, settings: Any, shape: ModelShape) -> int:
+        """Of each targeted layer peft 0.21 keeps three results in float32, and its input once, dropped, with a mask."""
+        layers = targeted(settings, shape)
+        return sum(3 * linear.out_features for linear in layers) - sum(3 * linear.in_features for linear in layers) // 4
+
+    def float32_weights(self, settings: Any, shape: ModelShape) -> int:
+        """All targeted ones: with dropout, peft 0.21 computes the base's results once more, of the dropped input."""
+        if not settings.dropout:
+            return 0
+        return shape.num_layers * sum(one.in_features * one.out_features for one in targeted(settings, shape))
+
 
 PLUGIN = Dora()
