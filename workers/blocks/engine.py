@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from workers.batching import Batch
@@ -30,6 +30,7 @@ from workers.blocks.planning import FreeMemory, MemoryPlan
 from workers.blocks.rows import Kernel, Prefix, Rows
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.blocks.sublayers import Attention, Surroundings
+from workers.blocks.tensor_float import apply as apply_in_tensor_float
 from workers.blocks.weights import Quantised, Scratch
 from workers.layers.bottleneck import BottleneckLayer
 from workers.layers.prefix import MARK as PREFIX_MARK
@@ -179,7 +180,9 @@ class Engine:
             # By views alone, whose gradients are views: that of hidden_BTH[0] would be a copy among zeros.
             result_BTH = run_block(part.block, hidden_BTH.flatten(0, 1), around, keeping, seed, inputs).unsqueeze(0)
             if part.adapter is not None:
-                result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH)
+                # An adapter is float32 whatever the base is.
+                apply = apply_in_tensor_float if hidden_BTH.element_size() < 4 else nn.Module.__call__
+                result_BTH = hidden_BTH + part.adapter.adapted(result_BTH, hidden_BTH, apply)
             hidden_BTH = result_BTH
         return hidden_BTH
 

@@ -211,8 +211,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return (self.adapted(output[0], residual_BTH), *output[1:])
         return self.adapted(output, residual_BTH)
 
-    def adapted(self, output_BTH: Tensor, residual_BTH: Tensor | None) -> Tensor:
-        """A sublayer's output with the active adapters' changes; `residual_BTH` is the stream before the sublayer."""
+    def adapted(
+        self,
+        output_BTH: Tensor,
+        residual_BTH: Tensor | None,
+        apply: Callable[[Any, Tensor], Tensor] = nn.Module.__call__,
+    ) -> Tensor:
+        """A sublayer's output with the active adapters' changes; `residual_BTH` is the stream before the sublayer.
+        `apply` gives what a linear layer makes of its input."""
         names = [name for name in self.active_adapters if name in self.bottleneck_down]
         if self.disable_adapters or not names:
             return output_BTH
@@ -220,8 +226,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for name in names:
             down: Any = self.bottleneck_down[name]
             read_BTH = self._cast_input_dtype(self._reads(output_BTH, residual_BTH), down.weight.dtype)
-            hidden_BTN = NON_LINEARITIES[self.non_linearity[name]](down(read_BTH))
-            change_BTH = self.bottleneck_up[name](hidden_BTN) * self.scaling[name]
+            hidden_BTN = NON_LINEARITIES[self.non_linearity[name]](apply(down, read_BTH))
+            change_BTH = apply(self.bottleneck_up[name], hidden_BTN) * self.scaling[name]
             output_BTH = output_BTH + self.bottleneck_dropout[name](change_BTH)
         return output_BTH.to(dtype)
 
