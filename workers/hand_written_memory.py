@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, least_keeping, num_kept
+from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, keeps_bodies, least_keeping
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
@@ -43,7 +43,7 @@ class Held:
     @property
     def kept_share(self) -> float:
         """Of the blocks, those that keep all that they computed."""
-        return num_kept(self.keeping) / len(self.keeping)
+        return sum(map(keeps_bodies, self.keeping)) / len(self.keeping)
 
 
 def free_memory(blocks: Blocks, free_bytes: int, *, element: int, is_quantised: bool, branch_bytes: int) -> FreeMemory:
@@ -168,7 +168,7 @@ def _peak(
     for place in range(len(costs) - 1, -1, -1):
         # Offloaded inputs that are back: the block's own, and the one of the block before it.
         back = sum(costs[one].stream for one in (place, place - 1) if one >= 0 and keeping[one] == "offload")
-        most = max(most, tokens * (kept + back + in_use[place % halves, keeping[place] in ("all", "bodies")]))
+        most = max(most, tokens * (kept + back + in_use[place % halves, keeps_bodies(keeping[place])]))
         kept -= costs[place].of(keeping[place])
     return round(most)
 

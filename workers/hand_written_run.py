@@ -6,14 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.blocks.keeping import (
-    FILLING_TOKENS,
-    SAFETY,
-    Keeping,
-    bytes_of_token,
-    free_bytes_for,
-    is_scarce,
-)
+from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping, bytes_of_token, free_bytes_for, is_scarce
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DatasetFacts, DeviceFacts

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from workers.blocks.keeping import Keeping
+from workers.blocks.keeping import Keeping, keeps_bodies
 from workers.gpus import Gpu
 from workers.hand_written import Blocks
 from workers.hand_written_memory import Held
@@ -125,7 +125,7 @@ def step_work(
 def _again(blocks: Blocks, keeping: Keeping) -> float:
     """Weights of a layer whose products are computed once more on the way back: the last sublayer's result is not."""
     joined, out, gate_up, _ = (group.num_weights for group in blocks.groups)
-    if keeping in ("all", "bodies"):
+    if keeps_bodies(keeping):
         return 0
     return gate_up if keeping == "attention" else joined + (0 if any(blocks.adapters) else out) + gate_up
 

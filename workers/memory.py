@@ -136,7 +136,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     training_precision = method.training_precision(settings, precision, has_bfloat16=device.computes_bfloat16())
     training_bytes = compute_bytes_of(training_precision, device)
 
-    float32_weights = method.float32_weights(settings, shape)
+    float32_weights = method.float32_weights(settings, shape) if compute_bytes < 4 else 0
 
     parts = dataset.parts_of(recipe)
     num_scored, num_train = parts.num_scored, max(1, parts.num_train)
@@ -178,8 +178,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
             device_kind=device.kind,
             weight_inputs_bytes=weight_inputs_bytes(shape, training_bytes) if is_whole else 0,
         )
-        if compute_bytes < 4:
-            activations += 4 * float32_weights // (shape.num_layers if checkpointing else 1)
+        activations += 4 * float32_weights // (shape.num_layers if checkpointing else 1)
         activations += score_bytes(
             shape,
             rows=1 if training.packing is True else micro_batch,
@@ -213,8 +212,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     )
     train_seconds, other_seconds = _seconds(
         recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
-        num_trainable, is_whole=is_whole, by_hand=by_hand,
-        float32_weights=float32_weights if compute_bytes < 4 else 0,
+        num_trainable, is_whole=is_whole, by_hand=by_hand, float32_weights=float32_weights,
     )  # fmt: skip
     train_range = NARROW_RANGE if by_hand is not None and by_hand.work is not None else WIDE_RANGE
     return Estimate(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.blocks.copies import Turn
-from workers.blocks.keeping import Keeping
+from workers.blocks.keeping import Keeping, keeps_bodies
 from workers.blocks.linears import Group
 from workers.blocks.offloading import Inputs
 from workers.blocks.operands import Seed
@@ -129,7 +129,7 @@ def _forward(
 ) -> tuple[Tensor, list[Kept]]:
     kept = []
     for place, sublayer in enumerate(block.sublayers):
-        keeps_body = keeping in ("all", "bodies") or (keeping == "attention" and place == 0)
+        keeps_body = keeps_bodies(keeping) or (keeping == "attention" and place == 0)
         read_N = _read_of(block, place, around)
         given_NH = x_TH if read_N is None else x_TH.index_select(0, read_N)
         result_NH, left = sublayer.forward(

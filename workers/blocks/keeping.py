@@ -245,9 +245,9 @@ def choose_pieces(costs: Sequence[BlockBytes], *, num_tokens: int, free_bytes: i
     return next(fitting, MOST_PIECES)
 
 
-def num_kept(keeping: Sequence[Keeping]) -> int:
-    """Blocks that compute nothing twice but norms, if that."""
-    return keeping.count("all") + keeping.count("bodies")
+def keeps_bodies(keeping: Keeping) -> bool:
+    """Whether a block computes nothing twice but norms, if that."""
+    return keeping in ("all", "bodies")
 
 
 def least_keeping(costs: Sequence[BlockBytes], *, num_tokens: int, host_bytes: int | None) -> list[Keeping]:
@@ -273,7 +273,7 @@ def bytes_of_token(costs: Sequence[BlockBytes], keeping: Keeping, *, pieces: int
     """What a token takes of the device while its batch is gone back through, where all blocks keep so much; with what
     they compute again in so many pieces."""
     per_token = sum(cost.of(keeping) for cost in costs)
-    if keeping in ("all", "bodies", "attention"):
+    if keeps_bodies(keeping) or keeping == "attention":
         return per_token + max((cost.working for cost in costs), default=0)
     if keeping == "offload":
         per_token += IN_FLIGHT * max((cost.stream for cost in costs), default=0)
@@ -306,7 +306,7 @@ def token_budget(
     def time_of_token(tokens: int) -> float:
         tokens = max(1, min(tokens, num_tokens))
         keeping = choose_keeping(costs, num_tokens=tokens, free_bytes=free_bytes, host_bytes=host_bytes)
-        share_again = 1 - num_kept(keeping) / max(1, len(keeping))
+        share_again = 1 - sum(map(keeps_bodies, keeping)) / max(1, len(keeping))
         return (1 + BESIDE_TOKENS / tokens) * (1 + AGAIN_SHARE * share_again)
 
     most = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
