@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.blocks.keeping import BlockBytes, bytes_of_block, flash_features, hides_copies
+from workers.blocks.launching import LayerWork
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD, takes_rows
 from workers.methods import Method
 from workers.recipe import Precision
@@ -154,6 +155,11 @@ class Blocks:
             for body, has_adapter, features in zip(bodies, self.adapters, (self.attention_features, 0), strict=True)
         ]
         return halves * self.shape.num_layers
+
+    def layer_work(self, *, is_quantised: bool) -> LayerWork:
+        """What a layer computes with, and what its launches depend on."""
+        groups = tuple((group.num_inputs, group.num_outputs) for group in self.groups)
+        return LayerWork(groups, any(self.adapters), self.has_dropout, is_quantised)
 
     def hides_copies(self, element: int) -> bool:
         """Whether blocks compute for longer than their inputs take to the host and back."""

@@ -102,7 +102,7 @@ def run_of(
     if not on_gpu:
         return HandWrittenRun(held_by(MemoryPlan(is_lean)), None, None, asked, None, None)
     gpu, costs = gpu_named(device.name), blocks.costs(element)
-    layer_weights = blocks.num_weights / blocks.shape.num_layers
+    layer = blocks.layer_work(is_quantised=is_quantised)
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
@@ -113,7 +113,7 @@ def run_of(
 
     def held_in(free_bytes: int) -> Held:
         plan = choose_plan(
-            costs, step, memory_of(free_bytes), is_lean=is_lean, layer_weights=layer_weights,
+            costs, step, memory_of(free_bytes), is_lean=is_lean, layer=layer,
             peak_flops=gpu.flops if records else None,
         )  # fmt: skip
         return held_by(plan)

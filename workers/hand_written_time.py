@@ -110,11 +110,14 @@ def step_work(
     each = 2.5 if is_quantised and not held.has_copies else 2
     moved += held.num_micro * each * (2 * blocks.num_weights + again + more)
     moved += 50 * num_trainable
+    launches = blocks.layer_work(is_quantised=is_quantised).launches(
+        again=attended_again, has_copies=held.has_copies, in_pieces=held.in_pieces
+    )
     return StepWork(
         product_flops=tokens * (products + head + adapter),
         attention_flops=tokens * attention,
         moved_bytes=moved,
-        num_blocks=held.num_micro * layers * _launched(blocks, held, attended_again, is_quantised=is_quantised),
+        num_blocks=held.num_micro * layers * launches,
         num_micro=held.num_micro,
         hidden_size=shape.hidden_size,
         is_recorded=held.is_recorded,
@@ -128,18 +131,6 @@ def _again(blocks: Blocks, keeping: Keeping) -> float:
     if keeps_bodies(keeping):
         return 0
     return gate_up if keeping == "attention" else joined + (0 if any(blocks.adapters) else out) + gate_up
-
-
-def _launched(blocks: Blocks, held: Held, again: float, *, is_quantised: bool) -> float:
-    """Launches of a layer there and back, by those of one that keeps everything on a base in 16 bits, which are 63.
-
-    Counted: 16 more where it computes again, 16 for dropped copies, 28 for weights in 4 bits that are computed back for
-    each use, and 42 more where that is done piece by piece.
-    """
-    found = 1 + 0.25 * again + (0.25 if blocks.has_dropout else 0)
-    if is_quantised and not held.has_copies:
-        found += 0.45 + (0.65 if held.in_pieces else 0)
-    return found * (1.5 if any(blocks.adapters) else 1)
 
 
 def _moved_features(blocks: Blocks, kept_share: float) -> float:

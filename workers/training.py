@@ -628,7 +628,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
         step,
         engine.memory(room, host),
         is_lean=is_lean,
-        layer_weights=engine.layer_weights,
+        layer=engine.layer_work,
         peak_flops=gpu_named(run.device_facts.name).flops if records else None,
     )
     left = room + engine.follow(plan)

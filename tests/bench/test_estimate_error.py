@@ -13,6 +13,7 @@ import pytest
 
 from tests.bench import estimate_error
 from tests.bench.estimate_error import (
+    ANEW,
     CASES,
     compared,
     errors_of,
@@ -37,16 +38,17 @@ H200 = ROWS.with_name("h200.jsonl")
 
 def test_ten_recipes_are_learned_from_and_ten_others_checked_over_methods_precisions_lengths_and_shapes() -> None:
     assert Counter(case.learns for case in CASES) == {True: 10, False: 10}
-    assert len({case.label for case in CASES}) == len(CASES)
-    for learns in (True, False):
-        chosen = [case for case in CASES if case.learns == learns]
+    assert len({case.label for case in (*CASES, *ANEW)}) == len(CASES) + len(ANEW)
+    learned, checked = ([case for case in CASES if case.learns == learns] for learns in (True, False))
+    assert not any(case.learns for case in ANEW)
+    for chosen in (learned, checked, ANEW):
         assert {case.shape for case in chosen} == {"135m", "1b", "3b", "8b"}
         assert {case.precision for case in chosen} == {"bfloat16", "nf4"}
         assert {case.length for case in chosen} >= {512, 2048}
         assert len({case.method for case in chosen}) >= 4
         assert {case.card is None for case in chosen} == {True, False}
     assert len({small(case).label for case in CASES}) == len(CASES)
-    for case in (*CASES, *map(small, CASES)):
+    for case in (*CASES, *ANEW, *map(small, CASES)):
         recipe = recipe_of(case)
         assert recipe.precision in methods()[recipe.method].precisions, case.label
 

@@ -23,6 +23,7 @@ from workers.blocks.copies import Copies, SharedMemory, Turn
 from workers.blocks.families import Adapted, Making, NotByHandError, read_layer
 from workers.blocks.function import Block, run_block
 from workers.blocks.keeping import BlockBytes, Keeping, hides_copies
+from workers.blocks.launching import LayerWork
 from workers.blocks.linears import Group
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.operands import Seed
@@ -297,9 +298,15 @@ class Engine:
         return taken
 
     @cached_property
-    def layer_weights(self) -> float:
-        """Frozen weights of a layer's products."""
-        return sum(group.num_inputs * group.num_outputs for group in self._groups()) / len(self.layers)
+    def layer_work(self) -> LayerWork:
+        """What a layer computes with, and what its launches depend on."""
+        groups = [group for part in self._parts[0] for group in part.block.groups()]
+        return LayerWork(
+            tuple((group.num_inputs, group.num_outputs) for group in groups),
+            has_adapters=any(part.adapter is not None for part in self._parts[0]),
+            drops=self._drops,
+            is_quantised=any(isinstance(group.weights, Quantised) for group in groups),
+        )
 
     @cached_property
     def costs(self) -> list[BlockBytes]:
@@ -324,7 +331,7 @@ class Engine:
         streams = sum(cost.stream for cost in self.costs) // len(self.layers)
         return FreeMemory(
             device_bytes,
-            host_bytes if hides_copies(self.layer_weights, streams) else 0,
+            host_bytes if hides_copies(self.layer_work.num_weights, streams) else 0,
             copy_bytes=sum(group.weights.copy_bytes() for group in self._groups()),
             scratch_bytes=self._scratch.num_bytes,
             turns_bytes=self._turns_bytes(),

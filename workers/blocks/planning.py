@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from workers.blocks.keeping import (
+    AGAIN_SHARE,
     BlockBytes,
     Keeping,
     choose_keeping,
     choose_pieces,
     copies_fit,
     is_scarce,
+    keeps_bodies,
     lean_token_budget,
     least_keeping,
     logit_bytes,
@@ -22,10 +24,17 @@ from workers.blocks.keeping import (
     token_budget,
     tokens_that_fit,
 )
-from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE, launches_take_longer
+from workers.blocks.launching import LAUNCH_SECONDS, LayerWork
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 
 WORTH_OFFLOADING = 2**27
 """Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
+WEIGHTS_TOKENS = 200
+"""What reading weights, or computing them back, takes a micro-batch, in tokens of it: in 16 bits some 120, in 4 some
+300, by the bytes that an H200 moves."""
+FILLED = 1.08
+"""The work of micro-batches that are recorded, by what it would be had they not been filled up to a shape that returns
+(`recording`)."""
 
 
 @dataclass(frozen=True)
@@ -149,42 +158,43 @@ def choose_plan(
     memory: FreeMemory,
     *,
     is_lean: bool,
-    layer_weights: float,
+    layer: LayerWork,
     peak_flops: float | None,
 ) -> MemoryPlan:
-    """The plan by which steps are fastest. Launches are recorded where they take longer than what they compute, unless
-    offloading inputs wins, and only where any row fits that way.
+    """The plan by which a step takes the least time, with its launches recorded or not; in a lean run, that which
+    offloads inputs where this saves much. Recorded only where any row fits that way.
 
     Args:
-        layer_weights: frozen weights of a layer's products.
         peak_flops: of the GPU, in FLOP/s; None where launches cannot be recorded, whatever they take.
     """
     launched = plan_memory(costs, step, memory, is_lean=is_lean)
-    # Without recordings: with less memory beside these micro-batches only get smaller, and launches tell more.
+    if peak_flops is None:
+        return launched
     tokens = step.usual_tokens(launched.budget)
-    if peak_flops is None or not launches_take_longer(layer_weights, tokens, peak_flops=peak_flops):
+    if is_lean and memory.host_bytes != 0 and tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING:
         return launched
     recorded = plan_memory(costs, step, memory, is_lean=is_lean, is_recorded=True)
     assert recorded.free_bytes is not None
     # No row is cut, so that a micro-batch of one row says nothing about what fits.
     if tokens_that_fit(costs, "input", free_bytes=recorded.free_bytes) < step.longest:
         return launched
-    offloads = memory.host_bytes != 0 and offloading_wins(
-        costs, num_tokens=tokens, recorded_tokens=step.usual_tokens(recorded.budget), is_lean=is_lean
-    )
-    return launched if offloads else recorded
+
+    def time_of_token(plan: MemoryPlan) -> float:
+        return _operations_of_token(plan, costs, step, layer, peak_flops)
+
+    return min(launched, recorded, key=time_of_token)
 
 
-def offloading_wins(costs: Sequence[BlockBytes], *, num_tokens: float, recorded_tokens: float, is_lean: bool) -> bool:
-    """Whether blocks whose copies are hidden are better off with their inputs offloaded than with launches recorded,
-    where both would do.
-
-    Recordings have memory of their own. So offloading wins where recorded micro-batches would have to be half as large
-    or less: then launching costs less than being so small; and in a lean run where it saves much.
-
-    Args:
-        num_tokens: of a usual micro-batch, launched and with inputs offloaded as far as need be.
-        recorded_tokens: of a usual one that is recorded, in what memory is left.
-    """
-    saves_much = num_tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING
-    return 2 * recorded_tokens <= num_tokens or (is_lean and saves_much)
+def _operations_of_token(
+    plan: MemoryPlan, costs: Sequence[BlockBytes], step: StepTokens, layer: LayerWork, peak_flops: float
+) -> float:
+    """What a layer takes for a token of a usual micro-batch, in operations: those that it computes, or as many as take
+    as long as launching them. Recorded ones take next to nothing of the host."""
+    tokens = step.usual_tokens(plan.budget)
+    keeping = plan.keeping(costs, math.ceil(tokens))
+    again = 1 - sum(map(keeps_bodies, keeping)) / len(keeping)
+    computed = 4 * layer.num_weights * (tokens + WEIGHTS_TOKENS) * (1 + AGAIN_SHARE * again)
+    if plan.is_recorded:
+        return FILLED * computed / tokens
+    launches = layer.launches(again=again, has_copies=plan.has_copies, in_pieces=plan.in_pieces)
+    return max(computed, LAUNCH_SECONDS * peak_flops * launches) / tokens

@@ -9,9 +9,6 @@ MAX_HEAD_FEATURES = 256
 """Features of a head that flash attention takes."""
 MOST_FEATURES_OF_ROWS = 128
 """Features of a head that our kernel for packed rows takes: tiles of more do not fit the registers."""
-LAUNCH_SECONDS = 3.0e-3
-"""Seconds at a GPU's peak of the operations of a layer and batch, forward and back, that take it as long as launching
-them takes the host, some 5 ms."""
 RECORDING_SHARE = 1 / (2 * 1.125)
 """Of free memory, what a run may plan with whose launches are recorded: recordings have memory of their own, and
 batches are filled up."""
@@ -21,16 +18,11 @@ LOGIT_BYTES = 2**28
 LEAN_LOGIT_BYTES = 2**26
 """The same where memory is to be saved: of 128,256 logits 256 tokens, whose product still computes for longer than it
 reads its weights."""
-LEAN_SCRATCH_BYTES = 2**26
-"""The same of weights in 4 bits that are computed back at once: gate and up of an 8B shape come in four pieces."""
+LEAN_SCRATCH_BYTES = 2**27
+"""The same of weights in 4 bits that are computed back at once: gate and up of an 8B shape come in two pieces, others
+whole. In half of that they came in four, and down in two: 24 launches of a layer more, for 54 MiB."""
 
 
 def takes_rows(head_size: int, *, has_prefix: bool) -> bool:
     """Whether our kernel for packed rows can compute attention; torch's does the rest."""
     return head_size <= MOST_FEATURES_OF_ROWS and not has_prefix
-
-
-def launches_take_longer(layer_weights: float, num_tokens: float, *, peak_flops: float) -> bool:
-    """Whether a layer of so many weights is so small, for batches of so many tokens, that launching it takes longer
-    than running it on a GPU of such a peak, in FLOP/s."""
-    return 4 * layer_weights * num_tokens < LAUNCH_SECONDS * peak_flops

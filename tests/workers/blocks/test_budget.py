@@ -33,7 +33,6 @@ from workers.blocks.keeping import (
     token_budget,
     tokens_that_fit,
 )
-from workers.blocks.planning import offloading_wins
 from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, PAD
 
 COST = BlockBytes(all=120, bodies=100, attention=40, input=8, offload=1, working=200, lean_attention=200)
@@ -213,15 +212,6 @@ def test_copies_hide_behind_the_products_of_large_layers_alone() -> None:
     weights = {"8b": 218_103_808, "1b": 60_817_408, "135m": 3_538_944}
     hidden = {"8b": 4096, "1b": 2048, "135m": 576}
     assert {name for name in weights if hides_copies(weights[name], 2 * hidden[name])} == {"8b", "1b"}
-
-
-def test_offloading_wins_over_recording_where_it_saves_much_or_lets_micro_batches_be_twice_as_large() -> None:
-    costs = [EIGHT_B] * BLOCKS
-    assert offloading_wins(costs, num_tokens=2048, recorded_tokens=2048, is_lean=True)
-    assert not offloading_wins(costs, num_tokens=500, recorded_tokens=500, is_lean=True)
-    assert offloading_wins(costs, num_tokens=500, recorded_tokens=100, is_lean=True), "few, as memory is scarce"
-    assert offloading_wins(costs, num_tokens=2048, recorded_tokens=1024, is_lean=False)
-    assert not offloading_wins(costs, num_tokens=2048, recorded_tokens=1025, is_lean=False)
 
 
 def test_the_bytes_of_a_block_are_those_of_its_shapes() -> None:

@@ -1,0 +1,102 @@
+"""Whether launches are recorded: by the time that a step takes either way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests.bench.estimate_error import shape_of
+from tests.bench.workload import ALL_SHAPES
+from workers.blocks.keeping import keeps_bodies
+from workers.blocks.launching import LayerWork
+from workers.blocks.planning import MemoryPlan, StepTokens, choose_plan
+from workers.hand_written import Blocks
+from workers.hand_written_memory import free_memory
+from workers.methods import get_method
+
+H200_FLOPS = 989e12
+GIB = 2**30
+STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=16)
+
+
+def blocks_of(size: str, method: str = "lora") -> Blocks:
+    chosen = get_method(method)
+    return Blocks.of(shape_of(ALL_SHAPES[size]), chosen, chosen.read_settings({"dropout": 0.0}))
+
+
+def plan_of(
+    blocks: Blocks,
+    gib: float,
+    step: StepTokens = STEP,
+    *,
+    is_lean: bool = False,
+    flops: float | None = H200_FLOPS,
+    is_quantised: bool = False,
+) -> MemoryPlan:
+    memory = free_memory(blocks, round(gib * GIB), element=2, is_quantised=is_quantised, branch_bytes=0)
+    work = blocks.layer_work(is_quantised=is_quantised)
+    return choose_plan(blocks.costs(2), step, memory, is_lean=is_lean, layer=work, peak_flops=flops)
+
+
+def test_small_models_are_recorded_and_large_ones_launched() -> None:
+    assert plan_of(blocks_of("135m"), 100).is_recorded
+    assert plan_of(blocks_of("1b"), 100).is_recorded
+    assert not plan_of(blocks_of("8b"), 100).is_recorded
+    assert not plan_of(blocks_of("1b"), 100, flops=H200_FLOPS / 8).is_recorded, "the GPU is what is waited for"
+    assert not plan_of(blocks_of("135m"), 100, flops=None).is_recorded, "it cannot be"
+
+
+def test_nothing_is_computed_twice_for_recordings_where_two_launched_micro_batches_would_keep_all() -> None:
+    blocks = blocks_of("8b")
+    plan = plan_of(blocks, 14)
+    assert not plan.is_recorded
+    tokens = STEP.usual_tokens(plan.budget)
+    assert STEP.num_micro(STEP.mean, plan.budget) == 2
+    assert all(map(keeps_bodies, plan.keeping(blocks.costs(2), math.ceil(tokens))))
+
+
+def test_few_tokens_of_a_large_model_are_recorded_unless_memory_makes_them_fewer_still() -> None:
+    blocks = blocks_of("8b")
+    one_row = replace(STEP, mean=600, most=600, longest=600, num_rows=1, rows_at_once=1)
+    assert plan_of(blocks, 40, one_row).is_recorded
+    many = replace(STEP, longest=300)
+    assert not plan_of(blocks, 1.2, many).is_recorded, "recordings would leave memory for a fraction of the tokens"
+
+
+def test_a_lean_run_offloads_where_that_saves_much() -> None:
+    blocks = blocks_of("8b")
+    long, short = (
+        replace(STEP, mean=tokens, most=tokens, longest=tokens, num_rows=1, rows_at_once=1) for tokens in (2048, 250)
+    )
+    assert not plan_of(blocks, 40, long, is_lean=True).is_recorded
+    assert plan_of(blocks, 40, short, is_lean=True).is_recorded
+
+
+def test_more_launches_bring_recordings_sooner() -> None:
+    """Weights in 4 bits that are computed back for each use take more of them than those that are kept so."""
+    step = replace(STEP, mean=2400, most=2400, longest=600, num_rows=8, rows_at_once=8)
+    assert not plan_of(blocks_of("8b"), 40, step).is_recorded
+    assert plan_of(blocks_of("8b", "qlora"), 20, step, is_quantised=True).is_recorded
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, 63),
+        ({"again": 1.0}, 63 + 16),
+        ({"drops": True}, 63 + 16),
+        ({"is_quantised": True}, 63 + 28),
+        ({"is_quantised": True, "has_copies": True}, 63),
+        # Gate and up come in two pieces, on each of three ways through them.
+        ({"is_quantised": True, "in_pieces": True, "again": 1.0}, 63 + 16 + 28 + 3 * 3.8),
+        ({"has_adapters": True}, 1.5 * 63),
+    ],
+)
+def test_launches_are_counted_by_what_causes_them(more: dict[str, object], expected: float) -> None:
+    groups = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+    given = {"has_adapters": False, "drops": False, "is_quantised": False} | more
+    how = {name: given.pop(name, 0.0 if name == "again" else False) for name in ("again", "has_copies", "in_pieces")}
+    work = LayerWork(groups, **given)  # type: ignore[arg-type]
+    assert work.launches(**how) == pytest.approx(expected / 63)  # type: ignore[arg-type]
