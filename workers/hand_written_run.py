@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping, bytes_of_token, free_bytes_for, is_scarce
+from workers.blocks.launching import LayerTime
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, choose_plan
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.facts import DatasetFacts, DeviceFacts
@@ -102,7 +103,7 @@ def run_of(
     if not on_gpu:
         return HandWrittenRun(held_by(MemoryPlan(is_lean)), None, None, asked, None, None)
     gpu, costs = gpu_named(device.name), blocks.costs(element)
-    layer = blocks.layer_work(is_quantised=is_quantised)
+    time = LayerTime(blocks.layer_work(is_quantised=is_quantised), gpu.flops)
     least = least_bytes(
         blocks, step, element=element, kind=device.kind, is_quantised=is_quantised, loss_share=loss_share
     )
@@ -112,11 +113,7 @@ def run_of(
         return free_memory(blocks, free_bytes, element=element, is_quantised=is_quantised, branch_bytes=branch_bytes)
 
     def held_in(free_bytes: int) -> Held:
-        plan = choose_plan(
-            costs, step, memory_of(free_bytes), is_lean=is_lean, layer=layer,
-            peak_flops=gpu.flops if records else None,
-        )  # fmt: skip
-        return held_by(plan)
+        return held_by(choose_plan(costs, step, memory_of(free_bytes), time, is_lean=is_lean, records=records))
 
     def work_of(held: Held) -> StepWork:
         return step_work(

@@ -25,6 +25,7 @@ from workers.batching import Batch, Plan, TokenBudget, TokenRows, collate, split
 from workers.blocks.choosing import hand_written
 from workers.blocks.engine import Engine
 from workers.blocks.keeping import HOST_SHARE
+from workers.blocks.launching import LayerTime
 from workers.blocks.planning import MemoryPlan, StepTokens, choose_plan, plan_memory
 from workers.blocks.recording import Recorder, can_be_recorded
 from workers.checkpoints import Checkpoint, Position
@@ -623,14 +624,8 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
     ).lengthened(engine.num_virtual_tokens)
     host = int(devices.free_host_bytes() * HOST_SHARE)
     records = can_be_recorded(engine) and not training.neftune_alpha
-    plan = choose_plan(
-        engine.costs,
-        step,
-        engine.memory(room, host),
-        is_lean=is_lean,
-        layer=engine.layer_work,
-        peak_flops=gpu_named(run.device_facts.name).flops if records else None,
-    )
+    time = LayerTime(engine.layer_work, gpu_named(run.device_facts.name).flops)
+    plan = choose_plan(engine.costs, step, engine.memory(room, host), time, is_lean=is_lean, records=records)
     left = room + engine.follow(plan)
     assert plan.budget is not None
     run.budget = TokenBudget(plan.budget, engine.num_virtual_tokens)
@@ -639,7 +634,7 @@ def _settle(run: Run, model: Any, engine: Engine, by_length: Sequence[int]) -> N
         """Without recordings: micro-batches stay as they are, but may keep more, or offload."""
         # Amid a step weights stay where they are: copies of branches around them are made before it.
         memory = replace(engine.memory(left, host), copy_bytes=0)
-        engine.follow(plan_memory(engine.costs, step, memory, is_lean=is_lean))
+        engine.follow(plan_memory(engine.costs, step, memory, time, is_lean=is_lean))
 
     if plan.is_recorded:
         run.recorder = Recorder(
@@ -923,7 +918,9 @@ def _forward_backward(
         by_hand = nullcontext() if run.engine is None else run.engine.rows(on_device)
         with noise.added_to(model, on_device), by_hand:
             batch_sum, _ = objective.loss(model, on_device, note=row_sums.append)
-            (batch_sum / loss_weight).backward()
+            # In a thread of its own each block's way back would wait for the interpreter.
+            with torch.autograd.set_multithreading_enabled(False):
+                (batch_sum / loss_weight).backward()
         loss_sum += batch_sum.detach()
     in_order = [row for group in groups for row in group]
     run.visits.note(in_order, [_num_loss_tokens(run.data, row) for row in in_order], row_sums)

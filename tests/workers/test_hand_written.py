@@ -18,7 +18,7 @@ from tests.bench.workload import ALL_SHAPES, MAX_LENGTH, row_lengths
 from tests.tiny import FAMILIES, make_tiny_base
 from workers.base_folders import read_base_folder
 from workers.blocks import keeping as rules
-from workers.blocks import planning
+from workers.blocks import launching
 from workers.blocks.budget import block_bytes
 from workers.blocks.engine import Engine, install
 from workers.blocks.families import NotByHandError, make_room
@@ -27,9 +27,10 @@ from workers.blocks.keeping import (
     MOST_TOKENS,
     SAFETY,
     Keeping,
-    token_budget,
+    token_budgets,
     tokens_that_fit,
 )
+from workers.blocks.launching import LayerTime
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens, plan_memory
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 from workers.facts import DeviceFacts
@@ -155,7 +156,8 @@ def held_with(
     blocks: Blocks, gib: float, *, is_lean: bool = False, is_recorded: bool = False, is_quantised: bool = False
 ) -> Any:
     free = free_memory(blocks, round(gib * 2**30), element=2, is_quantised=is_quantised, branch_bytes=0)
-    plan = plan_memory(blocks.costs(2), STEP, free, is_lean=is_lean, is_recorded=is_recorded)
+    time = LayerTime(blocks.layer_work(is_quantised=is_quantised), 989e12)
+    plan = plan_memory(blocks.costs(2), STEP, free, time, is_lean=is_lean, is_recorded=is_recorded)
     return held(blocks, STEP, plan, element=2, kind="cuda", is_quantised=is_quantised, loss_share=0.65)
 
 
@@ -250,9 +252,9 @@ def test_launches_are_recorded_where_the_estimate_says_so(
     facts, costs = dataset_facts(LENGTHS), engine.costs
     # The tiny layers of 600 tokens keep an H200 as busy as its host, and logits are as tiny.
     work = blocks.layer_work(is_quantised=False)
-    monkeypatch.setattr(planning, "WEIGHTS_TOKENS", 0)
+    monkeypatch.setattr(launching, "_WEIGHTS_TOKENS", 0)
     launches = work.launches(again=1.0, has_copies=False, in_pieces=False)
-    monkeypatch.setattr(planning, "LAUNCH_SECONDS", 4 * 1.3 * work.num_weights * 600 / 989e12 / launches)
+    monkeypatch.setattr(launching, "LAUNCH_SECONDS", 4 * 1.3 * work.num_weights * 600 / 989e12 / launches)
     monkeypatch.setattr(rules, "LEAN_LOGIT_BYTES", 1024)
     found = {}
     for gpu, tokens, is_lean, rows in product(
@@ -413,15 +415,17 @@ def test_the_weights_of_networks_that_go_in_pieces_are_computed_back_for_each(ei
     assert moved(1024, 4, 1) - moved(4096, 1, 4) == pytest.approx(3 * layers * 2.5 * 3 * (joined + out))
 
 
-def test_a_micro_batch_fills_the_device_before_anything_is_kept(eight_b: Blocks) -> None:
+def test_micro_batches_keep_all_or_fill_the_device_or_are_as_large_as_fits(eight_b: Blocks) -> None:
     costs = eight_b.costs(2)
     per_token = sum(cost.bodies for cost in costs) + costs[0].working
-    for tokens, expected in ((FILLING_TOKENS, FILLING_TOKENS), (10 * MOST_TOKENS, MOST_TOKENS), (1000, FILLING_TOKENS)):
+    for tokens, expected in (
+        (3000, [3000, 16384]), (10 * MOST_TOKENS, [MOST_TOKENS]), (1000, [1000, FILLING_TOKENS, 7173]),
+    ):  # fmt: skip
         free = round(tokens * per_token / SAFETY) + 4096
-        assert token_budget(costs, free_bytes=free, num_tokens=FILLING_TOKENS) == expected
+        assert token_budgets(costs, free_bytes=free) == expected
     tight = round(100 * (sum(cost.input for cost in costs) + costs[0].lean_working(1)) / SAFETY) + 4096
-    assert token_budget(costs, free_bytes=tight) == tokens_that_fit(costs, "input", free_bytes=tight) == 100
-    assert token_budget(costs, free_bytes=-1) == 1
+    assert token_budgets(costs, free_bytes=tight)[-1] == tokens_that_fit(costs, "input", free_bytes=tight) == 100
+    assert token_budgets(costs, free_bytes=-1) == [1]
 
 
 def test_none_of_it_needs_torch() -> None:

@@ -27,13 +27,8 @@ memory."""
 SAFETY = 0.92
 """Share of free memory that is planned with: what is freed comes back in pieces."""
 FILLING_TOKENS = 2048
-"""Tokens of a micro-batch below which a large GPU is left idle: on one H100 an 8B shape in 4 bits takes 144 ms for
-2,048 tokens and 285 ms for 4,736, 14 % less for each of them; computing every block twice would cost 30 %."""
-BESIDE_TOKENS = 700
-"""What a micro-batch takes beside its tokens, in tokens, by the same two times; an 8B shape in 16 bits, all recomputed
-on an H200, takes 128 us for each token of some 1,160 at once, which says about as much."""
-AGAIN_SHARE = 0.3
-"""What computing every block twice costs."""
+"""Tokens of a micro-batch that keep a large GPU busy: on one H100 an 8B shape in 4 bits takes 144 ms for 2,048 tokens
+and 285 ms for 4,736, 14 % less for each of them; computing every block twice would cost 30 %."""
 MOST_TOKENS = 16384
 """Tokens of a micro-batch beyond which nothing gets faster."""
 LOGITS_SHARE = 1 / 16
@@ -285,32 +280,15 @@ def tokens_that_fit(costs: Sequence[BlockBytes], keeping: Keeping, *, free_bytes
     return max(0, int(free_bytes * SAFETY)) // max(1, bytes_of_token(costs, keeping, pieces=pieces))
 
 
-def token_budget(
-    costs: Sequence[BlockBytes], *, free_bytes: int, num_tokens: int = MOST_TOKENS, host_bytes: int | None = 0
-) -> int:
-    """Tokens of a micro-batch, at least 1: as many as can all be kept, where these fill the device. Else as many as
-    fill it, which need not all be kept, or more of which less is kept, whichever takes the least time for each; or
-    fewer, where not even the blocks' inputs of so many fit, offloaded or not.
-
-    A micro-batch takes its tokens' time, that of BESIDE_TOKENS more, and AGAIN_SHARE of its tokens' for what is
-    computed twice; inputs that are offloaded take none (above), so that there is no reason to take fewer tokens for
-    them to stay.
-
-    Args:
-        num_tokens: the most tokens that a step has.
-    """
+def token_budgets(costs: Sequence[BlockBytes], *, free_bytes: int, host_bytes: int | None = 0) -> list[int]:
+    """Tokens of a micro-batch to choose among, rising, each at least 1: as many as can all be kept; as many as fill the
+    device; and the most of which the blocks' inputs fit, offloaded or not."""
     kept = tokens_that_fit(costs, "bodies", free_bytes=free_bytes)
-    if kept >= FILLING_TOKENS:
-        return min(kept, MOST_TOKENS)
-
-    def time_of_token(tokens: int) -> float:
-        tokens = max(1, min(tokens, num_tokens))
-        keeping = choose_keeping(costs, num_tokens=tokens, free_bytes=free_bytes, host_bytes=host_bytes)
-        share_again = 1 - sum(map(keeps_bodies, keeping)) / max(1, len(keeping))
-        return (1 + BESIDE_TOKENS / tokens) * (1 + AGAIN_SHARE * share_again)
-
+    if kept >= MOST_TOKENS:
+        return [MOST_TOKENS]
     most = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
-    return min({min(FILLING_TOKENS, most), most}, key=lambda tokens: (time_of_token(tokens), tokens))
+    least = max(1, min(kept, most))
+    return sorted({least, max(least, min(FILLING_TOKENS, most)), most})
 
 
 def lean_token_budget(costs: Sequence[BlockBytes], *, free_bytes: int, host_bytes: int | None = 0) -> int:

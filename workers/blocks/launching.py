@@ -1,5 +1,5 @@
-"""How long launching a layer's kernels takes the host, beside how long a GPU computes them. No torch: the form's
-estimate decides by the same rules as a run.
+"""How long a layer takes: launching its kernels on the host, or computing them on a GPU, whichever is longer. No torch:
+the form's estimate decides by the same rules as a run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES, PAD
 
 LAUNCH_SECONDS = 1.8e-3
-"""Seconds at a GPU's peak of the operations of a layer and batch, forward and back, that take it as long as launching
-them takes the host where the layer keeps everything: some 3.6 ms, in which an H200 reaches half of its peak."""
+"""What launching a layer there and back takes the host where it keeps everything: some 3.6 ms, in which an H200 does
+what it would at its peak in so much less."""
+AGAIN_SHARE = 0.3
+"""What computing everything twice costs a layer."""
+FILLED = 1.08
+"""The work of micro-batches whose launches are recorded, by what it would be had they not been filled up to a shape
+that returns (`recording`)."""
+_WEIGHTS_TOKENS = 120
+"""What reading its weights takes a micro-batch, in tokens of it, by the bytes that an H200 moves."""
+_COMPUTED_BACK_TOKENS = 300
+"""The same where they are in 4 bits, and are computed back for each use."""
 _LAUNCHES = 63
 """Of a layer there and back, on a base in 16 bits, that keeps everything; counted, as are the others."""
 _AGAIN = 16
@@ -60,3 +69,26 @@ class LayerWork:
             math.ceil(2 * (inputs + PAD) * outputs / LEAN_SCRATCH_BYTES) - 1 for inputs, outputs in self.groups
         )
         return (2 + again) * (joined + gate_up) + 2 * (out + down)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """How long a layer takes there and back on a GPU of such a peak, in FLOP/s."""
+
+    work: LayerWork
+    peak_flops: float
+
+    def of_token(self, tokens: float, *, again: float, has_copies: bool, in_pieces: bool, is_recorded: bool) -> float:
+        """Seconds for a token of a micro-batch of so many, had every product the peak: what launches take is scaled
+        alike. Inputs that are offloaded take none (`keeping`), and recorded launches next to nothing.
+
+        Args:
+            again: as `LayerWork.launches` has it, like the others.
+        """
+        work = self.work
+        beside = _COMPUTED_BACK_TOKENS if work.is_quantised and not has_copies else _WEIGHTS_TOKENS
+        computing = 4 * work.num_weights * (tokens + beside) * (1 + AGAIN_SHARE * again) / self.peak_flops
+        if is_recorded:
+            return FILLED * computing / tokens
+        launches = work.launches(again=again, has_copies=has_copies, in_pieces=in_pieces)
+        return max(computing, LAUNCH_SECONDS * launches) / tokens

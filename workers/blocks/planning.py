@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from workers.blocks.keeping import (
-    AGAIN_SHARE,
     BlockBytes,
     Keeping,
     choose_keeping,
@@ -21,20 +20,14 @@ from workers.blocks.keeping import (
     least_keeping,
     logit_bytes,
     planned_bytes,
-    token_budget,
+    token_budgets,
     tokens_that_fit,
 )
-from workers.blocks.launching import LAUNCH_SECONDS, LayerWork
+from workers.blocks.launching import LayerTime
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 
 WORTH_OFFLOADING = 2**27
 """Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
-WEIGHTS_TOKENS = 200
-"""What reading weights, or computing them back, takes a micro-batch, in tokens of it: in 16 bits some 120, in 4 some
-300, by the bytes that an H200 moves."""
-FILLED = 1.08
-"""The work of micro-batches that are recorded, by what it would be had they not been filled up to a shape that returns
-(`recording`)."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +105,22 @@ class MemoryPlan:
             return ["all"] * len(costs)
         return choose_keeping(costs, num_tokens=num_tokens, free_bytes=self.free_bytes, host_bytes=self.host_bytes)
 
+    def times_of_token(self, costs: Sequence[BlockBytes], step: StepTokens, time: LayerTime) -> tuple[float, float]:
+        """What a layer takes for a token in a usual step, and in the largest, as `LayerTime` has it."""
+
+        def of_step(tokens: float) -> float:
+            at_once = tokens / step.num_micro(tokens, self.budget)
+            keeping = self.keeping(costs, math.ceil(at_once))
+            return time.of_token(
+                at_once,
+                again=1 - sum(map(keeps_bodies, keeping)) / len(keeping),
+                has_copies=self.has_copies,
+                in_pieces=self.in_pieces,
+                is_recorded=self.is_recorded,
+            )
+
+        return of_step(step.mean), of_step(step.most)
+
     def pieces(self, costs: Sequence[BlockBytes], num_tokens: int) -> int:
         """In how many pieces blocks that compute anew go back through a batch of so many tokens."""
         if self.free_bytes is None:
@@ -120,9 +129,15 @@ class MemoryPlan:
 
 
 def plan_memory(
-    costs: Sequence[BlockBytes], step: StepTokens, memory: FreeMemory, *, is_lean: bool, is_recorded: bool = False
+    costs: Sequence[BlockBytes],
+    step: StepTokens,
+    memory: FreeMemory,
+    time: LayerTime,
+    *,
+    is_lean: bool,
+    is_recorded: bool = False,
 ) -> MemoryPlan:
-    """How steps are computed in the memory that is free, with launches recorded or not.
+    """How steps are computed in the memory that is free, with launches recorded or not, in the least time.
 
     Recordings know nothing of the host: a replayed launch knows neither another input's place nor when to wait. Of the
     device's memory they leave less. Where that is scarce, or to be saved, weights in 4 bits are computed back piece by
@@ -139,62 +154,41 @@ def plan_memory(
     free_bytes = int(free_bytes * share)
     logits = logit_bytes(free_bytes, is_lean=is_lean)
     free_bytes = planned_bytes(free_bytes)
-    has_copies = False
     if is_lean:
         budget = lean_token_budget(costs, free_bytes=free_bytes, host_bytes=host_bytes)
-    else:
-        num_tokens = math.ceil(step.most)
-        # Weights that are kept computed back do without the scratch.
-        with_copies = free_bytes + scratch - memory.copy_bytes
-        has_copies = memory.copy_bytes > 0 and copies_fit(costs, num_tokens=num_tokens, free_bytes=with_copies)
-        free_bytes = with_copies if has_copies else free_bytes
-        budget = token_budget(costs, free_bytes=free_bytes, num_tokens=num_tokens, host_bytes=host_bytes)
-    return MemoryPlan(is_lean, is_recorded, budget, free_bytes, host_bytes, logits, has_copies, in_pieces)
+        return MemoryPlan(is_lean, is_recorded, budget, free_bytes, host_bytes, logits, False, in_pieces)
+    # Weights that are kept computed back do without the scratch.
+    with_copies = free_bytes + scratch - memory.copy_bytes
+    has_copies = memory.copy_bytes > 0 and copies_fit(costs, num_tokens=math.ceil(step.most), free_bytes=with_copies)
+    free_bytes = with_copies if has_copies else free_bytes
+    plans = [
+        MemoryPlan(is_lean, is_recorded, budget, free_bytes, host_bytes, logits, has_copies, in_pieces)
+        for budget in token_budgets(costs, free_bytes=free_bytes, host_bytes=host_bytes)
+    ]
+    return min(plans, key=lambda plan: (*plan.times_of_token(costs, step, time), -(plan.budget or 0)))
 
 
 def choose_plan(
     costs: Sequence[BlockBytes],
     step: StepTokens,
     memory: FreeMemory,
+    time: LayerTime,
     *,
     is_lean: bool,
-    layer: LayerWork,
-    peak_flops: float | None,
+    records: bool,
 ) -> MemoryPlan:
     """The plan by which a step takes the least time, with its launches recorded or not; in a lean run, that which
-    offloads inputs where this saves much. Recorded only where any row fits that way.
-
-    Args:
-        peak_flops: of the GPU, in FLOP/s; None where launches cannot be recorded, whatever they take.
+    offloads inputs where this saves much. Recorded only where they can be, as `records` says, and any row fits so.
     """
-    launched = plan_memory(costs, step, memory, is_lean=is_lean)
-    if peak_flops is None:
+    launched = plan_memory(costs, step, memory, time, is_lean=is_lean)
+    if not records:
         return launched
     tokens = step.usual_tokens(launched.budget)
     if is_lean and memory.host_bytes != 0 and tokens * sum(cost.stream for cost in costs[:-1]) >= WORTH_OFFLOADING:
         return launched
-    recorded = plan_memory(costs, step, memory, is_lean=is_lean, is_recorded=True)
+    recorded = plan_memory(costs, step, memory, time, is_lean=is_lean, is_recorded=True)
     assert recorded.free_bytes is not None
     # No row is cut, so that a micro-batch of one row says nothing about what fits.
     if tokens_that_fit(costs, "input", free_bytes=recorded.free_bytes) < step.longest:
         return launched
-
-    def time_of_token(plan: MemoryPlan) -> float:
-        return _operations_of_token(plan, costs, step, layer, peak_flops)
-
-    return min(launched, recorded, key=time_of_token)
-
-
-def _operations_of_token(
-    plan: MemoryPlan, costs: Sequence[BlockBytes], step: StepTokens, layer: LayerWork, peak_flops: float
-) -> float:
-    """What a layer takes for a token of a usual micro-batch, in operations: those that it computes, or as many as take
-    as long as launching them. Recorded ones take next to nothing of the host."""
-    tokens = step.usual_tokens(plan.budget)
-    keeping = plan.keeping(costs, math.ceil(tokens))
-    again = 1 - sum(map(keeps_bodies, keeping)) / len(keeping)
-    computed = 4 * layer.num_weights * (tokens + WEIGHTS_TOKENS) * (1 + AGAIN_SHARE * again)
-    if plan.is_recorded:
-        return FILLED * computed / tokens
-    launches = layer.launches(again=again, has_copies=plan.has_copies, in_pieces=plan.in_pieces)
-    return max(computed, LAUNCH_SECONDS * peak_flops * launches) / tokens
+    return min(launched, recorded, key=lambda plan: plan.times_of_token(costs, step, time))

@@ -267,7 +267,8 @@ class Recorder:
         seed = step.seed if self._engine.drops else None
         with self._engine.prepared(step.rows, seed):
             loss_sum, _ = self._objective.loss(self._model, step.batch, note=step.note)
-            found = torch.autograd.grad(loss_sum * step.share, self._parameters, allow_unused=True)
+            with torch.autograd.set_multithreading_enabled(False):
+                found = torch.autograd.grad(loss_sum * step.share, self._parameters, allow_unused=True)
         step.loss_sum.copy_(loss_sum.detach())
         reached = [(one, own) for one, own in zip(self._parameters, found, strict=True) if own is not None]
         for one, _ in reached:

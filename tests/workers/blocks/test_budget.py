@@ -30,7 +30,7 @@ from workers.blocks.keeping import (
     least_keeping,
     logit_bytes,
     planned_bytes,
-    token_budget,
+    token_budgets,
     tokens_that_fit,
 )
 from workers.blocks.sizes import LEAN_LOGIT_BYTES, LOGIT_BYTES, PAD
@@ -106,24 +106,14 @@ def free_for(tokens: int, keeping: str) -> int:
     return low
 
 
-def test_tokens_fill_the_device_before_any_input_stays_on_it() -> None:
+def test_as_many_tokens_as_fill_the_device_may_offload_their_inputs() -> None:
     costs = [EIGHT_B] * BLOCKS
     scarce = free_for(FILLING_TOKENS // 2, "input")
-    assert token_budget(costs, free_bytes=scarce) == FILLING_TOKENS // 2
-    found = token_budget(costs, free_bytes=scarce, host_bytes=None)
+    assert token_budgets(costs, free_bytes=scarce)[-1] == FILLING_TOKENS // 2
+    found = token_budgets(costs, free_bytes=scarce, host_bytes=None)[-1]
     assert found == tokens_that_fit(costs, "offload", free_bytes=scarce) > 1.1 * FILLING_TOKENS
     keeping = choose_keeping(costs, num_tokens=found, free_bytes=scarce, host_bytes=None)
     assert keeping == ["offload"] * (BLOCKS - 1) + ["input"]
-
-
-def test_more_tokens_are_taken_only_where_they_save_more_than_is_computed_twice() -> None:
-    costs = [EIGHT_B] * BLOCKS
-    nearly_all = free_for(FILLING_TOKENS - 100, "bodies")
-    assert token_budget(costs, free_bytes=nearly_all, host_bytes=None, num_tokens=4700) == FILLING_TOKENS
-    few = free_for(FILLING_TOKENS // 3, "bodies")
-    assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=4700) > 2 * FILLING_TOKENS
-    # A step that has no more tokens gains nothing by it, and keeps what it can.
-    assert token_budget(costs, free_bytes=few, host_bytes=None, num_tokens=FILLING_TOKENS) == FILLING_TOKENS
 
 
 def test_a_lean_batch_is_bounded_by_what_is_worked_with_and_by_the_host() -> None:

@@ -26,6 +26,7 @@ from workers.blocks.agreement import TOLERANCES, Difference, Tolerance, compare
 from workers.blocks.engine import install
 from workers.blocks.families import NotByHandError, make_room
 from workers.blocks.keeping import Keeping
+from workers.blocks.launching import LayerTime
 from workers.blocks.planning import StepTokens, plan_memory
 from workers.blocks.room import among_zeros
 from workers.blocks.rows import Rows
@@ -396,7 +397,8 @@ def test_weights_in_4_bits_are_computed_back_for_each_use(tmp_path: Path, keepin
     memory = engine.memory(2**34, 0)
     assert (memory.scratch_bytes > 0) == is_wide
     step = StepTokens(mean=100, most=100, longest=50, num_rows=2, rows_at_once=2)
-    freed = engine.follow(plan_memory(engine.costs, step, memory, is_lean=False))
+    time = LayerTime(engine.layer_work, 989e12)
+    freed = engine.follow(plan_memory(engine.costs, step, memory, time, is_lean=False))
     assert freed == memory.scratch_bytes - memory.copy_bytes < 0, "what nobody computes back into is free"
     kept = engine.memory(2**34 + freed, 0)
     assert (kept.scratch_bytes, kept.copy_bytes) == (0, 0)

@@ -20,6 +20,7 @@ from workers.batching import Batch
 from workers.blocks import engine as engines
 from workers.blocks.engine import Engine, install
 from workers.blocks.keeping import Keeping, least_keeping
+from workers.blocks.launching import LayerTime
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.planning import StepTokens, plan_memory
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
@@ -276,7 +277,8 @@ def test_each_input_comes_back_while_the_one_behind_it_is_used() -> None:
 def follow(engine: Engine, device_bytes: int, host_bytes: int, *, is_lean: bool) -> int:
     """Has an engine plan with so much memory for a step of two rows. Gives what that frees."""
     step = StepTokens(mean=110, most=110, longest=60, num_rows=2, rows_at_once=2)
-    return engine.follow(plan_memory(engine.costs, step, engine.memory(device_bytes, host_bytes), is_lean=is_lean))
+    memory, time = engine.memory(device_bytes, host_bytes), LayerTime(engine.layer_work, 989e12)
+    return engine.follow(plan_memory(engine.costs, step, memory, time, is_lean=is_lean))
 
 
 def test_a_lean_engine_offloads_what_the_host_takes_and_computes_logits_in_small_chunks(

@@ -10,7 +10,7 @@ import pytest
 from tests.bench.estimate_error import shape_of
 from tests.bench.workload import ALL_SHAPES
 from workers.blocks.keeping import keeps_bodies
-from workers.blocks.launching import LayerWork
+from workers.blocks.launching import LayerTime, LayerWork
 from workers.blocks.planning import MemoryPlan, StepTokens, choose_plan
 from workers.hand_written import Blocks
 from workers.hand_written_memory import free_memory
@@ -32,12 +32,13 @@ def plan_of(
     step: StepTokens = STEP,
     *,
     is_lean: bool = False,
-    flops: float | None = H200_FLOPS,
+    flops: float = H200_FLOPS,
+    records: bool = True,
     is_quantised: bool = False,
 ) -> MemoryPlan:
     memory = free_memory(blocks, round(gib * GIB), element=2, is_quantised=is_quantised, branch_bytes=0)
-    work = blocks.layer_work(is_quantised=is_quantised)
-    return choose_plan(blocks.costs(2), step, memory, is_lean=is_lean, layer=work, peak_flops=flops)
+    time = LayerTime(blocks.layer_work(is_quantised=is_quantised), flops)
+    return choose_plan(blocks.costs(2), step, memory, time, is_lean=is_lean, records=records)
 
 
 def test_small_models_are_recorded_and_large_ones_launched() -> None:
@@ -45,7 +46,7 @@ def test_small_models_are_recorded_and_large_ones_launched() -> None:
     assert plan_of(blocks_of("1b"), 100).is_recorded
     assert not plan_of(blocks_of("8b"), 100).is_recorded
     assert not plan_of(blocks_of("1b"), 100, flops=H200_FLOPS / 8).is_recorded, "the GPU is what is waited for"
-    assert not plan_of(blocks_of("135m"), 100, flops=None).is_recorded, "it cannot be"
+    assert not plan_of(blocks_of("135m"), 100, records=False).is_recorded, "it cannot be"
 
 
 def test_nothing_is_computed_twice_for_recordings_where_two_launched_micro_batches_would_keep_all() -> None:
@@ -55,6 +56,31 @@ def test_nothing_is_computed_twice_for_recordings_where_two_launched_micro_batch
     tokens = STEP.usual_tokens(plan.budget)
     assert STEP.num_micro(STEP.mean, plan.budget) == 2
     assert all(map(keeps_bodies, plan.keeping(blocks.costs(2), math.ceil(tokens))))
+
+
+def test_more_is_computed_twice_where_many_small_micro_batches_would_take_longer_to_launch() -> None:
+    """QLoRA with 6 GiB beside its base: three micro-batches would keep all, and one most of it not."""
+    blocks = blocks_of("8b", "qlora")
+    plan = plan_of(blocks, 7, is_quantised=True)
+    assert STEP.num_micro(STEP.mean, plan.budget) == 1
+    assert not any(map(keeps_bodies, plan.keeping(blocks.costs(2), 4700)[:16]))
+    short = replace(STEP, mean=1500, most=1500, num_rows=8, rows_at_once=8)
+    few = plan_of(blocks, 7, short, is_quantised=True, records=False)
+    assert all(map(keeps_bodies, few.keeping(blocks.costs(2), 1500))), "a step of so few gains nothing by it"
+
+
+def test_where_a_usual_step_is_the_same_the_largest_and_then_short_rows_decide() -> None:
+    blocks = blocks_of("8b")
+    costs = blocks.costs(2)
+    some = replace(STEP, mean=3000, most=6000)
+    plan = plan_of(blocks, 18, some)
+    tokens = some.most / some.num_micro(some.most, plan.budget)
+    assert some.num_micro(some.mean, plan.budget) == 1 < some.num_micro(some.most, plan.budget)
+    assert all(map(keeps_bodies, plan.keeping(costs, math.ceil(tokens)))), "what is large is split, to keep all"
+    long = replace(STEP, mean=16384, most=16384, longest=4096, num_rows=4, rows_at_once=4)
+    budget = plan_of(blocks, 2, long).budget
+    assert budget is not None
+    assert budget > 1000, "no row is cut, and four short ones are to come at once"
 
 
 def test_few_tokens_of_a_large_model_are_recorded_unless_memory_makes_them_fewer_still() -> None:
