@@ -11,7 +11,7 @@ from typing import Any
 
 from workers.blocks.keeping import BlockBytes, bytes_of_block, flash_features, hides_copies
 from workers.blocks.launching import LayerWork
-from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD, takes_rows
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, MAX_HEAD_FEATURES, PAD, drops_within_products, takes_rows
 from workers.methods import Method
 from workers.recipe import Precision
 from workers.shapes import LinearShape, ModelShape
@@ -133,6 +133,11 @@ class Blocks:
         )
 
     @property
+    def copies_dropped(self) -> bool:
+        """Whether a GPU copies the inputs of branches to drop a part of them."""
+        return self.has_dropout and not all(drops_within_products(group.num_ranks) for group in self.groups)
+
+    @property
     def attention_features(self) -> int:
         """Numbers for one token that attention's kernel works with on its way back: none where ours can do it."""
         if takes_rows(self.shape.head_size, has_prefix=self.has_prefix):
@@ -145,12 +150,18 @@ class Blocks:
         hidden, bodies = self.shape.hidden_size, self.bodies
         if not any(self.adapters):
             cost = bytes_of_block(
-                bodies, hidden, element, drops=self.has_dropout, attention_features=self.attention_features
-            )
+                bodies, hidden, element, copies_dropped=self.copies_dropped,
+                attention_features=self.attention_features,
+            )  # fmt: skip
             return [cost] * self.shape.num_layers
         halves = [
             bytes_of_block(
-                [body], hidden, element, has_adapter=has_adapter, drops=self.has_dropout, attention_features=features
+                [body],
+                hidden,
+                element,
+                has_adapter=has_adapter,
+                copies_dropped=self.copies_dropped,
+                attention_features=features,
             )
             for body, has_adapter, features in zip(bodies, self.adapters, (self.attention_features, 0), strict=True)
         ]

@@ -179,9 +179,9 @@ def _in_use(
     """Bytes a token that a block works with on the way back, besides what is kept, when it is most.
 
     In the feed-forward network these are the gradient of the stream, the normalised input, the down projection's input
-    and the gradient by it; with dropout, two more of that size. In attention the gradients of queries, keys and values
-    in pieces and joined, that of attention's result, the normalised input, and the stream's gradient. What was not kept
-    is there besides: of the feed-forward network piece by piece, and of attention until its own way back.
+    and the gradient by it; with dropped copies, two more of that size. In attention the gradients of queries, keys and
+    values in pieces and joined, that of attention's result, the normalised input, and the stream's gradient. What was
+    not kept is there besides: of the feed-forward network piece by piece, and of attention until its own way back.
     """
     joined, out, _, down = blocks.groups
     hidden, inner = blocks.shape.hidden_size, down.num_inputs
@@ -192,7 +192,7 @@ def _in_use(
         network = 0 if keeps_body else bodies[1]
         # With pieces, the gradient before the network is whole, beside the one behind it, of which a piece has a copy.
         whole = attention + (1 if pieces == 1 else 2 + 1 / pieces) * hidden
-        dropped = 2 * inner if blocks.has_dropout else 0
+        dropped = 2 * inner if blocks.copies_dropped or (on_cpu and blocks.has_dropout) else 0
         found.append(element * (whole + (network + hidden + 2 * inner + dropped) / pieces))
         if on_cpu:
             # Plain torch makes a tensor of each step of the activation's slope.

@@ -9,7 +9,7 @@ import pytest
 from tests.workers.test_resolving import SEVEN_B
 from workers.facts import DatasetFacts, DeviceFacts
 from workers.fitting import Suggestion, advice, in_4_bits, remedies, suggestions
-from workers.memory import GIB, estimate
+from workers.memory import GIB, Estimate, estimate
 from workers.recipe import Recipe
 from workers.resolving import resolve
 
@@ -121,17 +121,19 @@ def test_where_one_change_is_not_enough_the_studio_chooses_the_rows_at_once_as_w
     assert (small.asked.method, small.asked.settings["rank"]) == ("qlora", 16)
 
 
-def test_hand_written_blocks_that_fit_only_by_computing_twice_fit_and_nothing_smaller_is_suggested_for_others() -> None:
-    card = DeviceFacts("cuda", "NVIDIA card", 18 * GIB, 8)
-    asked = recipe(micro_batch_size="auto", gradient_checkpointing="auto")
-    resolved = resolve(asked, SEVEN_B, UNEVEN, card)
-    needed = estimate(resolved, SEVEN_B, UNEVEN, card)
-    assert (needed.verdict, resolved.training.gradient_checkpointing) == ("fits", False)
-    assert needed.kept_share is not None
-    assert needed.kept_share < 0.5
-    roomy = estimate(resolved, SEVEN_B, UNEVEN, DeviceFacts("cuda", "NVIDIA card", 80 * GIB, 8))
-    assert roomy.kept_share == 1
-    assert 1.05 < needed.seconds_low / roomy.seconds_low < 1.6
+def test_hand_written_blocks_go_in_small_micro_batches_or_compute_twice_and_nothing_smaller_is_suggested() -> None:
+    def on(gib: int) -> tuple[Recipe, Estimate]:
+        card = DeviceFacts("cuda", "NVIDIA card", gib * GIB, 8)
+        resolved = resolve(recipe(micro_batch_size="auto", gradient_checkpointing="auto"), SEVEN_B, UNEVEN, card)
+        return resolved, estimate(resolved, SEVEN_B, UNEVEN, card)
+
+    (resolved, split), (_, twice), (_, roomy) = on(18), on(16), on(80)
+    assert (split.verdict, resolved.training.gradient_checkpointing) == ("fits", False)
+    assert (split.kept_share, roomy.kept_share) == (1, 1)
+    assert split.rows_at_once < roomy.rows_at_once
+    assert twice.kept_share is not None
+    assert twice.kept_share < 0.5
+    assert 1.05 < twice.seconds_low / roomy.seconds_low < 1.6
     words = [one.words for one in found(recipe(), 15)]
     assert words[0].startswith("QLoRA"), "neither fewer rows nor checkpointing saves what is not already saved"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workers.blocks.function import Block
 from workers.blocks.keeping import BlockBytes, bytes_of_block, flash_features
-from workers.blocks.sizes import takes_rows
+from workers.blocks.sizes import drops_within_products, takes_rows
 from workers.blocks.sublayers import Attention
 
 
@@ -15,7 +15,7 @@ def block_bytes(
     and with a prefix before its keys or not. What attention's kernel works with is that of the one which was chosen on
     a GPU, and elsewhere of that which would do."""
     bodies = [sublayer.kept_features() for sublayer in block.sublayers]
-    drops = any(group.dropout > 0 for group in block.groups())
+    copies_dropped = any(group.dropout > 0 and not drops_within_products(group.num_ranks) for group in block.groups())
     first = block.sublayers[0]
     features = 0
     if isinstance(first, Attention):
@@ -23,5 +23,6 @@ def block_bytes(
         if chosen != "rows" or not takes_rows(first.head_size, has_prefix=has_prefix):
             features = flash_features(first.inputs.num_outputs, first.outputs.num_inputs, has_prefix=has_prefix)
     return bytes_of_block(
-        bodies, first.inputs.num_inputs, element, has_adapter=has_adapter, drops=drops, attention_features=features
-    )
+        bodies, first.inputs.num_inputs, element, has_adapter=has_adapter, copies_dropped=copies_dropped,
+        attention_features=features,
+    )  # fmt: skip

@@ -108,7 +108,7 @@ def bytes_of_block(
     element: int,
     *,
     has_adapter: bool = False,
-    drops: bool = False,
+    copies_dropped: bool = False,
     attention_features: int = 0,
 ) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes.
@@ -118,7 +118,7 @@ def bytes_of_block(
         hidden: features of the residual stream.
         has_adapter: whether a bottleneck adapter stands behind it, which keeps what it reads in float32, and a mask of
             its dropout, whatever the block keeps.
-        drops: whether the inputs of low-rank branches are dropped in part.
+        copies_dropped: whether the inputs of low-rank branches are copied with a part of them dropped.
         attention_features: numbers for one token that attention's kernel works with on its way back (`flash_features`).
     """
     scratch = attention_features * element
@@ -146,12 +146,12 @@ def bytes_of_block(
         # Beside the input, which is counted as kept: what it computed, and as much of gradients; the normalised input
         # and the gradient by it; and those of the stream, behind and before. The kernel is done before the gradient by
         # the normalised input is there. Each with the room that rows have for branches, as in what follows.
-        lean_attention=2 * attention + max((5 if drops else 4) * wide, 3 * wide + scratch),
+        lean_attention=2 * attention + max((5 if copies_dropped else 4) * wide, 3 * wide + scratch),
         # What attention computed, the network's input, and the stream's gradients; and of a piece gate and up, the
         # gradient by the down projection's input, the normalised input, and the stream's gradient with room behind it.
-        # With dropout one more of what layers read.
+        # With dropped copies one more of what layers read.
         lean_feed_forward=attention + 3 * wide,
-        piece=feed_forward + wide + (2 if drops else 1) * (inner + wide),
+        piece=feed_forward + wide + (2 if copies_dropped else 1) * (inner + wide),
     )
 
 

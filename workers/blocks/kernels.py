@@ -125,27 +125,31 @@ def _gated_backward(
     tl.store(gradient_at + row * gradient_row + column, found.to(gradient_at.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def drawn(seed, octet):
+    """Numbers of 16 bits: those of the draws `octet`, eight of each, in the places of its last dimension."""
+    # Seven rounds are as many as leave no statistical test a trace of order (Salmon et al. 2011, table 2).
+    one, two, three, four = tl.randint4x(seed, octet, 7)
+    low = tl.interleave(tl.interleave(one & 0xFFFF, three & 0xFFFF), tl.interleave(two & 0xFFFF, four & 0xFFFF))
+    high = tl.interleave(
+        tl.interleave((one >> 16) & 0xFFFF, (three >> 16) & 0xFFFF),
+        tl.interleave((two >> 16) & 0xFFFF, (four >> 16) & 0xFFFF),
+    )
+    return tl.interleave(low, high).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["offset", "first_row", "threshold"])
 def _dropped(
     x_at, out_at, seed_at, offset, first_row, x_row, out_row, width, threshold, scale,
     ADDS: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    # Each draw gives eight numbers of 16 bits. Seven rounds are as many as leave no statistical test a trace of order
-    # (Salmon et al. 2011, table 2).
     octet = tl.program_id(1) * OCTETS + tl.arange(0, OCTETS)
-    seed = tl.load(seed_at) + offset
-    one, two, three, four = tl.randint4x(seed, (first_row + row) * ((width + 7) // 8) + octet, 7)
-    low = tl.interleave(tl.interleave(one & 0xFFFF, three & 0xFFFF), tl.interleave(two & 0xFFFF, four & 0xFFFF))
-    high = tl.interleave(
-        tl.interleave((one >> 16) & 0xFFFF, (three >> 16) & 0xFFFF),
-        tl.interleave((two >> 16) & 0xFFFF, (four >> 16) & 0xFFFF),
-    )
-    drawn = tl.interleave(low, high).to(tl.int32)
+    number = drawn(tl.load(seed_at) + offset, (first_row + row) * ((width + 7) // 8) + octet)
     column = tl.program_id(1) * 8 * OCTETS + tl.arange(0, 8 * OCTETS)
     inside = column < width
     x = tl.load(x_at + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    found = tl.where(drawn >= threshold, x * scale, 0.0)
+    found = tl.where(number >= threshold, x * scale, 0.0)
     if ADDS:
         found = found.to(out_at.dtype.element_ty).to(tl.float32)
         found += tl.load(out_at + row * out_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -309,11 +313,18 @@ def _drop(x_TK: Tensor, out_TK: Tensor, share: float, seed: Seed, *, adds: bool)
     num_rows, width = x_TK.shape
     assert x_TK.stride(1) == out_TK.stride(1) == 1
     octets = min(256, triton.next_power_of_2(triton.cdiv(width, 8)))
-    threshold = min(round(share * 2**16), 2**16 - 1)
+    threshold, scale = threshold_of(share)
     _dropped[(num_rows, triton.cdiv(width, 8 * octets))](
         x_TK, out_TK, seed.base_1, seed.offset, seed.first_row, x_TK.stride(0), out_TK.stride(0), width, threshold,
-        1.0 / (1.0 - threshold / 2**16), ADDS=adds, OCTETS=octets, num_warps=4,
+        scale, ADDS=adds, OCTETS=octets, num_warps=4,
     )  # fmt: skip
+
+
+def threshold_of(share: float) -> tuple[int, float]:
+    """Below which numbers of 16 bits elements are dropped, so many that it is a share of all; and the factor of the
+    others."""
+    threshold = min(round(share * 2**16), 2**16 - 1)
+    return threshold, 1.0 / (1.0 - threshold / 2**16)
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:

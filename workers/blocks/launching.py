@@ -17,14 +17,15 @@ AGAIN_SHARE = 0.3
 FILLED = 1.08
 """The work of micro-batches whose launches are recorded, by what it would be had they not been filled up to a shape
 that returns (`recording`)."""
-_WEIGHTS_TOKENS = 120
-"""What reading its weights takes a micro-batch, in tokens of it, by the bytes that an H200 moves."""
-_COMPUTED_BACK_TOKENS = 300
-"""The same where they are in 4 bits, and are computed back for each use."""
+_WEIGHTS_TOKENS = 200
+"""What a micro-batch takes beside its tokens, in tokens of it: reading its weights, some 120 by the bytes that an H200
+moves, while products of few tokens leave it half empty."""
+_COMPUTED_BACK_TOKENS = 400
+"""The same where weights are in 4 bits, and are computed back for each use: some 300 by these bytes."""
 _LAUNCHES = 63
 """Of a layer there and back, on a base in 16 bits, that keeps everything; counted, as are the others."""
 _AGAIN = 16
-_DROPPED = 16
+_DROPPED = 8
 _COMPUTED_BACK = 28
 _PIECE = 3.8
 

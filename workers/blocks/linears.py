@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks.operands import Seed
-from workers.blocks.pointwise import add_dropped, dropped
+from workers.blocks.pointwise import add_dropped_product, dropped_product, product_float, product_of_dropped
 from workers.blocks.room import lying_wide, widened, with_room_behind
 from workers.blocks.sizes import PAD
 from workers.blocks.weights import Weights, Wide
@@ -179,9 +179,12 @@ class Group:
         if self.is_folded and wide_TK is not None:
             assert self._below_PK is not None
             room_TP = wide_TK[:, columns:]
-            torch.mm(self._dropped(x_TK[:, :columns], seed), self._below_PK.T, out=room_TP)
-            # A copy, because whoever keeps it does not keep the whole input.
-            thin_TR = room_TP[:, : self.num_ranks].clone()
+            if self.dropout and seed is not None:
+                thin_TR = self._dropped_thin(x_TK, seed, room_TP)
+            else:
+                torch.mm(x_TK[:, :columns], self._below_PK.T, out=room_TP)
+                # A copy, because whoever keeps it does not keep the whole input.
+                thin_TR = room_TP[:, : self.num_ranks].clone()
             found = self._joined(wide_TK, self._side_NP, added_to, has_room=has_room)
             return found, Read(x_TK, thin_TR, seed)
         thin_TR = self.thin(x_TK, seed=seed)
@@ -192,11 +195,14 @@ class Group:
 
     def thin(self, x_TK: Tensor, *, seed: Seed | None = None) -> Tensor:
         """x A^T of all branches, (T, R)."""
+        if self.dropout and seed is not None:
+            return self._dropped_thin(x_TK, seed)
         assert self._down_RK is not None, "no layer of the group has a branch"
-        return self._dropped(x_TK[:, : self.num_inputs], seed) @ self._down_RK.T
+        return x_TK[:, : self.num_inputs] @ self._down_RK.T
 
-    def _dropped(self, x_TK: Tensor, seed: Seed | None) -> Tensor:
-        return dropped(x_TK, self.dropout, seed) if self.dropout and seed is not None else x_TK
+    def _dropped_thin(self, x_TK: Tensor, seed: Seed, room_TP: Tensor | None = None) -> Tensor:
+        assert self._down_RK is not None, "no layer of the group has a branch"
+        return dropped_product(x_TK[:, : self.num_inputs], self._down_RK, self.dropout, seed, room_TP)
 
     def _joined(
         self, x_TK: Tensor, side_NP: Tensor | None, added_to: Tensor | None, *, has_room: bool = False
@@ -293,7 +299,7 @@ class Group:
             if is_dropping:
                 assert seed is not None
                 # The same mask and scale as on the way forward.
-                add_dropped(by_input, by_thin @ self._down_RK, self.dropout, seed)
+                add_dropped_product(by_input, by_thin, self._down_RK, self.dropout, seed)
             else:
                 by_input.addmm_(by_thin, self._down_RK)
         return by_input, by_thin
@@ -304,14 +310,17 @@ class Group:
             return []
         assert read.x_TK is not None
         assert read.thin_TR is not None
-        x_TK = self._dropped(read.x_TK[:, : self.num_inputs], read.seed)
-        by_down_RK = _product_float(by_thin_TR.T, x_TK)
+        x_TK = read.x_TK[:, : self.num_inputs]
+        if self.dropout and read.seed is not None:
+            by_down_RK = product_of_dropped(by_thin_TR, x_TK, self.dropout, read.seed)
+        else:
+            by_down_RK = product_float(by_thin_TR.T, x_TK)
         # On a GPU one product of all outputs and ranks, a part of it for nothing, is faster than one for each branch.
-        joined_NR = _product_float(gradient_TN.T, read.thin_TR) if gradient_TN.is_cuda else None
+        joined_NR = product_float(gradient_TN.T, read.thin_TR) if gradient_TN.is_cuda else None
         gradients = []
         for (outputs, ranks), branch in zip(self._places(), self.branches, strict=True):
             if joined_NR is None:
-                by_up = _product_float(gradient_TN[:, outputs].T, read.thin_TR[:, ranks])
+                by_up = product_float(gradient_TN[:, outputs].T, read.thin_TR[:, ranks])
             else:
                 by_up = joined_NR[outputs, ranks]
             gradients += [by_down_RK[ranks].to(branch.down.dtype), (by_up * branch.scale).to(branch.up.dtype)]
@@ -325,13 +334,6 @@ class Group:
         for part_TN, weight_NK in others:
             found_TK.addmm_(part_TN, weight_NK)
         return found_TK
-
-
-def _product_float(left: Tensor, right: Tensor) -> Tensor:
-    """A product in float32 of two 16-bit factors: the sum over all tokens is not rounded at the end."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
 
 
 def _joined_bias(layers: Sequence[Layer]) -> Tensor | None:

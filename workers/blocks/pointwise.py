@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.blocks.operands import Activation, Norm, Seed
+from workers.blocks.sizes import drops_within_products
 from workers.device_errors import is_gpu_failure, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,46 @@ def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> No
         kernels.add_dropped(target_TK, x_TK, share, seed)
         return
     target_TK[:, : x_TK.shape[1]] += dropped(x_TK, share, seed)
+
+
+def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, room_TP: Tensor | None = None) -> Tensor:
+    """dropped(x, share, seed) A^T, (T, R), of thin matrices; with zeros behind it in `room_TP`, too, if given."""
+    if has_kernels(x_TK) and drops_within_products(down_RK.shape[0]):
+        from workers.blocks import dropped_products
+
+        return dropped_products.dropped_product(x_TK, down_RK, share, seed, room_TP)
+    thin_TR = dropped(x_TK, share, seed) @ down_RK.T
+    if room_TP is not None:
+        room_TP[:, : thin_TR.shape[1]] = thin_TR
+        room_TP[:, thin_TR.shape[1] :] = 0
+    return thin_TR
+
+
+def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, share: float, seed: Seed) -> None:
+    """Adds dropped(g A, share, seed) to the first K columns of `target_TK`: the gradient by the input of
+    `dropped_product`, from that by its result."""
+    if has_kernels(target_TK) and drops_within_products(down_RK.shape[0]):
+        from workers.blocks import dropped_products
+
+        dropped_products.add_dropped_product(target_TK, thin_TR, down_RK, share, seed)
+        return
+    add_dropped(target_TK, thin_TR @ down_RK, share, seed)
+
+
+def product_of_dropped(thin_TR: Tensor, x_TK: Tensor, share: float, seed: Seed) -> Tensor:
+    """g^T dropped(x, share, seed), (R, K) float32: the gradient by A of `dropped_product`, from that by its result."""
+    if has_kernels(x_TK) and drops_within_products(thin_TR.shape[1]):
+        from workers.blocks import dropped_products
+
+        return dropped_products.product_of_dropped(thin_TR, x_TK, share, seed)
+    return product_float(thin_TR.T, dropped(x_TK, share, seed))
+
+
+def product_float(left: Tensor, right: Tensor) -> Tensor:
+    """A product in float32 of two 16-bit factors: the sum over all tokens is not rounded at the end."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, with_gradient: bool) -> Tensor:

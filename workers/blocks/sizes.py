@@ -26,3 +26,9 @@ whole. In half of that they came in four, and down in two: 24 launches of a laye
 def takes_rows(head_size: int, *, has_prefix: bool) -> bool:
     """Whether our kernel for packed rows can compute attention; torch's does the rest."""
     return head_size <= MOST_FEATURES_OF_ROWS and not has_prefix
+
+
+def drops_within_products(num_ranks: int) -> bool:
+    """Whether a GPU needs no copy of an input that is dropped in part, for branches of so many ranks: wider products
+    would draw the same numbers again for each of their tiles."""
+    return num_ranks <= PAD

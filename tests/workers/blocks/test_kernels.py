@@ -126,6 +126,37 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     assert bool((wide[:, 300:] == 2.0).all())
 
 
+@pytest.mark.parametrize(("rows", "columns", "ranks"), [(100, 160, 12), (200, 1100, 64), (70, 92, 1)])
+def test_thin_products_drop_what_a_dropped_copy_lacks(rows: int, columns: int, ranks: int) -> None:
+    from workers.blocks import dropped_products, kernels
+
+    # Triton's interpreter multiplies no numbers of 16 bits.
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x = random(rows, columns + 64, dtype=dtype)[:, :columns]
+    down, thin = random(ranks, columns, dtype=dtype), random(rows, ranks + 7, dtype=dtype)[:, :ranks]
+    share = 0.3
+    for seed in (Seed(torch.tensor([7], device=DEVICE), 2), Seed(torch.tensor([9], device=DEVICE), 0, 5, 300)):
+        copy = kernels.dropped(x, share, seed).float()
+        room = torch.full((rows, 128), 9.0, dtype=dtype, device=DEVICE)
+        found = dropped_products.dropped_product(x, down, share, seed, room[:, 64:])
+        assert_close(found, (copy @ down.float().T).to(dtype), dtype)
+        assert torch.equal(room[:, 64 : 64 + ranks], found)
+        assert not room[:, 64 + ranks :].any(), "the product behind it reads zeros there"
+        assert bool((room[:, :64] == 9.0).all())
+        assert torch.equal(dropped_products.dropped_product(x, down, share, seed, None), found)
+
+        by_down = dropped_products.product_of_dropped(thin, x, share, seed)
+        assert by_down.dtype == torch.float32
+        assert_close(by_down, thin.float().T @ copy, dtype)
+
+        target = random(rows, columns + 64, dtype=dtype)
+        expected = target.clone()
+        kernels.add_dropped(expected, thin @ down, share, seed)
+        dropped_products.add_dropped_product(target[:, :columns], thin, down, share, seed)
+        assert_close(target, expected, dtype)
+        assert torch.equal(target[:, columns:], expected[:, columns:])
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])
 def test_4_bit_weights_come_back_as_bitsandbytes_has_them(rows: int, columns: int) -> None:
     from workers.blocks import kernels

@@ -15,7 +15,7 @@ from workers.batching import Batch
 from workers.blocks import attention
 from workers.blocks.attention import attend, attend_backward
 from workers.blocks.engine import Engine, install
-from workers.blocks.linears import _product_float
+from workers.blocks.pointwise import product_float
 from workers.blocks.rows import Kernel, Prefix, Rows, Sight
 from workers.layers.bottleneck import BottleneckConfig
 from workers.layers.prefix import PrefixTunedModel
@@ -172,7 +172,7 @@ def test_a_rank_beside_the_product() -> None:
 def test_products_of_16_bits_are_summed_in_32() -> None:
     left, right = torch.randn(24, 5000, device="cuda").bfloat16(), torch.randn(5000, 72, device="cuda").bfloat16()
     for one, other in ((left, right), (left.T.contiguous().T, right), (left[:16], right[:, :64])):
-        found = _product_float(one, other)
+        found = product_float(one, other)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, one.float() @ other.float(), rtol=1e-3, atol=1e-2)
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.workers.blocks.models import make_model, with_lora
-from workers.blocks import linears, sublayers
+from workers.blocks import budget, linears, pointwise, sublayers
 from workers.blocks.engine import install
 from workers.blocks.function import run_block
 from workers.blocks.offloading import HostMemory, Inputs
@@ -68,19 +68,39 @@ def as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, one in stands_for.items():
         monkeypatch.setattr(sublayers, name, one)
-    monkeypatch.setattr(linears, "dropped", lambda x, *_: torch.empty(x.shape, dtype=x.dtype))
-    monkeypatch.setattr(linears, "add_dropped", lambda *_: None)
+    monkeypatch.setattr(pointwise, "dropped", lambda x, *_: torch.empty(x.shape, dtype=x.dtype))
+    monkeypatch.setattr(pointwise, "add_dropped", lambda *_: None)
 
 
-@pytest.mark.usefixtures("as_kernels")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.fixture
+def as_products(as_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With those that drop within products besides, and the parts of their sums."""
+
+    def product(x_TK: Tensor, down_RK: Tensor, *_: Any) -> Tensor:
+        parts = torch.empty(max(1, x_TK.shape[1] // 512), x_TK.shape[0], 16)
+        assert parts.shape[0] <= 8
+        return torch.empty(x_TK.shape[0], down_RK.shape[0], dtype=x_TK.dtype)
+
+    def of_rows(thin_TR: Tensor, x_TK: Tensor, *_: Any) -> Tensor:
+        return torch.empty(thin_TR.shape[1], x_TK.shape[1])
+
+    monkeypatch.setattr(linears, "dropped_product", product)
+    monkeypatch.setattr(linears, "add_dropped_product", lambda *_: None)
+    monkeypatch.setattr(linears, "product_of_dropped", of_rows)
+
+
+@pytest.mark.parametrize("how", ["nothing is dropped", "dropped within products", "copied to be dropped"])
 @pytest.mark.parametrize(
     ("num_tokens", "share", "pieces"), [(1024, 1.0, 1), (2048, 0.74, 2), (4096, 1.0, 4), (4096, 0.49, 4)]
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_a_block_that_keeps_its_input_works_within_what_is_planned(
-    family: str, num_tokens: int, share: float, pieces: int, dropout: float
+    family: str, num_tokens: int, share: float, pieces: int, how: str, request: pytest.FixtureRequest
 ) -> None:
+    dropout = 0.0 if how == "nothing is dropped" else 0.1
+    request.getfixturevalue("as_products" if how == "dropped within products" else "as_kernels")
+    if how == "copied to be dropped":
+        request.getfixturevalue("monkeypatch").setattr(budget, "drops_within_products", lambda _: False)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": HEAD, "num_key_value_heads": 1}
     model = with_lora(make_model(family, dtype=torch.bfloat16, num_attention_heads=4, **sizes), dropout=dropout)
     engine = install(model, is_wide=True)
