@@ -127,7 +127,7 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns", "ranks"), [(100, 160, 12), (200, 1100, 64), (70, 92, 1)])
-def test_thin_products_drop_what_a_dropped_copy_lacks(rows: int, columns: int, ranks: int) -> None:
+def test_thin_products_drop_what_a_dropped_copy_would_lack(rows: int, columns: int, ranks: int) -> None:
     from workers.blocks import dropped_products, kernels
 
     # Triton's interpreter multiplies no numbers of 16 bits.
@@ -136,10 +136,10 @@ def test_thin_products_drop_what_a_dropped_copy_lacks(rows: int, columns: int, r
     down, thin = random(ranks, columns, dtype=dtype), random(rows, ranks + 7, dtype=dtype)[:, :ranks]
     share = 0.3
     for seed in (Seed(torch.tensor([7], device=DEVICE), 2), Seed(torch.tensor([9], device=DEVICE), 0, 5, 300)):
-        copy = kernels.dropped(x, share, seed).float()
+        factors = kernels.dropped(torch.ones(rows, columns, device=DEVICE), share, seed)
         room = torch.full((rows, 128), 9.0, dtype=dtype, device=DEVICE)
         found = dropped_products.dropped_product(x, down, share, seed, room[:, 64:])
-        assert_close(found, (copy @ down.float().T).to(dtype), dtype)
+        assert_close(found, (x.float() * factors) @ down.float().T, dtype)
         assert torch.equal(room[:, 64 : 64 + ranks], found)
         assert not room[:, 64 + ranks :].any(), "the product behind it reads zeros there"
         assert bool((room[:, :64] == 9.0).all())
@@ -147,14 +147,14 @@ def test_thin_products_drop_what_a_dropped_copy_lacks(rows: int, columns: int, r
 
         by_down = dropped_products.product_of_dropped(thin, x, share, seed)
         assert by_down.dtype == torch.float32
-        assert_close(by_down, thin.float().T @ copy, dtype)
+        assert_close(by_down, thin.float().T @ (x.float() * factors), torch.float32)
 
         target = random(rows, columns + 64, dtype=dtype)
-        expected = target.clone()
-        kernels.add_dropped(expected, thin @ down, share, seed)
+        before = target.clone()
         dropped_products.add_dropped_product(target[:, :columns], thin, down, share, seed)
-        assert_close(target, expected, dtype)
-        assert torch.equal(target[:, columns:], expected[:, columns:])
+        expected = before[:, :columns].float() + (thin.float() @ down.float()) * factors
+        assert_close(target[:, :columns], expected, dtype)
+        assert torch.equal(target[:, columns:], before[:, columns:])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])
