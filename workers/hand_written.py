@@ -169,8 +169,14 @@ class Blocks:
 
     def layer_work(self, *, is_quantised: bool) -> LayerWork:
         """What a layer computes with, and what its launches depend on."""
-        groups = tuple((group.num_inputs, group.num_outputs) for group in self.groups)
-        return LayerWork(groups, any(self.adapters), self.has_dropout, is_quantised)
+        return LayerWork(
+            tuple((group.num_inputs, group.num_outputs) for group in self.groups),
+            num_branched=sum(group.num_ranks > 0 for group in self.groups),
+            num_adapters=sum(self.adapters),
+            has_prefix=self.has_prefix,
+            drops=self.has_dropout,
+            is_quantised=is_quantised,
+        )
 
     def hides_copies(self, element: int) -> bool:
         """Whether blocks compute for longer than their inputs take to the host and back."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, keeps_bodies, least_keeping
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
-from workers.blocks.sizes import LEAN_LOGIT_BYTES
+from workers.blocks.sizes import LEAN_LOGIT_BYTES, filled_rows, filled_tokens, usual_filling
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
@@ -87,6 +87,11 @@ def held(
     logits = CPU_LOGIT_BYTES if plan.logit_bytes is None else plan.logit_bytes
     largest = max(step.longest, step.most / step.num_micro(step.most, plan.budget))
     usual = step.usual_tokens(plan.budget)
+    if plan.is_recorded:
+        # Micro-batches are filled up, those of a usual step by more or less.
+        usual += _padding_rows(step, step.num_micro(step.mean, plan.budget))
+        usual += usual_filling(usual)
+        largest = filled_tokens(math.ceil(largest + _padding_rows(step, step.num_micro(step.most, plan.budget))))
     kept = plan.keeping(costs, math.ceil(largest))
     return Held(
         tokens=usual,
@@ -102,6 +107,12 @@ def held(
             blocks, costs, kept, largest, element, kind, loss_share, logits, plan.pieces(costs, math.ceil(largest))
         ),
     )
+
+
+def _padding_rows(step: StepTokens, num_micro: int) -> int:
+    """Of a recorded micro-batch, of a token each."""
+    num_rows = math.ceil(step.num_rows / num_micro)
+    return filled_rows(num_rows) - num_rows
 
 
 def least_bytes(

@@ -24,19 +24,19 @@ class Pace:
 
     products: float = 0.69
     """Of the peak FLOP/s, by the large products of a model of billions of parameters."""
-    half_features: float = 390.0
+    half_features: float = 327.0
     """Features of the residual stream at which products reach half of that: small ones do not fill a GPU."""
-    attention: float = 0.33
+    attention: float = 0.314
     """Of the peak FLOP/s, by attention."""
-    bandwidth: float = 1.19
+    bandwidth: float = 1.13
     """Of the memory's bandwidth, by what stands between the products: above 1, as some of it never leaves the cache."""
     host_per_block: float = 3.6e-3
     """Seconds in which the host launches the forward and backward pass of a block that keeps everything."""
-    recorded_per_block: float = 3.3e-4
+    recorded_per_block: float = 3.64e-4
     """The same where launches are recorded: what a GPU needs for them, however small they are."""
-    host_per_micro: float = 3.1e-3
+    host_per_micro: float = 3.3e-3
     """Seconds beside the blocks for a micro-batch: collation, the head, the loss."""
-    host_per_step: float = 4.1e-3
+    host_per_step: float = 3.3e-3
     """Seconds for a step: the optimizer, clipping, reports."""
 
 
@@ -137,8 +137,8 @@ def _moved_features(blocks: Blocks, kept_share: float) -> float:
     """Numbers for one token of a layer that go to and from memory beside the frozen products.
 
     Norms, rotations, attention's own, the activation and their gradients; the thin products of branches read the
-    layer's input on the way forward, twice on the way back, and add to its gradient; a dropped copy is made twice of
-    the input and once of its gradient.
+    layer's input on the way forward, twice on the way back, and add to its gradient. With dropout they draw numbers
+    for each, and the gradient is gone over once more, which together takes as long as moving six.
     """
     joined, out, _, down = blocks.groups
     hidden, inner = blocks.shape.hidden_size, down.num_inputs
@@ -147,7 +147,7 @@ def _moved_features(blocks: Blocks, kept_share: float) -> float:
     moved = forward * (2 - kept_share) + backward
     for group in blocks.groups:
         if group.num_ranks:
-            moved += 5 * group.num_inputs + group.num_outputs + (9 * group.num_inputs if blocks.has_dropout else 0)
+            moved += 5 * group.num_inputs + group.num_outputs + (6 * group.num_inputs if blocks.has_dropout else 0)
     if any(blocks.adapters):
         moved += sum(blocks.adapters) * 2 * (10 * hidden + 4 * blocks.bottleneck)
     return moved

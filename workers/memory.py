@@ -42,8 +42,13 @@ CPU_SLOW_BFLOAT16 = 12e9
 
 GPU_UTILISATION = 0.30
 """Share of the peak that training with adapters reaches on models of billions of parameters."""
-GPU_LAUNCH_SECONDS = 12e-6
-"""Per kernel; a layer takes about 40 of them in each direction, which bounds small models."""
+GPU_LAUNCH_SECONDS = 28e-6
+"""What launching a kernel of transformers' own layers takes the host, which bounds small models: on an H200 IA3 took 37
+us for each, and DoRA no more than 31."""
+GPU_LAUNCHES = (38, 61)
+"""Kernels of such a layer without an adapter, there and back; counted."""
+GPU_WRITING_SECONDS = 12e-6
+"""The same for each of the kernels of a layer, about 40, where text is generated and launches are recorded."""
 
 WIDE_RANGE = (0.6, 1.8)
 """From the least to the most of what is expected, where a device's speed is guessed from its data sheet."""
@@ -213,6 +218,7 @@ def estimate(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: D
     train_seconds, other_seconds = _seconds(
         recipe, shape, dataset, device, precision, training_precision, num_steps, num_scored, micro_batch,
         num_trainable, is_whole=is_whole, by_hand=by_hand, float32_weights=float32_weights,
+        adapter_launches=method.num_launches(settings, shape),
     )  # fmt: skip
     train_range = NARROW_RANGE if by_hand is not None and by_hand.work is not None else WIDE_RANGE
     return Estimate(
@@ -358,6 +364,7 @@ def _seconds(
     is_whole: bool,
     by_hand: HandWrittenRun | None,
     float32_weights: int,
+    adapter_launches: int,
 ) -> tuple[float, float]:
     """Expected seconds of training, and of everything else from loading to the last score."""
     training = recipe.training
@@ -376,10 +383,12 @@ def _seconds(
     train = rows * padded * per_token / flops_per_second(device, training_precision)
     num_micro = num_steps * math.ceil(training.batch_size / micro_batch)
     if device.kind == "cuda":
-        train = max(train, num_micro * shape.num_layers * 40 * passes * GPU_LAUNCH_SECONDS)
         gpu = gpu_named(device.name)
         train += rows * padded * 4 * float32_weights / (gpu.flops * FLOAT32_SHARE)
         train += num_micro * FLOAT32_WEIGHT_BYTES * float32_weights / gpu.bandwidth
+        there, back = GPU_LAUNCHES
+        launches = (passes - 1) * there + back + adapter_launches
+        train = max(train, num_micro * shape.num_layers * launches * GPU_LAUNCH_SECONDS)
         if by_hand is not None:
             train = num_steps * by_hand.step_seconds(device)
     # Base and adapter both read the held-out rows and write their answers.
@@ -395,7 +404,7 @@ def _seconds(
     writing = (generated + shown_steps * num_shown) * 2 * shape.num_parameters * 5 / rate
     if device.kind == "cuda":
         steps = math.ceil(generated / 16) + shown_steps
-        writing = max(writing, steps * shape.num_layers * 40 * GPU_LAUNCH_SECONDS)
+        writing = max(writing, steps * shape.num_layers * 40 * GPU_WRITING_SECONDS)
     loading = 12 + 2 * shape.num_parameters / 1e9
     return train, scoring + writing + loading
 

@@ -303,7 +303,9 @@ class Engine:
         groups = [group for part in self._parts[0] for group in part.block.groups()]
         return LayerWork(
             tuple((group.num_inputs, group.num_outputs) for group in groups),
-            has_adapters=any(part.adapter is not None for part in self._parts[0]),
+            num_branched=sum(group.num_ranks > 0 for group in groups),
+            num_adapters=sum(part.adapter is not None for part in self._parts[0]),
+            has_prefix=self.has_prefix,
             drops=self._drops,
             is_quantised=any(isinstance(group.weights, Quantised) for group in groups),
         )

@@ -22,10 +22,16 @@ _WEIGHTS_TOKENS = 200
 moves, while products of few tokens leave it half empty."""
 _COMPUTED_BACK_TOKENS = 400
 """The same where weights are in 4 bits, and are computed back for each use: some 300 by these bytes."""
-_LAUNCHES = 63
-"""Of a layer there and back, on a base in 16 bits, that keeps everything; counted, as are the others."""
-_AGAIN = 16
-_DROPPED = 8
+_BARE = 22
+"""Launches of a layer there and back that keeps everything, on a base in 16 bits; counted, as are the others."""
+_BRANCHED = 10
+"""More for each group of products with low-rank branches."""
+_LAUNCHES = _BARE + 4 * _BRANCHED
+_ADAPTER = 25
+_PREFIX = 40
+_AGAIN = 9
+_BRANCHED_AGAIN = 2
+_DROPPED = 2
 _COMPUTED_BACK = 28
 _PIECE = 3.8
 
@@ -39,10 +45,14 @@ class LayerWork:
     """
 
     groups: tuple[tuple[int, int], ...]
-    has_adapters: bool
+    num_branched: int
+    """Of these, those with low-rank branches."""
+    num_adapters: int
     """Bottleneck adapters behind or beside its sublayers."""
+    has_prefix: bool
+    """Trained keys and values before those of each row."""
     drops: bool
-    """Whether the inputs of low-rank branches are dropped in part."""
+    """Whether the inputs of branches are dropped in part."""
     is_quantised: bool
 
     @property
@@ -51,17 +61,21 @@ class LayerWork:
         return sum(inputs * outputs for inputs, outputs in self.groups)
 
     def launches(self, *, again: float, has_copies: bool, in_pieces: bool) -> float:
-        """Launches there and back, by those of a layer that keeps everything on a base in 16 bits.
+        """Launches there and back, by those of a layer with branches everywhere that keeps everything on a base in 16
+        bits.
 
         Args:
             again: the share of layers that compute anew on the way back what they did not keep.
             has_copies: whether weights in 4 bits are computed back once; else for each use.
             in_pieces: else: whether piece by piece.
         """
-        found: float = _LAUNCHES + _AGAIN * again + (_DROPPED if self.drops else 0)
+        found = _BARE + _BRANCHED * self.num_branched + _ADAPTER * self.num_adapters
+        found += _PREFIX if self.has_prefix else 0
+        found += again * (_AGAIN + _BRANCHED_AGAIN * self.num_branched)
+        found += _DROPPED * self.num_branched if self.drops else 0
         if self.is_quantised and not has_copies:
             found += _COMPUTED_BACK + (_PIECE * self._more_pieces(again) if in_pieces else 0)
-        return found / _LAUNCHES * (1.5 if self.has_adapters else 1)
+        return found / _LAUNCHES
 
     def _more_pieces(self, again: float) -> float:
         """Pieces of weights there and back beyond one for each use: what reads a sublayer's input is used once more

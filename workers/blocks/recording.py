@@ -20,14 +20,13 @@ from workers.batching import Batch
 from workers.blocks.engine import Engine
 from workers.blocks.operands import Seed
 from workers.blocks.rows import Rows
+from workers.blocks.sizes import filled_rows, filled_tokens, rounded_up
 from workers.device_errors import is_out_of_memory
 from workers.graphs import NO_MEMORY, NotRecordedError, record
 from workers.objectives import Objective
 
 MAX_SHAPES = 64
 """Most shapes that are recorded: each takes some memory of the host's and the driver's."""
-ROW_STEP = 16
-"""Numbers of rows are multiples of it."""
 
 
 def can_be_recorded(engine: Engine) -> bool:
@@ -56,22 +55,13 @@ class Shape:
         tokens, whose rows differ in number, it is 19 against 78; of 2,048, 9 against 95, which `MAX_SHAPES` makes 152
         recordings.
         """
-        num_rows = _up(len(batch.lengths) + 1, ROW_STEP)
+        num_rows = filled_rows(len(batch.lengths))
         num_padding_rows = num_rows - len(batch.lengths)
-        num_tokens = _rounded(batch.num_tokens + num_padding_rows)
-        quarter = _up(math.ceil(num_tokens / 4), 64)
-        num_loss_tokens = min(num_tokens, _up(batch.num_loss_tokens, quarter))
+        num_tokens = filled_tokens(batch.num_tokens + num_padding_rows)
+        quarter = rounded_up(math.ceil(num_tokens / 4), 64)
+        num_loss_tokens = min(num_tokens, rounded_up(batch.num_loss_tokens, quarter))
         longest = max(longest, math.ceil((num_tokens - batch.num_tokens) / num_padding_rows), *batch.lengths)
-        return cls(num_tokens, num_loss_tokens, num_rows, _rounded(longest))
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _rounded(size: int) -> int:
-    """The next larger of eight sizes between each two powers of two, at least 64 apart."""
-    return _up(size, max(64, 2 ** (size.bit_length() - 4)))
+        return cls(num_tokens, num_loss_tokens, num_rows, filled_tokens(longest))
 
 
 def filled(batch: Batch, shape: Shape) -> Batch:

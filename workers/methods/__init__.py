@@ -137,6 +137,10 @@ class Method(ABC):
         adapted linear layers; below 0 where it keeps less than these twice."""
         return 0
 
+    def num_launches(self, settings: Any, shape: ModelShape) -> int:
+        """Kernels that it adds to a block, there and back, in peft's own modules."""
+        return 0
+
     def float32_weights(self, settings: Any, shape: ModelShape) -> int:
         """Frozen weights that tokens are multiplied by in float32 on a 16-bit base, of which copies are kept so."""
         return 0

@@ -110,19 +110,21 @@ def test_more_launches_bring_recordings_sooner() -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({}, 63),
-        ({"again": 1.0}, 63 + 16),
-        ({"drops": True}, 63 + 8),
-        ({"is_quantised": True}, 63 + 28),
-        ({"is_quantised": True, "has_copies": True}, 63),
+        ({}, 62),
+        ({"again": 1.0}, 62 + 9 + 4 * 2),
+        ({"drops": True}, 62 + 4 * 2),
+        ({"is_quantised": True}, 62 + 28),
+        ({"is_quantised": True, "has_copies": True}, 62),
         # Gate and up come in two pieces, on each of three ways through them.
-        ({"is_quantised": True, "in_pieces": True, "again": 1.0}, 63 + 16 + 28 + 3 * 3.8),
-        ({"has_adapters": True}, 1.5 * 63),
+        ({"is_quantised": True, "in_pieces": True, "again": 1.0}, 62 + 17 + 28 + 3 * 3.8),
+        ({"num_branched": 0}, 22),
+        ({"num_branched": 0, "num_adapters": 1}, 22 + 25),
+        ({"num_branched": 0, "has_prefix": True}, 22 + 40),
     ],
 )
 def test_launches_are_counted_by_what_causes_them(more: dict[str, object], expected: float) -> None:
     groups = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
-    given = {"has_adapters": False, "drops": False, "is_quantised": False} | more
+    given = {"num_branched": 4, "num_adapters": 0, "has_prefix": False, "drops": False, "is_quantised": False} | more
     how = {name: given.pop(name, 0.0 if name == "again" else False) for name in ("again", "has_copies", "in_pieces")}
     work = LayerWork(groups, **given)  # type: ignore[arg-type]
-    assert work.launches(**how) == pytest.approx(expected / 63)  # type: ignore[arg-type]
+    assert work.launches(**how) == pytest.approx(expected / 62)  # type: ignore[arg-type]

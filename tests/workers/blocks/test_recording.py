@@ -22,8 +22,8 @@ from workers.blocks import engine as engines
 from workers.blocks import recording
 from workers.blocks.engine import install
 from workers.blocks.keeping import HOST_SHARE, planned_bytes
-from workers.blocks.recording import ROW_STEP, Recorder, Shape, can_be_recorded, filled
-from workers.blocks.sizes import RECORDING_SHARE
+from workers.blocks.recording import Recorder, Shape, can_be_recorded, filled
+from workers.blocks.sizes import RECORDING_SHARE, ROW_STEP
 from workers.facts import DeviceFacts
 from workers.graphs import NO_MEMORY, NotRecordedError
 from workers.layers.prefix import PrefixTunedModel
