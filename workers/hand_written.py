@@ -168,10 +168,10 @@ class Blocks:
         return halves * self.shape.num_layers
 
     def layer_work(self, *, is_quantised: bool) -> LayerWork:
-        """What a layer computes with, and what its launches depend on."""
+        """What layers compute with, and what their launches depend on."""
         return LayerWork(
-            tuple((group.num_inputs, group.num_outputs) for group in self.groups),
-            num_branched=sum(group.num_ranks > 0 for group in self.groups),
+            self.shape.num_layers,
+            tuple((group.num_inputs, group.num_outputs, group.num_ranks) for group in self.groups),
             num_adapters=sum(self.adapters),
             has_prefix=self.has_prefix,
             drops=self.has_dropout,

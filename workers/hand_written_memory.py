@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from workers.blocks.filling import filled_rows, filled_tokens, usual_filling
 from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, keeps_bodies, least_keeping
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
-from workers.blocks.sizes import LEAN_LOGIT_BYTES, filled_rows, filled_tokens, usual_filling
+from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
 
 CONTEXT_BYTES = int(0.5 * 2**30)
@@ -23,10 +24,11 @@ LOSS_SHARE = 0.65
 class Held:
     """How a step is computed, and the most bytes that it needs beside weights, adapter and optimizer.
 
-    `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones; `keeping` is what each block
-    keeps of it, and `pieces` in how many feed-forward networks that keep nothing go through it. `weights_bytes` are
-    those of the 4-bit base computed back, `in_pieces` whether that is done piece by piece, and `takes_turns` whether
-    blocks take turns in memory for their branches' copies; the activations are of the largest micro-batch.
+    `tokens` are those of a usual micro-batch, of `num_micro` a step, with virtual ones and those that it is filled up
+    with; `keeping` is what each block keeps of it, and `pieces` in how many feed-forward networks that keep nothing go
+    through it. `weights_bytes` are those of the 4-bit base computed back, `in_pieces` whether that is done piece by
+    piece, and `takes_turns` whether blocks take turns in memory for their branches' copies; the activations are of the
+    largest micro-batch.
     """
 
     tokens: float

@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from workers.blocks.keeping import Keeping, keeps_bodies
+from workers.blocks.launching import HALF_FEATURES, LAUNCH_SECONDS, MICRO_SECONDS, RECORDED_SECONDS
+from workers.blocks.sizes import drops_within_products
 from workers.gpus import Gpu
 from workers.hand_written import Blocks
 from workers.hand_written_memory import Held
@@ -19,23 +21,19 @@ from workers.hand_written_memory import Held
 
 @dataclass(frozen=True)
 class Pace:
-    """Which shares of a GPU's peaks training reaches, and what the host needs. Fitted by `tests.bench.estimate_error
-    fit` on ten recipes."""
+    """Which shares of a GPU's peaks training reaches, and what the host needs, in seconds, as a run's own choices have
+    it (`workers.blocks.launching`). Fitted by `tests.bench.estimate_error fit` on ten recipes."""
 
     products: float = 0.69
     """Of the peak FLOP/s, by the large products of a model of billions of parameters."""
-    half_features: float = 327.0
-    """Features of the residual stream at which products reach half of that: small ones do not fill a GPU."""
+    half_features: float = HALF_FEATURES
     attention: float = 0.314
     """Of the peak FLOP/s, by attention."""
     bandwidth: float = 1.13
     """Of the memory's bandwidth, by what stands between the products: above 1, as some of it never leaves the cache."""
-    host_per_block: float = 3.6e-3
-    """Seconds in which the host launches the forward and backward pass of a block that keeps everything."""
-    recorded_per_block: float = 3.64e-4
-    """The same where launches are recorded: what a GPU needs for them, however small they are."""
-    host_per_micro: float = 3.3e-3
-    """Seconds beside the blocks for a micro-batch: collation, the head, the loss."""
+    host_per_block: float = LAUNCH_SECONDS
+    recorded_per_block: float = RECORDED_SECONDS
+    host_per_micro: float = MICRO_SECONDS
     host_per_step: float = 3.3e-3
     """Seconds for a step: the optimizer, clipping, reports."""
 
@@ -138,7 +136,8 @@ def _moved_features(blocks: Blocks, kept_share: float) -> float:
 
     Norms, rotations, attention's own, the activation and their gradients; the thin products of branches read the
     layer's input on the way forward, twice on the way back, and add to its gradient. With dropout they draw numbers
-    for each, and the gradient is gone over once more, which together takes as long as moving six.
+    for each, and the gradient is gone over once more, which together takes as long as moving six; wide ones copy the
+    input twice, and its gradient.
     """
     joined, out, _, down = blocks.groups
     hidden, inner = blocks.shape.hidden_size, down.num_inputs
@@ -147,7 +146,9 @@ def _moved_features(blocks: Blocks, kept_share: float) -> float:
     moved = forward * (2 - kept_share) + backward
     for group in blocks.groups:
         if group.num_ranks:
-            moved += 5 * group.num_inputs + group.num_outputs + (6 * group.num_inputs if blocks.has_dropout else 0)
+            moved += 5 * group.num_inputs + group.num_outputs
+            if blocks.has_dropout:
+                moved += (6 if drops_within_products(group.num_ranks) else 9) * group.num_inputs
     if any(blocks.adapters):
         moved += sum(blocks.adapters) * 2 * (10 * hidden + 4 * blocks.bottleneck)
     return moved

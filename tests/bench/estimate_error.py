@@ -336,18 +336,26 @@ def run(rows: Path, folder: Path, *, is_small: bool, seconds: float, only: str |
             # On a CPU the peak is the process's own; on a GPU earlier recipes leave the memory in pieces, of which a
             # smaller card would have fewer.
             command = [sys.executable, "-m", "tests.bench.estimate_error", "run", str(rows), "--folder", str(folder)]
-            subprocess.run([*command, "--only", case.label, *(["--small"] if is_small else [])], check=True)
+            command += ["--only", case.label, *(["--small"] if is_small else [])]
+            code = subprocess.run(command, check=False).returncode
+            if code:
+                _append(rows, {"label": case.label, "learns": case.learns, "failed": f"its process ended with {code}"})
+                print(f"{case.label}: its process ended with {code}", flush=True)
             continue
         if key != (case.shape, case.precision):
             base, key = None, (case.shape, case.precision)
             base = make_base(sizes[case.shape], case.precision)
         line = measure(case, base, sizes[case.shape], folder)
-        with rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(rows, line)
         said = line.get("failed") or (
             f"peak {line['peak_bytes'] / GIB:.2f} GiB, {1000 * line['step_seconds']:.0f} ms a step, {line['blocks']}"
         )
         print(f"{case.label}: {said} ({time.monotonic() - began:.0f} s so far)", flush=True)
+
+
+def _append(rows: Path, line: dict[str, Any]) -> None:
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _in_order(cases: Sequence[Case]) -> list[Case]:

@@ -127,7 +127,7 @@ def test_hand_written_blocks_go_in_small_micro_batches_or_compute_twice_and_noth
         resolved = resolve(recipe(micro_batch_size="auto", gradient_checkpointing="auto"), SEVEN_B, UNEVEN, card)
         return resolved, estimate(resolved, SEVEN_B, UNEVEN, card)
 
-    (resolved, split), (_, twice), (_, roomy) = on(18), on(16), on(80)
+    (resolved, split), (_, twice), (_, roomy) = on(18), on(15), on(80)
     assert (split.verdict, resolved.training.gradient_checkpointing) == ("fits", False)
     assert (split.kept_share, roomy.kept_share) == (1, 1)
     assert split.rows_at_once < roomy.rows_at_once

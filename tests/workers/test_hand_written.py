@@ -251,10 +251,13 @@ def test_launches_are_recorded_where_the_estimate_says_so(
     assert blocks is not None
     facts, costs = dataset_facts(LENGTHS), engine.costs
     # The tiny layers of 600 tokens keep an H200 as busy as its host, and logits are as tiny.
-    work = blocks.layer_work(is_quantised=False)
+    monkeypatch.setattr(launching, "MICRO_SECONDS", 0.0)
+    monkeypatch.setattr(launching, "RECORDED_SECONDS", 0.0)
     monkeypatch.setattr(launching, "_WEIGHTS_TOKENS", 0)
-    launches = work.launches(again=1.0, has_copies=False, in_pieces=False)
-    monkeypatch.setattr(launching, "LAUNCH_SECONDS", 4 * 1.3 * work.num_weights * 600 / 989e12 / launches)
+    time = LayerTime(blocks.layer_work(is_quantised=False), 989e12)
+    computing = time.of_token(600, again=1.0, has_copies=False, in_pieces=False, is_recorded=True) * 600
+    launches = time.work.launches(again=1.0, has_copies=False, in_pieces=False)
+    monkeypatch.setattr(launching, "LAUNCH_SECONDS", computing / launches)
     monkeypatch.setattr(rules, "LEAN_LOGIT_BYTES", 1024)
     found = {}
     for gpu, tokens, is_lean, rows in product(

@@ -9,13 +9,21 @@ from workers.blocks.sublayers import Attention
 
 
 def block_bytes(
-    block: Block, element: int, *, has_adapter: bool = False, has_prefix: bool = False, on_gpu: bool = False
+    block: Block,
+    element: int,
+    *,
+    has_adapter: bool = False,
+    has_prefix: bool = False,
+    on_gpu: bool = False,
+    drops_in_products: bool = True,
 ) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes; with a bottleneck adapter behind it or not,
     and with a prefix before its keys or not. What attention's kernel works with is that of the one which was chosen on
-    a GPU, and elsewhere of that which would do."""
+    a GPU, and elsewhere of that which would do. `drops_in_products` says whether a
+    GPU can do so (`pointwise`)."""
     bodies = [sublayer.kept_features() for sublayer in block.sublayers]
-    copies_dropped = any(group.dropout > 0 and not drops_within_products(group.num_ranks) for group in block.groups())
+    dropping = [group.num_ranks for group in block.groups() if group.dropout > 0]
+    copies_dropped = not all(drops_in_products and drops_within_products(num_ranks) for num_ranks in dropping)
     first = block.sublayers[0]
     features = 0
     if isinstance(first, Attention):

@@ -125,6 +125,8 @@ def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, roo
     ranks = _padded(num_ranks)
     # By the width alone: each number of parts is compiled anew.
     num_parts = max(1, min(_MOST_PARTS, width // 512))
+    assert x_TK.stride(1) == down_RK.stride(1) == 1
+    assert room_TP is None or (room_TP.stride(1) == 1 and room_TP.shape[1] % ranks == 0)
     threshold, scale = threshold_of(share)
     parts = torch.empty(num_parts, num_rows, ranks, dtype=torch.float32, device=x_TK.device)
     _product[(triton.cdiv(num_rows, _ROWS), num_parts)](
@@ -145,6 +147,7 @@ def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, sha
     num_rows, num_ranks = thin_TR.shape
     width = down_RK.shape[1]
     ranks = _padded(num_ranks)
+    assert target_TK.stride(1) == thin_TR.stride(1) == down_RK.stride(1) == 1
     octets, num_warps = (_OCTETS, 4) if ranks <= 32 else (2 * _OCTETS, 8)
     threshold, scale = threshold_of(share)
     _add_product[(triton.cdiv(num_rows, _ROWS), triton.cdiv(width, 8 * octets))](
@@ -158,6 +161,7 @@ def product_of_dropped(thin_TR: Tensor, x_TK: Tensor, share: float, seed: Seed) 
     """As `pointwise.product_of_dropped`."""
     num_rows, width = x_TK.shape
     num_ranks = thin_TR.shape[1]
+    assert x_TK.stride(1) == thin_TR.stride(1) == 1
     blocks = triton.cdiv(width, 8 * _OCTETS)
     num_parts = max(1, min(_MOST_PARTS, triton.cdiv(_PROGRAMS, blocks), num_rows // (2 * _ROWS)))
     rows_of_part = triton.cdiv(triton.cdiv(num_rows, num_parts), _ROWS) * _ROWS

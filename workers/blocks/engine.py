@@ -28,6 +28,7 @@ from workers.blocks.linears import Group
 from workers.blocks.offloading import HostMemory, Inputs
 from workers.blocks.operands import Seed
 from workers.blocks.planning import FreeMemory, MemoryPlan
+from workers.blocks.pointwise import drops_in_products
 from workers.blocks.rows import Kernel, Prefix, Rows
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES
 from workers.blocks.sublayers import Attention, Surroundings
@@ -299,11 +300,11 @@ class Engine:
 
     @cached_property
     def layer_work(self) -> LayerWork:
-        """What a layer computes with, and what its launches depend on."""
+        """What layers compute with, by the first, and what their launches depend on."""
         groups = [group for part in self._parts[0] for group in part.block.groups()]
         return LayerWork(
-            tuple((group.num_inputs, group.num_outputs) for group in groups),
-            num_branched=sum(group.num_ranks > 0 for group in groups),
+            len(self.layers),
+            tuple((group.num_inputs, group.num_outputs, group.num_ranks) for group in groups),
             num_adapters=sum(part.adapter is not None for part in self._parts[0]),
             has_prefix=self.has_prefix,
             drops=self._drops,
@@ -315,6 +316,7 @@ class Engine:
         """What each block keeps for one token."""
         weight = _plain(self._model).get_input_embeddings().weight
         prefixed = self.has_prefix
+        drops = not weight.is_cuda or not self._drops or drops_in_products(weight)
         return [
             block_bytes(
                 part.block,
@@ -322,6 +324,7 @@ class Engine:
                 has_adapter=part.adapter is not None,
                 has_prefix=prefixed,
                 on_gpu=weight.is_cuda,
+                drops_in_products=drops,
             )
             for parts in self._parts
             for part in parts

@@ -7,23 +7,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from workers.blocks.sizes import LEAN_SCRATCH_BYTES, PAD
+from workers.blocks.filling import usual_filling
+from workers.blocks.sizes import LEAN_SCRATCH_BYTES, PAD, drops_within_products
 
-LAUNCH_SECONDS = 1.8e-3
-"""What launching a layer there and back takes the host where it keeps everything: some 3.6 ms, in which an H200 does
-what it would at its peak in so much less."""
+LAUNCH_SECONDS = 3.6e-3
+"""In which the host launches a layer there and back that keeps everything and has branches in all its products."""
+RECORDED_SECONDS = 3.64e-4
+"""The same where launches are recorded: what a GPU needs for them, however small they are."""
+MICRO_SECONDS = 3.3e-3
+"""Beside the layers for a micro-batch: collation, the head, the loss."""
+HALF_FEATURES = 327.0
+"""Features of the residual stream at which products reach half of what large ones do: small ones do not fill a GPU."""
 AGAIN_SHARE = 0.3
 """What computing everything twice costs a layer."""
-FILLED = 1.08
-"""The work of micro-batches whose launches are recorded, by what it would be had they not been filled up to a shape
-that returns (`recording`)."""
-_WEIGHTS_TOKENS = 200
-"""What a micro-batch takes beside its tokens, in tokens of it: reading its weights, some 120 by the bytes that an H200
-moves, while products of few tokens leave it half empty."""
-_COMPUTED_BACK_TOKENS = 400
-"""The same where weights are in 4 bits, and are computed back for each use: some 300 by these bytes."""
+_PEAK_SHARE = 0.6
+"""Of a GPU's peak, what large layers reach, attention and what stands between the products counted in: on an H200 an 8B
+shape takes 243 ms for 4,566 tokens, its head 9 of them."""
+_WEIGHTS_TOKENS = 100
+"""What reading its weights takes a layer and micro-batch, in tokens of it, by the bytes that an H200 moves."""
+_COMPUTED_BACK_TOKENS = 200
+"""The same where they are in 4 bits, and are computed back for each use."""
 _BARE = 22
-"""Launches of a layer there and back that keeps everything, on a base in 16 bits; counted, as are the others."""
+"""Launches of a layer there and back that keeps everything, on a base in 16 bits; counted, as are the others. Dropping
+takes more for branches so wide that inputs are copied (`sizes.drops_within_products`)."""
 _BRANCHED = 10
 """More for each group of products with low-rank branches."""
 _LAUNCHES = _BARE + 4 * _BRANCHED
@@ -32,21 +38,21 @@ _PREFIX = 40
 _AGAIN = 9
 _BRANCHED_AGAIN = 2
 _DROPPED = 2
+_DROPPED_COPIES = 4
 _COMPUTED_BACK = 28
 _PIECE = 3.8
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What a layer computes with, and what its launches depend on.
+    """What the layers of a model compute with, all the same, and what their launches depend on.
 
-    `groups` are the inputs and outputs of its products: queries, keys and values; attention's output; gate and up;
-    down.
+    `groups` are the inputs, the outputs, and the ranks of branches of a layer's products: queries, keys and values;
+    attention's output; gate and up; down.
     """
 
-    groups: tuple[tuple[int, int], ...]
-    num_branched: int
-    """Of these, those with low-rank branches."""
+    num_layers: int
+    groups: tuple[tuple[int, int, int], ...]
     num_adapters: int
     """Bottleneck adapters behind or beside its sublayers."""
     has_prefix: bool
@@ -58,7 +64,7 @@ class LayerWork:
     @property
     def num_weights(self) -> int:
         """Frozen weights of its products."""
-        return sum(inputs * outputs for inputs, outputs in self.groups)
+        return sum(inputs * outputs for inputs, outputs, _ in self.groups)
 
     def launches(self, *, again: float, has_copies: bool, in_pieces: bool) -> float:
         """Launches there and back, by those of a layer with branches everywhere that keeps everything on a base in 16
@@ -69,10 +75,12 @@ class LayerWork:
             has_copies: whether weights in 4 bits are computed back once; else for each use.
             in_pieces: else: whether piece by piece.
         """
-        found = _BARE + _BRANCHED * self.num_branched + _ADAPTER * self.num_adapters
+        branched = [num_ranks for _, _, num_ranks in self.groups if num_ranks]
+        found: float = _BARE + _BRANCHED * len(branched) + _ADAPTER * self.num_adapters
         found += _PREFIX if self.has_prefix else 0
-        found += again * (_AGAIN + _BRANCHED_AGAIN * self.num_branched)
-        found += _DROPPED * self.num_branched if self.drops else 0
+        found += again * (_AGAIN + _BRANCHED_AGAIN * len(branched))
+        if self.drops:
+            found += sum(_DROPPED if drops_within_products(one) else _DROPPED_COPIES for one in branched)
         if self.is_quantised and not has_copies:
             found += _COMPUTED_BACK + (_PIECE * self._more_pieces(again) if in_pieces else 0)
         return found / _LAUNCHES
@@ -81,29 +89,31 @@ class LayerWork:
         """Pieces of weights there and back beyond one for each use: what reads a sublayer's input is used once more
         where that is computed anew."""
         joined, out, gate_up, down = (
-            math.ceil(2 * (inputs + PAD) * outputs / LEAN_SCRATCH_BYTES) - 1 for inputs, outputs in self.groups
+            math.ceil(2 * (inputs + PAD) * outputs / LEAN_SCRATCH_BYTES) - 1 for inputs, outputs, _ in self.groups
         )
         return (2 + again) * (joined + gate_up) + 2 * (out + down)
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """How long a layer takes there and back on a GPU of such a peak, in FLOP/s."""
+    """How long a layer takes there and back on a GPU of such a peak, in FLOP/s, and its host."""
 
     work: LayerWork
     peak_flops: float
 
     def of_token(self, tokens: float, *, again: float, has_copies: bool, in_pieces: bool, is_recorded: bool) -> float:
-        """Seconds for a token of a micro-batch of so many, had every product the peak: what launches take is scaled
-        alike. Inputs that are offloaded take none (`keeping`), and recorded launches next to nothing.
+        """Seconds for a token of a micro-batch of so many, 1 at least, which is larger where it is recorded
+        (`recording`). Inputs that are offloaded take none (`keeping`).
 
         Args:
             again: as `LayerWork.launches` has it, like the others.
         """
-        work = self.work
+        work, tokens = self.work, max(1.0, tokens)
         beside = _COMPUTED_BACK_TOKENS if work.is_quantised and not has_copies else _WEIGHTS_TOKENS
-        computing = 4 * work.num_weights * (tokens + beside) * (1 + AGAIN_SHARE * again) / self.peak_flops
-        if is_recorded:
-            return FILLED * computing / tokens
+        computed = tokens + beside + (usual_filling(tokens) if is_recorded else 0)
+        hidden = work.groups[0][0]
+        flops = self.peak_flops * _PEAK_SHARE * hidden / (hidden + HALF_FEATURES)
+        device = 4 * work.num_weights * computed * (1 + AGAIN_SHARE * again) / flops
         launches = work.launches(again=again, has_copies=has_copies, in_pieces=in_pieces)
-        return max(computing, LAUNCH_SECONDS * launches) / tokens
+        host = launches * (RECORDED_SECONDS if is_recorded else LAUNCH_SECONDS) + MICRO_SECONDS / work.num_layers
+        return max(device, host) / tokens

@@ -26,6 +26,9 @@ from workers.blocks.keeping import (
 from workers.blocks.launching import LayerTime
 from workers.blocks.sizes import LEAN_SCRATCH_BYTES, RECORDING_SHARE
 
+WORTH_RECORDING = 0.95
+"""Of the time that launching takes, what recorded launches may take at most: each shape is recorded once, which takes
+as long as some six replays."""
 WORTH_OFFLOADING = 2**27
 """Bytes of a batch's inputs from which on offloading them wins over recording launches in a lean run."""
 
@@ -113,7 +116,7 @@ class MemoryPlan:
             keeping = self.keeping(costs, math.ceil(at_once))
             return time.of_token(
                 at_once,
-                again=1 - sum(map(keeps_bodies, keeping)) / len(keeping),
+                again=1 - sum(map(keeps_bodies, keeping)) / max(1, len(keeping)),
                 has_copies=self.has_copies,
                 in_pieces=self.in_pieces,
                 is_recorded=self.is_recorded,
@@ -191,4 +194,5 @@ def choose_plan(
     # No row is cut, so that a micro-batch of one row says nothing about what fits.
     if tokens_that_fit(costs, "input", free_bytes=recorded.free_bytes) < step.longest:
         return launched
-    return min(launched, recorded, key=lambda plan: plan.times_of_token(costs, step, time))
+    (of_recorded, _), (of_launched, _) = (plan.times_of_token(costs, step, time) for plan in (recorded, launched))
+    return recorded if of_recorded < WORTH_RECORDING * of_launched else launched

@@ -49,6 +49,41 @@ def _kernels_work(device: torch.device) -> bool:
     return works
 
 
+def drops_in_products(tensor: Tensor) -> bool:
+    """Whether a GPU can drop within thin products of tensors like this one, without a copy."""
+    return has_kernels(tensor) and _dropped_products_work(tensor.device, tensor.dtype)
+
+
+@cache
+def _dropped_products_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """As `_kernels_work`, of `dropped_products`: a run's own comparison with the model's blocks drops nothing."""
+    try:
+        from workers.blocks import dropped_products, kernels
+
+        x_TK = torch.linspace(-9, 9, 80 * 200, device=device).sin().view(80, 200)
+        down_RK, thin_TR = x_TK[:5] / 14, x_TK[:, :5].cos()
+        share, seed = 0.25, Seed(torch.tensor([3], device=device), 1)
+        factors_TK = kernels.dropped(torch.ones_like(x_TK), share, seed)
+        given = x_TK.to(dtype), down_RK.to(dtype), thin_TR.to(dtype)
+        x_TK, down_RK, thin_TR = (one.float() for one in given)
+        target_TK = torch.zeros_like(given[0])
+        dropped_products.add_dropped_product(target_TK, given[2], given[1], share, seed)
+        pairs = (
+            (dropped_products.dropped_product(*given[:2], share, seed, None), (x_TK * factors_TK) @ down_RK.T),
+            (dropped_products.product_of_dropped(given[2], given[0], share, seed), thin_TR.T @ (x_TK * factors_TK)),
+            (target_TK, (thin_TR @ down_RK) * factors_TK),
+        )
+        works = all(torch.allclose(found.float(), expected, rtol=2e-2, atol=2e-2) for found, expected in pairs)
+    except Exception as error:
+        if is_out_of_memory(error) or is_gpu_failure(error):
+            raise
+        logger.warning("Thin products cannot drop here, so their inputs are copied: %s", error)
+        return False
+    if not works:
+        logger.warning("Thin products that drop give other numbers than plain torch here, so their inputs are copied.")
+    return works
+
+
 def rms_norm(x_TH: Tensor, norm: Norm, out_TK: Tensor) -> Tensor:
     """Writes the normalised rows into the first H columns of `out_TK`; gives 1 / rms, (T,)."""
     if has_kernels(x_TH):
@@ -177,7 +212,7 @@ def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> No
 
 def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, room_TP: Tensor | None = None) -> Tensor:
     """dropped(x, share, seed) A^T, (T, R), of thin matrices; with zeros behind it in `room_TP`, too, if given."""
-    if has_kernels(x_TK) and drops_within_products(down_RK.shape[0]):
+    if drops_within_products(down_RK.shape[0]) and drops_in_products(x_TK):
         from workers.blocks import dropped_products
 
         return dropped_products.dropped_product(x_TK, down_RK, share, seed, room_TP)
@@ -191,7 +226,7 @@ def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, roo
 def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, share: float, seed: Seed) -> None:
     """Adds dropped(g A, share, seed) to the first K columns of `target_TK`: the gradient by the input of
     `dropped_product`, from that by its result."""
-    if has_kernels(target_TK) and drops_within_products(down_RK.shape[0]):
+    if drops_within_products(down_RK.shape[0]) and drops_in_products(target_TK):
         from workers.blocks import dropped_products
 
         dropped_products.add_dropped_product(target_TK, thin_TR, down_RK, share, seed)
@@ -201,7 +236,7 @@ def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, sha
 
 def product_of_dropped(thin_TR: Tensor, x_TK: Tensor, share: float, seed: Seed) -> Tensor:
     """g^T dropped(x, share, seed), (R, K) float32: the gradient by A of `dropped_product`, from that by its result."""
-    if has_kernels(x_TK) and drops_within_products(thin_TR.shape[1]):
+    if drops_within_products(thin_TR.shape[1]) and drops_in_products(x_TK):
         from workers.blocks import dropped_products
 
         return dropped_products.product_of_dropped(thin_TR, x_TK, share, seed)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from workers.batching import Batch
 from workers.blocks.engine import Engine
+from workers.blocks.filling import TOKEN_STEP, filled_rows, filled_tokens, rounded_up
 from workers.blocks.operands import Seed
 from workers.blocks.rows import Rows
-from workers.blocks.sizes import filled_rows, filled_tokens, rounded_up
 from workers.device_errors import is_out_of_memory
 from workers.graphs import NO_MEMORY, NotRecordedError, record
 from workers.objectives import Objective
@@ -58,7 +58,7 @@ class Shape:
         num_rows = filled_rows(len(batch.lengths))
         num_padding_rows = num_rows - len(batch.lengths)
         num_tokens = filled_tokens(batch.num_tokens + num_padding_rows)
-        quarter = rounded_up(math.ceil(num_tokens / 4), 64)
+        quarter = rounded_up(math.ceil(num_tokens / 4), TOKEN_STEP)
         num_loss_tokens = min(num_tokens, rounded_up(batch.num_loss_tokens, quarter))
         longest = max(longest, math.ceil((num_tokens - batch.num_tokens) / num_padding_rows), *batch.lengths)
         return cls(num_tokens, num_loss_tokens, num_rows, filled_tokens(longest))

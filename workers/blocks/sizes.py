@@ -32,32 +32,3 @@ def drops_within_products(num_ranks: int) -> bool:
     """Whether a GPU needs no copy of an input that is dropped in part, for branches of so many ranks: wider products
     would draw the same numbers again for each of their tiles."""
     return num_ranks <= PAD
-
-
-ROW_STEP = 16
-"""Of micro-batches that are recorded, numbers of rows are multiples of it."""
-
-
-def filled_rows(num_rows: int) -> int:
-    """Rows of a recorded shape with room for so many, and for one of padding at least."""
-    return rounded_up(num_rows + 1, ROW_STEP)
-
-
-def filled_tokens(num_tokens: int) -> int:
-    """Tokens of a recorded shape with room for so many: the next larger of eight sizes between each two powers of two,
-    at least 64 apart."""
-    return rounded_up(num_tokens, _token_step(num_tokens))
-
-
-def usual_filling(num_tokens: float) -> float:
-    """Tokens by which shapes are larger than micro-batches of about so many, on average."""
-    return _token_step(int(num_tokens)) / 2
-
-
-def rounded_up(size: int, step: int) -> int:
-    """The least multiple of `step` that is no less."""
-    return -(-size // step) * step
-
-
-def _token_step(num_tokens: int) -> int:
-    return max(64, 2 ** (num_tokens.bit_length() - 4))

@@ -137,9 +137,9 @@ class Method(ABC):
         adapted linear layers; below 0 where it keeps less than these twice."""
         return 0
 
-    def num_launches(self, settings: Any, shape: ModelShape) -> int:
-        """Kernels that it adds to a block, there and back, in peft's own modules."""
-        return 0
+    def num_launches(self, settings: Any, shape: ModelShape) -> tuple[int, int]:
+        """Kernels that it adds to a block on the way forward, and back, in peft's own modules."""
+        return 0, 0
 
     def float32_weights(self, settings: Any, shape: ModelShape) -> int:
         """Frozen weights that tokens are multiplied by in float32 on a 16-bit base, of which copies are kept so."""

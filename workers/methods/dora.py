@@ -67,9 +67,10 @@ class Dora(Lora):
         layers = targeted(settings, shape)
         return sum(3 * linear.out_features for linear in layers) - sum(3 * linear.in_features for linear in layers) // 4
 
-    def num_launches(self, settings: Any, shape: ModelShape) -> int:
-        """Of each targeted layer 42, counted."""
-        return 42 * len(targeted(settings, shape))
+    def num_launches(self, settings: Any, shape: ModelShape) -> tuple[int, int]:
+        """Of each targeted layer 22 and 20, counted."""
+        num_layers = len(targeted(settings, shape))
+        return 22 * num_layers, 20 * num_layers
 
     def float32_weights(self, settings: Any, shape: ModelShape) -> int:
         """All targeted ones: with dropout, peft 0.21 computes the base's results once more, of the dropped input."""

@@ -111,9 +111,9 @@ class Ia3(Method):
         attention, feed_forward = found
         return shape.num_layers * (sum(linear.out_features for linear in attention) + feed_forward.in_features)
 
-    def num_launches(self, settings: Any, shape: ModelShape) -> int:
-        """Of keys, values and the feed-forward network 28 together, counted."""
-        return 28
+    def num_launches(self, settings: Any, shape: ModelShape) -> tuple[int, int]:
+        """Of keys, values and the feed-forward network together, counted."""
+        return 10, 18
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Families whose layers are unknown, and weight decay, besides what every method refuses."""

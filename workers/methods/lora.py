@@ -102,9 +102,10 @@ class Lora(Method):
             settings.rank * (linear.in_features + linear.out_features) for linear in targeted(settings, shape)
         )
 
-    def num_launches(self, settings: Any, shape: ModelShape) -> int:
-        """Of each targeted layer 19, counted."""
-        return 19 * len(targeted(settings, shape))
+    def num_launches(self, settings: Any, shape: ModelShape) -> tuple[int, int]:
+        """Of each targeted layer 9 and 10, counted."""
+        num_layers = len(targeted(settings, shape))
+        return 9 * num_layers, 10 * num_layers
 
     def refusals(self, recipe: Recipe, shape: ModelShape) -> dict[str, str]:
         """Target modules that the model does not have, besides what every method refuses."""

@@ -126,7 +126,9 @@ def test_dropped_elements_follow_from_the_seed_and_keep_the_mean() -> None:
     assert bool((wide[:, 300:] == 2.0).all())
 
 
-@pytest.mark.parametrize(("rows", "columns", "ranks"), [(100, 160, 12), (200, 1100, 64), (70, 92, 1)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "ranks"), [(100, 160, 12), (200, 1100, 64), (70, 92, 1), (700, 70, 3), (1, 64, 16)]
+)
 def test_thin_products_drop_what_a_dropped_copy_would_lack(rows: int, columns: int, ranks: int) -> None:
     from workers.blocks import dropped_products, kernels
 

@@ -74,10 +74,11 @@ def as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def as_products(as_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With those that drop within products besides, and the parts of their sums."""
+    """With those that drop within products besides, and the parts of sums that grow with tokens."""
 
     def product(x_TK: Tensor, down_RK: Tensor, *_: Any) -> Tensor:
-        parts = torch.empty(max(1, x_TK.shape[1] // 512), x_TK.shape[0], 16)
+        num_ranks = 1 << max(4, (down_RK.shape[0] - 1).bit_length())
+        parts = torch.empty(max(1, x_TK.shape[1] // 512), x_TK.shape[0], num_ranks)
         assert parts.shape[0] <= 8
         return torch.empty(x_TK.shape[0], down_RK.shape[0], dtype=x_TK.dtype)
 

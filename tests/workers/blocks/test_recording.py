@@ -21,9 +21,10 @@ from workers.batching import Batch, TokenBudget, split_step
 from workers.blocks import engine as engines
 from workers.blocks import recording
 from workers.blocks.engine import install
+from workers.blocks.filling import ROW_STEP
 from workers.blocks.keeping import HOST_SHARE, planned_bytes
 from workers.blocks.recording import Recorder, Shape, can_be_recorded, filled
-from workers.blocks.sizes import RECORDING_SHARE, ROW_STEP
+from workers.blocks.sizes import RECORDING_SHARE
 from workers.facts import DeviceFacts
 from workers.graphs import NO_MEMORY, NotRecordedError
 from workers.layers.prefix import PrefixTunedModel
