@@ -23,6 +23,8 @@ AGAIN_SHARE = 0.3
 _PEAK_SHARE = 0.6
 """Of a GPU's peak, what large layers reach, attention and what stands between the products counted in: on an H200 an 8B
 shape takes 243 ms for 4,566 tokens, its head 9 of them."""
+_DROPPING = 1.07
+"""How many times as long it takes where branches drop some of their inputs, about."""
 _WEIGHTS_TOKENS = 100
 """What reading its weights takes a layer and micro-batch, in tokens of it, by the bytes that an H200 moves."""
 _COMPUTED_BACK_TOKENS = 200
@@ -114,6 +116,7 @@ class LayerTime:
         hidden = work.groups[0][0]
         flops = self.peak_flops * _PEAK_SHARE * hidden / (hidden + HALF_FEATURES)
         device = 4 * work.num_weights * computed * (1 + AGAIN_SHARE * again) / flops
+        device *= _DROPPING if work.drops else 1
         launches = work.launches(again=again, has_copies=has_copies, in_pieces=in_pieces)
         host = launches * (RECORDED_SECONDS if is_recorded else LAUNCH_SECONDS) + MICRO_SECONDS / work.num_layers
         return max(device, host) / tokens
