@@ -8,6 +8,7 @@ two of its operations, float32 within one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,8 @@ def has_kernels(tensor: Tensor) -> bool:
 @cache
 def _kernels_work(device: torch.device) -> bool:
     """Whether this machine can compile kernels for a GPU, and they give what plain torch does; the log says if not."""
-    try:
+
+    def tried() -> bool:
         from workers.blocks import kernels
 
         logits_CV = torch.linspace(-9, 9, 4 * 5000, device=device).sin().view(4, 5000).to(torch.bfloat16)
@@ -38,15 +40,9 @@ def _kernels_work(device: torch.device) -> bool:
         found_CV, expected_CV = logits_CV.clone(), logits_CV.clone()
         found_C = kernels.cross_entropy(found_CV, targets_C, with_gradient=True)
         expected_C = _plain_cross_entropy(expected_CV, targets_C, with_gradient=True)
-        works = torch.allclose(found_C, expected_C, rtol=1e-3) and torch.allclose(found_CV, expected_CV, rtol=2e-2)
-    except Exception as error:
-        if is_out_of_memory(error) or is_gpu_failure(error):
-            raise
-        logger.warning("Kernels cannot be compiled here, so plain torch does their work: %s", error)
-        return False
-    if not works:
-        logger.warning("Kernels give other numbers than plain torch here, so that does their work.")
-    return works
+        return torch.allclose(found_C, expected_C, rtol=1e-3) and torch.allclose(found_CV, expected_CV, rtol=2e-2)
+
+    return _works(tried, "Kernels", "plain torch does their work")
 
 
 def drops_in_products(tensor: Tensor) -> bool:
@@ -57,30 +53,38 @@ def drops_in_products(tensor: Tensor) -> bool:
 @cache
 def _dropped_products_work(device: torch.device, dtype: torch.dtype) -> bool:
     """As `_kernels_work`, of `dropped_products`: a run's own comparison with the model's blocks drops nothing."""
-    try:
+
+    def tried() -> bool:
         from workers.blocks import dropped_products, kernels
 
         x_TK = torch.linspace(-9, 9, 80 * 200, device=device).sin().view(80, 200)
-        down_RK, thin_TR = x_TK[:5] / 14, x_TK[:, :5].cos()
+        given = [one.to(dtype) for one in (x_TK, x_TK[:5] / 14, x_TK[:, :5].cos())]
+        x_TK, down_RK, thin_TR = (one.float() for one in given)
         share, seed = 0.25, Seed(torch.tensor([3], device=device), 1)
         factors_TK = kernels.dropped(torch.ones_like(x_TK), share, seed)
-        given = x_TK.to(dtype), down_RK.to(dtype), thin_TR.to(dtype)
-        x_TK, down_RK, thin_TR = (one.float() for one in given)
         target_TK = torch.zeros_like(given[0])
         dropped_products.add_dropped_product(target_TK, given[2], given[1], share, seed)
         pairs = (
-            (dropped_products.dropped_product(*given[:2], share, seed, None), (x_TK * factors_TK) @ down_RK.T),
+            (dropped_products.dropped_product(given[0], given[1], share, seed, None), (x_TK * factors_TK) @ down_RK.T),
             (dropped_products.product_of_dropped(given[2], given[0], share, seed), thin_TR.T @ (x_TK * factors_TK)),
             (target_TK, (thin_TR @ down_RK) * factors_TK),
         )
-        works = all(torch.allclose(found.float(), expected, rtol=2e-2, atol=2e-2) for found, expected in pairs)
+        return all(torch.allclose(found.float(), expected, rtol=2e-2, atol=2e-2) for found, expected in pairs)
+
+    return _works(tried, "Thin products that drop", "their inputs are copied")
+
+
+def _works(tried: Callable[[], bool], what: str, instead: str) -> bool:
+    """Whether kernels could be tried and gave what they should; the log says if not."""
+    try:
+        works = tried()
     except Exception as error:
         if is_out_of_memory(error) or is_gpu_failure(error):
             raise
-        logger.warning("Thin products cannot drop here, so their inputs are copied: %s", error)
+        logger.warning("%s cannot be compiled here, so %s: %s", what, instead, error)
         return False
     if not works:
-        logger.warning("Thin products that drop give other numbers than plain torch here, so their inputs are copied.")
+        logger.warning("%s give other numbers than plain torch here, so %s.", what, instead)
     return works
 
 

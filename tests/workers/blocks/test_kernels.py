@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,23 @@ def test_thin_products_drop_what_a_dropped_copy_would_lack(rows: int, columns: i
         expected = before[:, :columns].float() + (thin.float() @ down.float()) * factors
         assert_close(target[:, :columns], expected, dtype)
         assert torch.equal(target[:, columns:], before[:, columns:])
+
+
+@pytest.mark.parametrize("name", ["dropped_product", "add_dropped_product", "product_of_dropped"])
+def test_thin_products_that_drop_otherwise_are_not_believed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.blocks import dropped_products
+
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    tried = pointwise._dropped_products_work.__wrapped__
+    assert tried(torch.device(DEVICE), dtype)
+    right = getattr(dropped_products, name)
+
+    def wrong(*given: Any) -> Any:
+        *others, seed = (one for one in given if one is not None)
+        return right(*others, seed.plus(1), *[None] * (len(given) - len(others) - 1))
+
+    monkeypatch.setattr(dropped_products, name, wrong)
+    assert not tried(torch.device(DEVICE), dtype)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 128), (3, 320)])
