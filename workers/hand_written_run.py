@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from workers.blocks.keeping import FILLING_TOKENS, SAFETY, Keeping, bytes_of_token, free_bytes_for, is_scarce
@@ -22,6 +22,9 @@ from workers.shapes import ModelShape
 ENOUGH_SLOWDOWN = 1.4
 """How many times as long a step may take in memory that is enough as in a whole device: about what it costs to compute
 every block twice, in micro-batches that just fill the device."""
+
+AMPLE_BYTES = 2**44
+"""Memory in which every plan keeps all."""
 
 
 def blocks_of(method: Method, settings: Any, precision: Precision, shape: ModelShape, kind: str) -> Blocks | None:
@@ -58,7 +61,8 @@ class HandWrittenRun:
     def slowdown(self, device: DeviceFacts) -> float:
         """How many times as long a step takes on a GPU as with memory to keep everything."""
         assert self.work_with_memory is not None
-        return self.step_seconds(device) / self.work_with_memory.seconds(gpu_named(device.name), device.pace)
+        roomy = self.work_with_memory.seconds(gpu_named(device.name), device.pace)
+        return max(1.0, self.step_seconds(device) / roomy)
 
 
 def run_of(
@@ -130,10 +134,9 @@ def run_of(
     while enough < free_bytes and seconds_in(enough) > longest_wait:
         enough = math.ceil(1.25 * enough)
     found = held_in(free_bytes)
-    all_kept: list[Keeping] = ["all"] * len(found.keeping)
-    everything = replace(found, keeping=tuple(all_kept))
+    roomy = held_by(choose_plan(costs, step, memory_of(AMPLE_BYTES), time, is_lean=False, records=records))
     rows = min(asked, math.ceil(batch / found.num_micro))
-    return HandWrittenRun(found, least, max(least, enough), rows, work_of(found), work_of(everything))
+    return HandWrittenRun(found, least, max(least, enough), rows, work_of(found), work_of(roomy))
 
 
 def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, element: int, is_lean: bool) -> int:

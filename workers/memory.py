@@ -50,6 +50,8 @@ GPU_LAUNCHES = (38, 61)
 GPU_WRITING_SECONDS = 12e-6
 """The same for each of the kernels of a layer, about 40, where text is generated and launches are recorded."""
 
+LEAST_SAID = 0.02
+"""By how much longer a step takes for want of memory before that is said."""
 WIDE_RANGE = (0.6, 1.8)
 """From the least to the most of what is expected, where a device's speed is guessed from its data sheet."""
 NARROW_RANGE = (0.8, 1.2)
@@ -101,8 +103,13 @@ class Estimate:
 
     @property
     def computes_again(self) -> bool:
-        """Whether the run is slower than with more memory."""
+        """Whether blocks compute once more on the way back what they had no memory to keep."""
         return self.kept_share is not None and self.kept_share < 1
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether the run would be faster with more memory, by enough to be said."""
+        return self.computes_again or (self.slowdown or 1) > 1 + LEAST_SAID
 
     @property
     def starting_bytes(self) -> int:

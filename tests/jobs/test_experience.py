@@ -315,31 +315,34 @@ def test_the_api_estimates_as_the_form_does_and_queues_nothing(
     assert signed_in(viewer).post(reverse("jobs:estimate"), form_data(large, version)).status_code == 403
 
 
-def test_a_run_that_fits_only_by_computing_twice_is_said_to_fit_and_to_be_slower(
+def test_a_run_that_is_held_back_by_memory_says_how_it_fits_and_how_much_slower_that_is(
     alice_client: Client, client: Client, team: Team, bob: User, large: BaseModel, version: DatasetVersion, card: Worker
 ) -> None:
     _token, secret = ApiToken.issue(team=team, user=bob, name="estimates", scopes=["read", "write"])
     body = {"name": "x", "base_model": large.pk, "dataset_version": version.pk}
 
-    def ask(gib: int) -> tuple[str, dict[str, Any]]:
-        Worker.objects.update(memory_bytes=gib * GIB)
+    def ask(gib: float) -> tuple[str, dict[str, Any]]:
+        Worker.objects.update(memory_bytes=int(gib * GIB))
         panel = alice_client.post(reverse("jobs:estimate"), form_data(large, version)).text
         headers = {"Authorization": f"Bearer {secret}"}
         answer = client.post("/api/v1/jobs/estimate/", body, content_type="application/json", headers=headers)
         return panel, answer.json()
 
-    panel, found = ask(18)
-    assert "It fits by computing a part of its blocks twice: about" in panel
+    panel, found = ask(15)
+    assert "It fits with fewer rows at once: about" in panel
     assert "slower than with memory to spare" in panel
-    assert found["verdict"] == "fits"
-    assert found["least_bytes"] < found["total_bytes"] <= 18 * GIB
+    assert found["verdict"] == "tight"
+    assert found["least_bytes"] < found["total_bytes"] <= 15 * GIB
+    assert (found["kept_share"], found["slowdown"] > 1.02) == (1, True)
+    panel, found = ask(14.6)
+    assert "It fits by computing a part of its blocks twice: about" in panel
     assert found["kept_share"] < 1 < found["slowdown"] < 1.6
     panel, found = ask(80)
-    assert "blocks twice" not in panel
+    assert "slower than with memory to spare" not in panel
     assert (found["kept_share"], found["slowdown"]) == (1, 1)
     panel, found = ask(12)
     assert found["verdict"] == "too_large"
-    assert "blocks twice" not in panel
+    assert "slower than with memory to spare" not in panel
 
 
 def test_the_estimate_costs_at_most_eight_queries_when_a_job_has_just_finished_and_one_less_after(

@@ -43,7 +43,7 @@ def said(code: str, message: str = "It broke.", **values: object) -> Ending:
 def import_everything() -> None:
     for module in pkgutil.walk_packages(workers.__path__, "workers."):
         # Of kernels, which raise nothing of ours, and are there only where a GPU's compiler is.
-        if not module.name.endswith(("__main__", "workers.blocks.kernels", "workers.blocks.row_attention")):
+        if not module.name.endswith(("__main__", ".kernels", ".dropped_products", ".row_attention")):
             importlib.import_module(module.name)
 
 
