@@ -382,7 +382,9 @@ class EstimateOut(Out):
     kept_share: float | None = Field(
         description="Of its blocks, those that keep what they computed; the others compute it twice."
     )
-    slowdown: float | None = Field(description="How many times as long that makes its steps.")
+    slowdown: float | None = Field(
+        description="How many times as long its steps take as with memory to keep everything at once."
+    )
     num_steps: int
     num_tokens: int
     num_trainable: int

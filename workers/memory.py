@@ -97,7 +97,7 @@ class Estimate:
     kept_share: float | None = None
     """Of its blocks, those that will keep what they computed; the others compute it again."""
     slowdown: float | None = None
-    """How many times as long that makes its steps."""
+    """How many times as long its steps take as with memory to keep everything at once."""
     rows_at_once: int | None = None
     """Rows in memory at once, where they are found by the memory there is."""
 
