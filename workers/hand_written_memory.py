@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workers.blocks.filling import filled_rows, filled_tokens, usual_filling
-from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, keeps_bodies, least_keeping
+from workers.blocks.keeping import MOST_PIECES, BlockBytes, Keeping, keeps_bodies, kept_share, least_keeping
 from workers.blocks.planning import FreeMemory, MemoryPlan, StepTokens
 from workers.blocks.sizes import LEAN_LOGIT_BYTES
 from workers.hand_written import Blocks
@@ -45,7 +45,7 @@ class Held:
     @property
     def kept_share(self) -> float:
         """Of the blocks, those that keep all that they computed."""
-        return sum(map(keeps_bodies, self.keeping)) / len(self.keeping)
+        return kept_share(self.keeping)
 
 
 def free_memory(blocks: Blocks, free_bytes: int, *, element: int, is_quantised: bool, branch_bytes: int) -> FreeMemory:

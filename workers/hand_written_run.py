@@ -116,7 +116,7 @@ def run_of(
     def memory_of(free_bytes: int) -> FreeMemory:
         return free_memory(blocks, free_bytes, element=element, is_quantised=is_quantised, branch_bytes=branch_bytes)
 
-    def held_in(free_bytes: int) -> Held:
+    def held_in(free_bytes: int, *, is_lean: bool = is_lean) -> Held:
         return held_by(choose_plan(costs, step, memory_of(free_bytes), time, is_lean=is_lean, records=records))
 
     def work_of(held: Held) -> StepWork:
@@ -125,18 +125,16 @@ def run_of(
             element=element, weighted_length=dataset.weighted_after_cut(length),
         )  # fmt: skip
 
-    def seconds_in(free_bytes: int) -> float:
-        return work_of(held_in(free_bytes)).seconds(gpu, device.pace)
-
     free_bytes = device.memory_bytes - CONTEXT_BYTES - fixed_bytes
     enough = _filling_bytes(blocks, step, memory_of(0), element=element, is_lean=is_lean)
-    longest_wait = ENOUGH_SLOWDOWN * seconds_in(free_bytes)
-    while enough < free_bytes and seconds_in(enough) > longest_wait:
-        enough = math.ceil(1.25 * enough)
     found = held_in(free_bytes)
-    roomy = held_by(choose_plan(costs, step, memory_of(AMPLE_BYTES), time, is_lean=False, records=records))
+    work = work_of(found)
+    longest_wait = ENOUGH_SLOWDOWN * work.seconds(gpu, device.pace)
+    while enough < free_bytes and work_of(held_in(enough)).seconds(gpu, device.pace) > longest_wait:
+        enough = math.ceil(1.25 * enough)
+    roomy = held_in(AMPLE_BYTES, is_lean=False)
     rows = min(asked, math.ceil(batch / found.num_micro))
-    return HandWrittenRun(found, least, max(least, enough), rows, work_of(found), work_of(roomy))
+    return HandWrittenRun(found, least, max(least, enough), rows, work, work_of(roomy))
 
 
 def _filling_bytes(blocks: Blocks, step: StepTokens, memory: FreeMemory, *, element: int, is_lean: bool) -> int:

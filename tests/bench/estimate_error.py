@@ -7,9 +7,9 @@
 
 `run` trains recipes (methods x precisions x lengths x shapes) for some steps each with the product's own loop, on
 random weights that are made on the device, and appends a line per recipe with what was measured: twenty, and on a GPU
-ten more that were first run when the arithmetic was done. Every step takes the same rows. A recipe that is there is not
-run again, and none is begun after --seconds; so it can be called until all are there; what failed is tried again. A
-recipe for a smaller card runs in a process of its own, beside a tensor that takes the rest of this one.
+ten more that were chosen before anyone had seen figures of them. Every step takes the same rows. A recipe that is there
+is not run again, and none is begun after --seconds; so it can be called until all are there; what failed is tried
+again. A recipe for a smaller card runs in a process of its own, beside a tensor that takes the rest of this one.
 
 `merge` estimates each recipe by the arithmetic as it is now, corrects that by the ten recipes that are for learning,
 as a studio does, and prints for all the error of peak memory and of the time of a step by arithmetic alone and
@@ -119,7 +119,7 @@ ANEW = (
     Case("8b", "prompt_tuning", "bfloat16", 512, 32, False),
     Case("8b", "qlora", "nf4", 4096, 4, False, even=True, card=24),
 )
-"""Recipes that nobody had seen the figures of when the arithmetic was written and fitted."""
+"""Recipes that were chosen before anyone had seen figures of them."""
 SMALL_SHAPES = {
     "135m": {
         "vocab_size": 8192, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,

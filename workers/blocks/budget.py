@@ -19,8 +19,8 @@ def block_bytes(
 ) -> BlockBytes:
     """Bytes for one token of a block whose numbers take `element` bytes; with a bottleneck adapter behind it or not,
     and with a prefix before its keys or not. What attention's kernel works with is that of the one which was chosen on
-    a GPU, and elsewhere of that which would do. `drops_in_products` says whether a
-    GPU can do so (`pointwise`)."""
+    a GPU, and elsewhere of that which would do. `drops_in_products` says whether thin branches drop within their
+    products, so that their inputs are not copied."""
     bodies = [sublayer.kept_features() for sublayer in block.sublayers]
     dropping = [group.num_ranks for group in block.groups() if group.dropout > 0]
     copies_dropped = not all(drops_in_products and drops_within_products(num_ranks) for num_ranks in dropping)

@@ -245,6 +245,11 @@ def keeps_bodies(keeping: Keeping) -> bool:
     return keeping in ("all", "bodies")
 
 
+def kept_share(keeping: Sequence[Keeping]) -> float:
+    """Of the blocks, those that keep all that they computed."""
+    return sum(map(keeps_bodies, keeping)) / max(1, len(keeping))
+
+
 def least_keeping(costs: Sequence[BlockBytes], *, num_tokens: int, host_bytes: int | None) -> list[Keeping]:
     """Each block's input alone, offloaded as far as `host_bytes` allow; None is a host without bounds."""
     num_offloaded = _num_offloaded(costs, num_tokens, host_bytes)

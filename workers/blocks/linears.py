@@ -179,8 +179,8 @@ class Group:
         if self.is_folded and wide_TK is not None:
             assert self._below_PK is not None
             room_TP = wide_TK[:, columns:]
-            if self.dropout and seed is not None:
-                thin_TR = self._dropped_thin(x_TK, seed, room_TP)
+            if (dropping := self._dropping(seed)) is not None:
+                thin_TR = self._dropped_thin(x_TK, dropping, room_TP)
             else:
                 torch.mm(x_TK[:, :columns], self._below_PK.T, out=room_TP)
                 # A copy, because whoever keeps it does not keep the whole input.
@@ -195,10 +195,14 @@ class Group:
 
     def thin(self, x_TK: Tensor, *, seed: Seed | None = None) -> Tensor:
         """x A^T of all branches, (T, R)."""
-        if self.dropout and seed is not None:
-            return self._dropped_thin(x_TK, seed)
+        if (dropping := self._dropping(seed)) is not None:
+            return self._dropped_thin(x_TK, dropping)
         assert self._down_RK is not None, "no layer of the group has a branch"
         return x_TK[:, : self.num_inputs] @ self._down_RK.T
+
+    def _dropping(self, seed: Seed | None) -> Seed | None:
+        """The seed where something is dropped by it."""
+        return seed if self.dropout else None
 
     def _dropped_thin(self, x_TK: Tensor, seed: Seed, room_TP: Tensor | None = None) -> Tensor:
         assert self._down_RK is not None, "no layer of the group has a branch"
@@ -276,14 +280,14 @@ class Group:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient by the first K columns of the input, (T, K), and by x A^T, (T, R); the first is None where not
         needed, the second without branches."""
-        is_dropping = self.dropout > 0 and seed is not None
+        dropping = self._dropping(seed)
         by_thin: Tensor | None = None
         if self.is_folded:
             assert self._side_NP is not None
             wide_TN = widened(gradient_TN, self.room)
             torch.mm(gradient_TN, self._side_NP, out=wide_TN[:, self.num_outputs :])
             by_thin = wide_TN[:, self.num_outputs : self.num_outputs + self.num_ranks]
-            if needs_input and not is_dropping:
+            if needs_input and dropping is None:
                 return self._joined_backward(wide_TN, self._below_PK), by_thin
         elif self.branches:
             by_thin = torch.empty(
@@ -296,10 +300,9 @@ class Group:
         by_input = self._frozen_backward(gradient_TN)
         if by_thin is not None:
             assert self._down_RK is not None
-            if is_dropping:
-                assert seed is not None
+            if dropping is not None:
                 # The same mask and scale as on the way forward.
-                add_dropped_product(by_input, by_thin, self._down_RK, self.dropout, seed)
+                add_dropped_product(by_input, by_thin, self._down_RK, self.dropout, dropping)
             else:
                 by_input.addmm_(by_thin, self._down_RK)
         return by_input, by_thin
@@ -311,8 +314,8 @@ class Group:
         assert read.x_TK is not None
         assert read.thin_TR is not None
         x_TK = read.x_TK[:, : self.num_inputs]
-        if self.dropout and read.seed is not None:
-            by_down_RK = product_of_dropped(by_thin_TR, x_TK, self.dropout, read.seed)
+        if (dropping := self._dropping(read.seed)) is not None:
+            by_down_RK = product_of_dropped(by_thin_TR, x_TK, self.dropout, dropping)
         else:
             by_down_RK = product_float(by_thin_TR.T, x_TK)
         # On a GPU one product of all outputs and ranks, a part of it for nothing, is faster than one for each branch.

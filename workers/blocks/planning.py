@@ -15,7 +15,7 @@ from workers.blocks.keeping import (
     choose_pieces,
     copies_fit,
     is_scarce,
-    keeps_bodies,
+    kept_share,
     lean_token_budget,
     least_keeping,
     logit_bytes,
@@ -117,7 +117,7 @@ class MemoryPlan:
             keeping = self.keeping(costs, math.ceil(at_once))
             return time.of_token(
                 at_once,
-                again=1 - sum(map(keeps_bodies, keeping)) / max(1, len(keeping)),
+                again=1 - kept_share(keeping),
                 has_copies=self.has_copies,
                 in_pieces=self.in_pieces,
                 is_recorded=self.is_recorded,

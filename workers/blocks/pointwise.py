@@ -50,6 +50,11 @@ def drops_in_products(tensor: Tensor) -> bool:
     return has_kernels(tensor) and _dropped_products_work(tensor.device, tensor.dtype)
 
 
+def _drops_within(tensor: Tensor, num_ranks: int) -> bool:
+    """Whether products of branches of so many ranks do, with tensors like this one."""
+    return drops_within_products(num_ranks) and drops_in_products(tensor)
+
+
 @cache
 def _dropped_products_work(device: torch.device, dtype: torch.dtype) -> bool:
     """As `_kernels_work`, of `dropped_products`: a run's own comparison with the model's blocks drops nothing."""
@@ -216,7 +221,7 @@ def add_dropped(target_TK: Tensor, x_TK: Tensor, share: float, seed: Seed) -> No
 
 def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, room_TP: Tensor | None = None) -> Tensor:
     """dropped(x, share, seed) A^T, (T, R), of thin matrices; with zeros behind it in `room_TP`, too, if given."""
-    if drops_within_products(down_RK.shape[0]) and drops_in_products(x_TK):
+    if _drops_within(x_TK, down_RK.shape[0]):
         from workers.blocks import dropped_products
 
         return dropped_products.dropped_product(x_TK, down_RK, share, seed, room_TP)
@@ -230,7 +235,7 @@ def dropped_product(x_TK: Tensor, down_RK: Tensor, share: float, seed: Seed, roo
 def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, share: float, seed: Seed) -> None:
     """Adds dropped(g A, share, seed) to the first K columns of `target_TK`: the gradient by the input of
     `dropped_product`, from that by its result."""
-    if drops_within_products(down_RK.shape[0]) and drops_in_products(target_TK):
+    if _drops_within(target_TK, down_RK.shape[0]):
         from workers.blocks import dropped_products
 
         dropped_products.add_dropped_product(target_TK, thin_TR, down_RK, share, seed)
@@ -240,7 +245,7 @@ def add_dropped_product(target_TK: Tensor, thin_TR: Tensor, down_RK: Tensor, sha
 
 def product_of_dropped(thin_TR: Tensor, x_TK: Tensor, share: float, seed: Seed) -> Tensor:
     """g^T dropped(x, share, seed), (R, K) float32: the gradient by A of `dropped_product`, from that by its result."""
-    if drops_within_products(thin_TR.shape[1]) and drops_in_products(x_TK):
+    if _drops_within(x_TK, thin_TR.shape[1]):
         from workers.blocks import dropped_products
 
         return dropped_products.product_of_dropped(thin_TR, x_TK, share, seed)

@@ -1,4 +1,4 @@
-"""Whether launches are recorded: by the time that a step takes either way."""
+"""Tokens at once, and whether launches are recorded: by the time that a step takes either way."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from workers.gpus import gpu_named
 from workers.hand_written import Blocks
 from workers.hand_written_memory import free_memory, held
 from workers.hand_written_time import PACE, step_work
+from workers.memory import GIB
 from workers.methods import get_method
 
 H200_FLOPS = 989e12
-GIB = 2**30
 STEP = StepTokens(mean=4700, most=6000, longest=2048, num_rows=16, rows_at_once=16)
 
 
